@@ -1,0 +1,46 @@
+"""qwenkit: the whole life of a Qwen model in one package.
+
+The arrow, left may import what stands to its right:
+cli > server, web, bench > agent, evals > api > engine, training, quantize, parallel, survey > load, score >
+models, formats, checkpoint, adapters, chat > layers, tokenizer > kernels > types > errors
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwenkit.api import LLM as LLM
+    from qwenkit.api import AsyncLLM as AsyncLLM
+    from qwenkit.compat import AutoModelForCausalLM as AutoModelForCausalLM
+    from qwenkit.compat import AutoTokenizer as AutoTokenizer
+    from qwenkit.compat import GenerationConfig as GenerationConfig
+    from qwenkit.errors import QwenkitError as QwenkitError
+    from qwenkit.types.messages import Message as Message
+    from qwenkit.types.sampling import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "LLM": "qwenkit.api",
+    "AsyncLLM": "qwenkit.api",
+    "AutoModelForCausalLM": "qwenkit.compat",
+    "AutoTokenizer": "qwenkit.compat",
+    "GenerationConfig": "qwenkit.compat",
+    "QwenkitError": "qwenkit.errors",
+    "Message": "qwenkit.types.messages",
+    "SamplingParams": "qwenkit.types.sampling",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:  # imported on first use, so that the package itself stays light
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'qwenkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,126 @@
+"""Chat messages as plain data, and their reading from the OpenAI-style dictionaries users write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from qwenkit.errors import RequestError, suggest
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = get_args(Role)
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that the assistant made: `arguments` is the JSON text exactly as generated or given."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `content` is plain text: it is never read for control tokens."""
+
+    role: Role
+    content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+def parse_messages(items: Iterable[Message | Mapping[str, Any]]) -> tuple[Message, ...]:
+    """Read OpenAI-style message dictionaries (or pass `Message` objects through).
+
+    Raises RequestError naming the message and key that cannot be used.
+    """
+    if isinstance(items, str | bytes | Mapping):
+        kind = type(items).__name__
+        raise RequestError("messages", f"expected a list of messages, got one {kind}. Write [{{'role': …}}].")
+    messages = tuple(m if isinstance(m, Message) else _parse(i, m) for i, m in enumerate(items))
+    if not messages:
+        raise RequestError("messages", "expected at least one message, got an empty list.")
+    return messages
+
+
+def _parse(index: int, item: Mapping[str, Any]) -> Message:
+    field = f"messages[{index}]"
+    if not isinstance(item, Mapping):
+        raise RequestError(field, f"expected a dictionary with 'role' and 'content', got {type(item).__name__}.")
+    for key in item:
+        if key not in _KEYS:
+            raise RequestError(f"{field}.{key}", f"unknown key. {suggest(str(key), _KEYS)}")
+    role = item.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{field}.role", f"got {role!r}; allowed: {', '.join(ROLES)}.")
+    calls = tuple(_parse_call(f"{field}.tool_calls[{j}]", c) for j, c in enumerate(item.get("tool_calls") or ()))
+    return Message(
+        role=cast(Role, role),
+        content=_parse_content(f"{field}.content", item.get("content"), optional=bool(calls)),
+        name=_optional_text(f"{field}.name", item.get("name")),
+        tool_calls=calls,
+        tool_call_id=_optional_text(f"{field}.tool_call_id", item.get("tool_call_id")),
+        reasoning_content=_optional_text(f"{field}.reasoning_content", item.get("reasoning_content")),
+    )
+
+
+def _parse_content(field: str, content: object, *, optional: bool) -> str:
+    if content is None and optional:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):  # OpenAI's list of parts; only text parts make sense for a text model
+        texts = []
+        for i, part in enumerate(content):
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestError(f"{field}[{i}]", "only parts of the form {'type': 'text', 'text': …} are supported.")
+            texts.append(part["text"])
+        return "".join(texts)
+    raise RequestError(field, f"expected text, got {type(content).__name__}.")
+
+
+def _parse_call(field: str, call: object) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RequestError(field, "expected {'function': {'name': …, 'arguments': …}}.")
+    arguments = function.get("arguments", "{}")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    identifier = call.get("id") if isinstance(call, Mapping) else None
+    return ToolCall(name=function["name"], arguments=text, id=_optional_text(f"{field}.id", identifier))
+
+
+def _optional_text(field: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise RequestError(field, f"expected text, got {type(value).__name__}.")
+
+
+def parse_tools(items: Iterable[Tool | Mapping[str, Any]]) -> tuple[Tool, ...]:
+    """Read OpenAI-style tool dictionaries. Raises RequestError naming the tool that cannot be used."""
+    return tuple(t if isinstance(t, Tool) else _parse_tool(f"tools[{i}]", t) for i, t in enumerate(items))
+
+
+def _parse_tool(field: str, item: object) -> Tool:
+    function = item.get("function", item) if isinstance(item, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RequestError(field, "expected {'type': 'function', 'function': {'name': …, 'parameters': …}}.")
+    parameters = function.get("parameters") or {}
+    description = function.get("description") or ""
+    if not isinstance(parameters, Mapping) or not isinstance(description, str):
+        raise RequestError(field, "'parameters' must be a JSON schema and 'description' text.")
+    return Tool(name=function["name"], description=description, parameters=dict(parameters))

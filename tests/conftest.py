@@ -1,0 +1,22 @@
+"""Fixtures shared by every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Golden numbers that other implementations produced, committed with the tests."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of benchmark rows and texts beside a developer's checkout; absent in a user's clone."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared (benchmark rows are not part of the repository)")
+    return folder
