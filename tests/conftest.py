@@ -15,7 +15,9 @@ def golden_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of benchmark rows and texts beside a developer's checkout; absent in a user's clone."""
+    """The folder of benchmark rows and texts beside a developer's checkout; absent in a user's
+    clone.
+    """
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("needs ../shared (benchmark rows are not part of the repository)")

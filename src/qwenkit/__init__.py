@@ -1,8 +1,8 @@
 """qwenkit: the whole life of a Qwen model in one package.
 
-The arrow, left may import what stands to its right:
-cli > server, web, bench > agent, evals > api > engine, training, quantize, parallel, survey > load, score >
-models, formats, checkpoint, adapters, chat > layers, tokenizer > kernels > types > errors
+The arrow, left may import what stands to its right: cli > server, web, bench > agent, evals > api >
+engine, training, quantize, parallel, survey > load, score > models, formats, checkpoint, adapters,
+chat > layers, tokenizer > kernels > types > errors
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PUBLIC = {
     "SamplingParams": "qwenkit.types.sampling",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Every exception a qwenkit user can meet, as one tree.
 
-Each message names what was given, what is allowed and what to do. Nothing here imports anything else of the package.
+Each message names what was given, what is allowed and what to do. Nothing here imports anything
+else of the package.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ class UsageError(QwenkitError, ValueError):
 
 
 class RequestError(UsageError):
-    """A generation request was refused before it reached the engine; `field` names the offending field."""
+    """A generation request was refused before it reached the engine; `field` names the offending
+    field.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
@@ -69,12 +72,17 @@ class MissingDependencyError(QwenkitError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'qwenkit[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}. "
+            f"Install it with: pip install 'qwenkit[{extra}]'"
+        )
         self.package = package
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
-    """One sentence for an unknown `name`: the nearest allowed names, or all of them when none is near."""
+    """One sentence for an unknown `name`: the nearest allowed names, or all of them when none is
+    near.
+    """
     names = sorted(allowed)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:

@@ -16,10 +16,11 @@ Container = Literal["safetensors", "torch_bin", "gguf"]
 class StoredTensor:
     """One tensor as it lies in a file.
 
-    `shape` is the logical shape, row-major, outermost first (a GGUF's dimensions reversed). `storage` is the tag of how
-    numbers are stored: a plain dtype ("F32", "F16", "BF16", "F64", "I8", "U8", "I16", "I32", "I64", "BOOL", "F8_E4M3",
-    "F8_E5M2") or a GGML block type ("Q4_0", "Q8_0", "Q6_K", …). `read()` returns a memory-mapped, read-only view: of
-    `shape` and its dtype for a plain dtype; uint8 [..., bytes_per_row] for a block type. Nothing is copied or converted.
+    `shape` is the logical shape, row-major, outermost first (a GGUF's dimensions reversed).
+    `storage` is the tag of how numbers are stored: a plain dtype ("F32", "F16", "BF16", "F64",
+    "I8", "U8", "I16", "I32", "I64", "BOOL", "F8_E4M3", "F8_E5M2") or a GGML block type ("Q4_0",
+    "Q8_0", "Q6_K", …). `read()` returns a memory-mapped, read-only view: of `shape` and its dtype
+    for a plain dtype; uint8 [..., bytes_per_row] for a block type. Nothing is copied or converted.
     """
 
     name: str
@@ -34,8 +35,9 @@ class StoredTensor:
 class Checkpoint:
     """An opened checkpoint: everything it says, nothing loaded yet.
 
-    `config` has the keys of a Hugging Face `config.json`; for a GGUF it is made from the metadata. `gguf_metadata` is
-    empty unless the container is GGUF. `folder` holds the tokenizer files of a folder checkpoint (None for a GGUF).
+    `config` has the keys of a Hugging Face `config.json`; for a GGUF it is made from the metadata.
+    `gguf_metadata` is empty unless the container is GGUF. `folder` holds the tokenizer files of a
+    folder checkpoint (None for a GGUF).
     """
 
     name: str

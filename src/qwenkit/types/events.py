@@ -19,10 +19,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One sampled token. `text` is the text that became certain with it: whole characters only, stop strings withheld.
+    """One sampled token. `text` is the text that became certain with it: whole characters only,
+    stop strings withheld.
 
-    `logprob` is the natural log-probability of the token under the model's raw distribution (before temperature,
-    filters and penalties); `top_logprobs` pairs (id, logprob), most likely first. Both None unless asked for.
+    `logprob` is the natural log-probability of the token under the model's raw distribution (before
+    temperature, filters and penalties); `top_logprobs` pairs (id, logprob), most likely first. Both
+    None unless asked for.
     """
 
     request_id: str
@@ -36,8 +38,8 @@ class TokenEvent:
 class FinishEvent:
     """The one terminal event. `text` is the rest of the text that was still held back.
 
-    `matched_stop` is the stop string, or the token id, that ended the output; `error` says what went wrong when
-    `reason` is "error".
+    `matched_stop` is the stop string, or the token id, that ended the output; `error` says what
+    went wrong when `reason` is "error".
     """
 
     request_id: str

@@ -16,7 +16,9 @@ _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_con
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call that the assistant made: `arguments` is the JSON text exactly as generated or given."""
+    """One call that the assistant made: `arguments` is the JSON text exactly as generated or
+    given.
+    """
 
     name: str
     arguments: str
@@ -51,7 +53,9 @@ def parse_messages(items: Iterable[Message | Mapping[str, Any]]) -> tuple[Messag
     """
     if isinstance(items, str | bytes | Mapping):
         kind = type(items).__name__
-        raise RequestError("messages", f"expected a list of messages, got one {kind}. Write [{{'role': …}}].")
+        raise RequestError(
+            "messages", f"expected a list of messages, got one {kind}. Write [{{'role': …}}]."
+        )
     messages = tuple(m if isinstance(m, Message) else _parse(i, m) for i, m in enumerate(items))
     if not messages:
         raise RequestError("messages", "expected at least one message, got an empty list.")
@@ -61,21 +65,28 @@ def parse_messages(items: Iterable[Message | Mapping[str, Any]]) -> tuple[Messag
 def _parse(index: int, item: Mapping[str, Any]) -> Message:
     field = f"messages[{index}]"
     if not isinstance(item, Mapping):
-        raise RequestError(field, f"expected a dictionary with 'role' and 'content', got {type(item).__name__}.")
+        raise RequestError(
+            field, f"expected a dictionary with 'role' and 'content', got {type(item).__name__}."
+        )
     for key in item:
         if key not in _KEYS:
             raise RequestError(f"{field}.{key}", f"unknown key. {suggest(str(key), _KEYS)}")
     role = item.get("role")
     if role not in ROLES:
         raise RequestError(f"{field}.role", f"got {role!r}; allowed: {', '.join(ROLES)}.")
-    calls = tuple(_parse_call(f"{field}.tool_calls[{j}]", c) for j, c in enumerate(item.get("tool_calls") or ()))
+    calls = tuple(
+        _parse_call(f"{field}.tool_calls[{j}]", c)
+        for j, c in enumerate(item.get("tool_calls") or ())
+    )
     return Message(
         role=cast(Role, role),
         content=_parse_content(f"{field}.content", item.get("content"), optional=bool(calls)),
         name=_optional_text(f"{field}.name", item.get("name")),
         tool_calls=calls,
         tool_call_id=_optional_text(f"{field}.tool_call_id", item.get("tool_call_id")),
-        reasoning_content=_optional_text(f"{field}.reasoning_content", item.get("reasoning_content")),
+        reasoning_content=_optional_text(
+            f"{field}.reasoning_content", item.get("reasoning_content")
+        ),
     )
 
 
@@ -84,11 +95,20 @@ def _parse_content(field: str, content: object, *, optional: bool) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list):  # OpenAI's list of parts; only text parts make sense for a text model
+    if isinstance(
+        content, list
+    ):  # OpenAI's list of parts; only text parts make sense for a text model
         texts = []
         for i, part in enumerate(content):
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RequestError(f"{field}[{i}]", "only parts of the form {'type': 'text', 'text': …} are supported.")
+            if (
+                not isinstance(part, Mapping)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                raise RequestError(
+                    f"{field}[{i}]",
+                    "only parts of the form {'type': 'text', 'text': …} are supported.",
+                )
             texts.append(part["text"])
         return "".join(texts)
     raise RequestError(field, f"expected text, got {type(content).__name__}.")
@@ -101,7 +121,9 @@ def _parse_call(field: str, call: object) -> ToolCall:
     arguments = function.get("arguments", "{}")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     identifier = call.get("id") if isinstance(call, Mapping) else None
-    return ToolCall(name=function["name"], arguments=text, id=_optional_text(f"{field}.id", identifier))
+    return ToolCall(
+        name=function["name"], arguments=text, id=_optional_text(f"{field}.id", identifier)
+    )
 
 
 def _optional_text(field: str, value: object) -> str | None:
@@ -111,14 +133,20 @@ def _optional_text(field: str, value: object) -> str | None:
 
 
 def parse_tools(items: Iterable[Tool | Mapping[str, Any]]) -> tuple[Tool, ...]:
-    """Read OpenAI-style tool dictionaries. Raises RequestError naming the tool that cannot be used."""
-    return tuple(t if isinstance(t, Tool) else _parse_tool(f"tools[{i}]", t) for i, t in enumerate(items))
+    """Read OpenAI-style tool dictionaries. Raises RequestError naming the tool that cannot be
+    used.
+    """
+    return tuple(
+        t if isinstance(t, Tool) else _parse_tool(f"tools[{i}]", t) for i, t in enumerate(items)
+    )
 
 
 def _parse_tool(field: str, item: object) -> Tool:
     function = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RequestError(field, "expected {'type': 'function', 'function': {'name': …, 'parameters': …}}.")
+        raise RequestError(
+            field, "expected {'type': 'function', 'function': {'name': …, 'parameters': …}}."
+        )
     parameters = function.get("parameters") or {}
     description = function.get("description") or ""
     if not isinstance(parameters, Mapping) or not isinstance(description, str):

@@ -21,7 +21,9 @@ class TokenStream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text ⇄ ids. Every id below `vocab_size` can be decoded; a model may have more (padding) rows."""
+    """Text ⇄ ids. Every id below `vocab_size` can be decoded; a model may have more (padding)
+    rows.
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -32,10 +34,14 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
-        """Text to ids. Control tokens in `text` stay plain text unless allowed by name or by "all"."""
+        """Text to ids. Control tokens in `text` stay plain text unless allowed by name or by
+        "all".
+        """
         ...
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False, errors: str = "replace") -> str: ...
+    def decode(
+        self, ids: Sequence[int], *, skip_special: bool = False, errors: str = "replace"
+    ) -> str: ...
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id stands for (a control token's name in UTF-8)."""

@@ -14,11 +14,13 @@ ChatFormat = Literal["template", "chatml", "raw"]
 class ModelRecord:
     """Facts of one checkpoint that are not tensors.
 
-    `chat_format`: "template" renders `chat_template` (the checkpoint's own Jinja text), "chatml" is the built-in ChatML of
-    the first generation, "raw" is a base model that must not be chatted with. `stop_token_ids` end every output
-    (all eos ids and the end of a ChatML turn). `sampling` holds the model's own defaults. `trained_context_tokens` is the
-    length the weights were trained for, `context_tokens` the length allowed (they differ under rope scaling).
-    `history_window_tokens` is the first generation's `max_window_size`: older turns beyond it are dropped and reported.
+    `chat_format`: "template" renders `chat_template` (the checkpoint's own Jinja text), "chatml" is
+    the built-in ChatML of the first generation, "raw" is a base model that must not be chatted
+    with. `stop_token_ids` end every output (all eos ids and the end of a ChatML turn). `sampling`
+    holds the model's own defaults. `trained_context_tokens` is the length the weights were trained
+    for, `context_tokens` the length allowed (they differ under rope scaling).
+    `history_window_tokens` is the first generation's `max_window_size`: older turns beyond it are
+    dropped and reported.
     """
 
     name: str
@@ -35,7 +37,7 @@ class ModelRecord:
     add_bos_token: bool = False
     chat_template: str | None = field(default=None, repr=False)
     default_system: str | None = None
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     history_window_tokens: int | None = None
     dialect: str | None = None
     licence: str | None = None

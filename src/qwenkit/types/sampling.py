@@ -15,11 +15,12 @@ from qwenkit.errors import RequestError, suggest
 class SamplingParams:
     """Sampling and stopping of one request.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch those filters off. `repetition_penalty` follows
-    CTRL (arXiv 1909.05858) over prompt and output; presence and frequency penalties follow OpenAI's formula over the
-    output. `max_tokens` None means: to the end of the context. `stop_token_sequences` are id sequences whose completion
-    ends the output (the original's `stop_words_ids`). `logprobs` None reports none, k reports the chosen token and the
-    k most likely ones.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch those filters off.
+    `repetition_penalty` follows CTRL (arXiv 1909.05858) over prompt and output; presence and
+    frequency penalties follow OpenAI's formula over the output. `max_tokens` None means: to the end
+    of the context. `stop_token_sequences` are id sequences whose completion ends the output (the
+    original's `stop_words_ids`). `logprobs` None reports none, k reports the chosen token and the k
+    most likely ones.
 
     Raises RequestError naming the field on construction.
     """
@@ -43,24 +44,44 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for field, low, high in _RANGES:
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
                 raise RequestError(field, f"expected a finite number, got {value!r}.")
             if not low <= value <= high:
                 raise RequestError(field, f"got {value!r}; allowed: {low} to {high}.")
-        for field, minimum in (("max_tokens", 1), ("min_tokens", 0), ("top_k", 0), ("logprobs", 0), ("seed", 0)):
+        for field, minimum in (
+            ("max_tokens", 1),
+            ("min_tokens", 0),
+            ("top_k", 0),
+            ("logprobs", 0),
+            ("seed", 0),
+        ):
             value = getattr(self, field)
             if value is None and field not in ("min_tokens", "top_k"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**63:
-                raise RequestError(field, f"expected a whole number of at least {minimum}, got {value!r}.")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not minimum <= value < 2**63
+            ):
+                raise RequestError(
+                    field, f"expected a whole number of at least {minimum}, got {value!r}."
+                )
         if self.repetition_penalty == 0:
             raise RequestError("repetition_penalty", "must be above 0 (1.0 switches it off).")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise RequestError("stop", f"expected non-empty strings, got {self.stop!r}.")
         if any(not sequence for sequence in self.stop_token_sequences):
-            raise RequestError("stop_token_sequences", "an empty sequence of ids would stop every output at once.")
+            raise RequestError(
+                "stop_token_sequences", "an empty sequence of ids would stop every output at once."
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError("min_tokens", f"{self.min_tokens} is above max_tokens {self.max_tokens}.")
+            raise RequestError(
+                "min_tokens", f"{self.min_tokens} is above max_tokens {self.max_tokens}."
+            )
 
     @property
     def greedy(self) -> bool:
