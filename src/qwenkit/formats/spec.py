@@ -1,0 +1,49 @@
+"""What a storage format file offers, and how it is found.
+
+Each module of this folder may end in a constant `FORMAT`. A checkpoint keeps a linear layer's
+weight as one or several tensors ("weight"; "qweight", "scales", …); a format claims the sets of
+tensors it can read and makes a `QuantWeight` of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import qwenkit.formats
+from qwenkit.layers.weight import QuantWeight
+
+Claim = Callable[[Mapping[str, str], Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One storage format.
+
+    `claim` is given the storage tags of the tensors below a layer's path (such as
+    {"weight": "Q4_1"}) and the checkpoint's `quantization_config` (empty when it has none), and
+    says whether `weight.from_tensors` reads them.
+    """
+
+    name: str
+    weight: type[QuantWeight]
+    claim: Claim
+
+
+@cache
+def formats() -> tuple[Format, ...]:
+    """Every format of this folder."""
+    modules = (
+        importlib.import_module(f"qwenkit.formats.{info.name}")
+        for info in pkgutil.iter_modules(qwenkit.formats.__path__)
+    )
+    return tuple(cast(Format, m.FORMAT) for m in modules if hasattr(m, "FORMAT"))
+
+
+def claim(storage: Mapping[str, str], quantization_config: Mapping[str, Any]) -> Format | None:
+    """The format that reads these tensors; None when they are plain numbers or unknown."""
+    return next((f for f in formats() if f.claim(storage, quantization_config)), None)

@@ -1,0 +1,54 @@
+"""Linear and embedding layers over a plain or quantized weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qwenkit.layers.weight import QuantWeight
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, W [out_features, in_features] being a parameter or a `QuantWeight`."""
+
+    weight: nn.Parameter | QuantWeight
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features]."""
+        if isinstance(self.weight, QuantWeight):
+            y = self.weight.matmul(x)
+            return y if self.bias is None else y + self.bias
+        return functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, bias={self.bias is not None}"
+
+
+class Embedding(nn.Module):
+    """Rows of W [num_embeddings, embedding_dim], W being a parameter or a `QuantWeight`."""
+
+    weight: nn.Parameter | QuantWeight
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """ids [tokens] to [tokens, embedding_dim] in `dtype`."""
+        if isinstance(self.weight, QuantWeight):
+            return self.weight.rows(ids, dtype)
+        return functional.embedding(ids, self.weight).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings} × {self.embedding_dim}"

@@ -1,0 +1,72 @@
+"""A weight as a value: the interface that every quantized storage format implements.
+
+`Linear.weight` and `Embedding.weight` hold either a plain parameter or a `QuantWeight`. Nothing
+outside `qwenkit.formats` knows which format it is.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class QuantWeight(nn.Module):
+    """A matrix [rows, columns] kept in a storage format.
+
+    A subclass implements `dequantize`, `from_tensors` and `to_tensors`; the rest has defaults.
+    Everything is held in buffers, which `.to(dtype)` moves between devices but never converts.
+    """
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """All numbers as [rows, columns] in `dtype`."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], *, shape: tuple[int, int], storage: str
+    ) -> Self:
+        """Build from the tensors of a file, by their published names below the layer's path.
+
+        `storage` is the storage tag of the main tensor. Tensors are kept as they are (possibly
+        memory-mapped), not copied.
+        """
+
+    @abstractmethod
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """The exact inverse of `from_tensors`: the same names, shapes, dtypes and bytes."""
+
+    @abstractmethod
+    def select_rows(self, index: torch.Tensor) -> Self:
+        """The weight made of the given rows ([n] int64), still quantized: the same bytes per row."""
+
+    @property
+    @abstractmethod
+    def storage(self) -> str:
+        """The storage tag, as a file header names it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., columns] times the transposed weight: [..., rows]. Differentiable in x."""
+        return functional.linear(x, self.dequantize(x.dtype))
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of the given ids [tokens] as [tokens, columns] in `dtype`."""
+        return self.select_rows(ids).dequantize(dtype)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        for name, buffer in self.named_buffers(recurse=False):
+            # A format's bytes and scales mean what they are only in their own dtype.
+            setattr(self, name, buffer.to(device=fn(buffer).device))
+        return self

@@ -1,0 +1,62 @@
+"""Reading of `config.json` dictionaries, old and new layouts alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwenkit.errors import ConfigError
+
+
+def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number. Raises ConfigError when it is missing without a default, or wrong."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ConfigError(f"{key}: expected a positive whole number, got {value!r}.")
+    return value
+
+
+def positive(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number. Raises ConfigError when it is missing without a default, or wrong."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ConfigError(f"{key}: expected a positive number, got {value!r}.")
+    return float(value)
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """True or false. Raises ConfigError for anything else."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: expected true or false, got {value!r}.")
+    return value
+
+
+def rope_base(config: Mapping[str, Any], default: float) -> float:
+    """The rotary base from `rope_theta` (old layout) or `rope_parameters` (new layout).
+
+    Raises ConfigError for a rope scaling, which would change the numbers at every length.
+    """
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for key, block in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"{key}: expected a dictionary, got {block!r}.")
+        kind = block.get("rope_type", block.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(
+                f"{key}: type {kind!r} is not supported yet. Without this block the model works "
+                "up to its trained length."
+            )
+    merged = {"rope_theta": parameters.get("rope_theta", config.get("rope_theta"))}
+    return positive(merged, "rope_theta", default)
+
+
+def only(config: Mapping[str, Any], key: str, supported: object) -> None:
+    """Raise ConfigError unless `key` is absent or has the one value that is implemented."""
+    value = config.get(key)
+    if value is not None and value != supported:
+        raise ConfigError(f"{key}: got {value!r}; only {supported!r} is supported.")

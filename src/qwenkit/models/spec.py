@@ -1,0 +1,98 @@
+"""What an architecture file offers, and how it is found.
+
+Each module of this folder ends in a constant `ARCHITECTURE`. Its modules' paths equal the names in
+the published weights, so that loading is a lookup.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+import qwenkit.models
+from qwenkit.errors import ConfigError, suggest
+from qwenkit.layers.attention import AttentionContext
+
+
+class ModelConfig(Protocol):
+    """What every architecture's frozen config offers to rooms that know no architecture."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+class CausalModel(nn.Module):
+    """Base of every model: flat tokens and a context in, logits out.
+
+    `dtype` is what activations are computed in; weights may be stored otherwise.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+
+    def forward(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """ids [tokens] int64 to logits [rows, vocab_size] of the rows that the context selects."""
+        raise AssertionError(f"{type(self).__name__} has no forward")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One architecture.
+
+    `config` reads a `config.json` dictionary, old and new layouts, and raises ConfigError naming
+    the key. `gguf_names` maps a GGUF tensor name to ours, with `{}` for the layer number; tensors
+    of `gguf_interleaved` (our names) have their rows in GGUF's pairwise rotary order and are put
+    back in rotate-half order on loading. `ignored` are tensor names that old files carry but no
+    model needs. `lora_targets` are the linear layers that adapters wrap by default.
+    """
+
+    model_types: tuple[str, ...]
+    gguf_arch: str
+    config: Callable[[Mapping[str, Any]], ModelConfig]
+    build: Callable[[Any], CausalModel]
+    gguf_names: Mapping[str, str]
+    gguf_interleaved: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ()
+    dialect: str | None = None
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """Every architecture of this folder by each of its model types."""
+    found: dict[str, Architecture] = {}
+    for info in pkgutil.iter_modules(qwenkit.models.__path__):
+        module = importlib.import_module(f"qwenkit.models.{info.name}")
+        architecture = getattr(module, "ARCHITECTURE", None)
+        if architecture is not None:
+            found |= dict.fromkeys(architecture.model_types, cast(Architecture, architecture))
+    return found
+
+
+def find(model_type: str) -> Architecture:
+    """The architecture of a `model_type`. Raises ConfigError naming the known ones."""
+    known = architectures()
+    if model_type not in known:
+        raise ConfigError(f"model_type: got {model_type!r}. {suggest(str(model_type), known)}")
+    return known[model_type]
