@@ -60,7 +60,7 @@ class PackedCausal:
     ) -> None:
         if not lengths or min(lengths) < 1:
             raise UsageError(f"lengths: expected sequences of at least one token, got {lengths}.")
-        self.lengths = tuple(lengths)
+        self.lengths = list(lengths)
         ranges = [torch.arange(n, device=device) for n in lengths]
         self.positions = torch.cat(ranges) if positions is None else positions  # [tokens]
         self._tables: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -77,19 +77,8 @@ class PackedCausal:
         if position is not None:
             cos, sin = self._rotation(position)
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-        outputs = [
-            functional.scaled_dot_product_attention(
-                q_i.transpose(0, 1)[None],
-                k_i.transpose(0, 1)[None],
-                v_i.transpose(0, 1)[None],
-                is_causal=True,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )[0].transpose(0, 1)  # [length, heads, head_dim]
-            for q_i, k_i, v_i in zip(
-                q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True
-            )
-        ]
-        return torch.cat(outputs)
+        sequences = zip(*(torch.split(t, self.lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([_causal(*sequence) for sequence in sequences])
 
     def select(self, hidden: torch.Tensor) -> torch.Tensor:
         """Every row."""
@@ -99,3 +88,15 @@ class PackedCausal:
         if spec not in self._tables:
             self._tables[spec] = rotary_tables(spec, self.positions)
         return self._tables[spec]
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of one whole sequence: q [length, heads, head_dim], k and v with kv_heads."""
+    output = functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],  # [1, heads, length, head_dim]
+        k.transpose(0, 1)[None],  # [1, kv_heads, length, head_dim]
+        v.transpose(0, 1)[None],  # [1, kv_heads, length, head_dim]
+        is_causal=True,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output[0].transpose(0, 1)  # [length, heads, head_dim]

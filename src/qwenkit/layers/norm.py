@@ -9,7 +9,7 @@ from qwenkit.kernels.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x · rsqrt(mean(x²) + eps) · weight; the mean is taken in fp32 and cast back before weighting."""
+    """x · rsqrt(mean(x²) + eps) · weight; computed in fp32, cast back before weighting."""
 
     def __init__(self, hidden_size: int, *, eps: float) -> None:
         super().__init__()

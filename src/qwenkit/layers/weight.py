@@ -45,7 +45,7 @@ class QuantWeight(nn.Module):
 
     @abstractmethod
     def select_rows(self, index: torch.Tensor) -> Self:
-        """The weight made of the given rows ([n] int64), still quantized: the same bytes per row."""
+        """The weight made of the given rows ([n] int64), still quantized, bytes unchanged."""
 
     @property
     @abstractmethod

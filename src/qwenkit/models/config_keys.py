@@ -9,7 +9,7 @@ from qwenkit.errors import ConfigError
 
 
 def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number. Raises ConfigError when it is missing without a default, or wrong."""
+    """A positive whole number; ConfigError when it is wrong, or missing without a default."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
@@ -18,7 +18,7 @@ def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 
 def positive(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A positive number. Raises ConfigError when it is missing without a default, or wrong."""
+    """A positive number; ConfigError when it is wrong, or missing without a default."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:

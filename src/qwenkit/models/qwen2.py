@@ -114,7 +114,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
         x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Decoder(nn.Module):
