@@ -1,0 +1,364 @@
+"""Room 6: `LLM` and `AsyncLLM`, a loaded model with its engine and chat renderer behind one door.
+
+from qwenkit import LLM
+llm = LLM("default")
+print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, overload
+
+import torch
+
+from qwenkit.chat.render import Rendered, render
+from qwenkit.checkpoint.hub import resolve
+from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.request import Request
+from qwenkit.engine.service import EngineService
+from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.kernels import cpu
+from qwenkit.load import load
+from qwenkit.types.events import Event, FinishEvent, FinishReason, TokenEvent, Usage
+from qwenkit.types.messages import Message, Tool, parse_messages, parse_tools
+from qwenkit.types.sampling import SamplingParams
+
+COMPUTE = ("auto", "reference")
+Sampling = SamplingParams | Mapping[str, Any] | None
+Messages = Iterable[Message | Mapping[str, Any]]
+Tools = Iterable[Tool | Mapping[str, Any]]
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A sampled token's natural log-probability, and the most likely alternatives (id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall times of one request, seconds from its submission."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_s: float
+    total_s: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second until the first token came."""
+        return self.prompt_tokens / self.first_token_s if self.first_token_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens per second after the first one; 0 when there was at most one."""
+        span_s = self.total_s - self.first_token_s
+        return (self.completion_tokens - 1) / span_s if self.completion_tokens > 1 and span_s else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The whole answer to one request. `text` leaves out control tokens and the matched stop."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    timing: Timing
+    matched_stop: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
+
+
+class _Session:
+    """What `LLM` and `AsyncLLM` share: one loaded model and one engine."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        compute: str = "auto",
+        device: str = "cpu",
+        threads: int | None = None,
+        context_tokens: int | None = None,
+        kv_cache_tokens: int | None = None,
+        offline: bool = False,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Load `model`: "default", a name on a hub, a folder or a .gguf file.
+
+        `dtype` "auto", "float32" or "bfloat16" is that of the activations. `compute` "auto" uses
+        the fastest kernels of this machine, "reference" the readable torch ones. `context_tokens`
+        limits prompt and answer together (default: what the model allows); `kv_cache_tokens` is
+        the room for all requests together. `offline` never touches the network.
+
+        Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
+        UsageError.
+        """
+        if compute not in COMPUTE:
+            raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads: expected at least 1, got {threads}.")
+        self.path = resolve(str(model), offline=offline)
+        cpu.register(threads=threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = load(self.path, dtype=dtype, device=device, progress=progress)
+        self.model = loaded.model
+        self.config = loaded.config
+        self.record = loaded.record
+        self.tokenizer = loaded.tokenizer
+        self.checkpoint = loaded.checkpoint
+        limit = self.record.context_tokens
+        if context_tokens is not None and not 1 <= context_tokens <= limit:
+            raise UsageError(
+                f"context_tokens: got {context_tokens}; {self.record.name} allows 1 to {limit}."
+            )
+        self.context_tokens = context_tokens or limit
+        settings = EngineSettings(
+            kv_cache_tokens=kv_cache_tokens or self.context_tokens,
+            reference_ops=compute == "reference",
+        )
+        self._service = EngineService(
+            Engine(
+                loaded.model,
+                loaded.tokenizer,
+                settings,
+                stop_token_ids=self.record.stop_token_ids,
+                context_tokens=self.context_tokens,
+            )
+        )
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Rendered:
+        """Messages to prompt ids. Raises RequestError or TemplateError."""
+        return render(
+            parse_messages(messages),
+            tokenizer=self.tokenizer,
+            record=self.record,
+            tools=parse_tools(tools),
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+        )
+
+    def sampling(self, given: Sampling = None) -> SamplingParams:
+        """The sampling that a request would use: the model's own defaults, changed by `given`.
+
+        A `SamplingParams` is used exactly as it is; a mapping changes single fields. A missing
+        seed is drawn here, so that every answer can be repeated. Raises RequestError.
+        """
+        if isinstance(given, SamplingParams):
+            chosen = given
+        elif given is None or isinstance(given, Mapping):
+            chosen = self.record.sampling.replace(**dict(given or {}))
+        else:
+            kind = type(given).__name__
+            raise RequestError("sampling", f"expected SamplingParams or a mapping, got {kind}.")
+        return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
+
+    def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            bos = self.record.bos_token_id
+            if self.record.add_bos_token and bos is not None:
+                ids.insert(0, bos)
+        else:
+            ids = list(prompt)
+        return Request(secrets.token_hex(8), tuple(ids), self.sampling(sampling))
+
+    def _chat_request(
+        self, messages: Messages, sampling: Sampling, tools: Tools, continue_final: bool
+    ) -> Request:
+        rendered = self.render(messages, tools=tools, continue_final_message=continue_final)
+        return self._request(rendered.ids, sampling)
+
+
+class LLM(_Session):
+    """A model to talk to from ordinary code. Safe to use from several threads; a context manager."""
+
+    def stream(self, prompt: Prompt, sampling: Sampling = None) -> Iterator[Event]:
+        """Events of a raw completion of text or ids: tokens, then exactly one FinishEvent.
+
+        Closing the iterator aborts the request. Raises RequestError before the first event.
+        """
+        return self._service.stream(self._request(prompt, sampling))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        sampling: Sampling = None,
+        *,
+        tools: Tools = (),
+        continue_final_message: bool = False,
+    ) -> Iterator[Event]:
+        """Events of the assistant's next turn; see `stream`."""
+        request = self._chat_request(messages, sampling, tools, continue_final_message)
+        return self._service.stream(request)
+
+    @overload
+    def generate(self, prompts: str, sampling: Sampling = None) -> Completion: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling = None
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompts: str | Sequence[Prompt], sampling: Sampling = None
+    ) -> Completion | list[Completion]:
+        """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
+        if isinstance(prompts, str):
+            return self._complete([self._request(prompts, sampling)])[0]
+        if any(isinstance(prompt, int) for prompt in prompts):
+            raise RequestError("prompts", "a list of ids must be inside a list: [[1, 2, 3]].")
+        return self._complete([self._request(prompt, sampling) for prompt in prompts])
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling: Sampling = None,
+        *,
+        tools: Tools = (),
+        continue_final_message: bool = False,
+    ) -> Completion:
+        """The assistant's next turn. Raises RequestError or TemplateError."""
+        request = self._chat_request(messages, sampling, tools, continue_final_message)
+        return self._complete([request])[0]
+
+    def close(self) -> None:
+        """Stop the engine; running requests end with the reason "abort"."""
+        self._service.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        collectors = {request.id: _Collector(request) for request in requests}
+        for event in self._service.stream_many(requests):
+            collectors[event.request_id].add(event)
+        return [collectors[request.id].completion() for request in requests]
+
+
+class AsyncLLM(_Session):
+    """The same model for asyncio code; several requests run together in one engine."""
+
+    def stream(self, prompt: Prompt, sampling: Sampling = None) -> AsyncIterator[Event]:
+        """Events of a raw completion of text or ids; see `LLM.stream`."""
+        return self._service.astream(self._request(prompt, sampling))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        sampling: Sampling = None,
+        *,
+        tools: Tools = (),
+        continue_final_message: bool = False,
+    ) -> AsyncIterator[Event]:
+        """Events of the assistant's next turn; see `LLM.stream_chat`."""
+        request = self._chat_request(messages, sampling, tools, continue_final_message)
+        return self._service.astream(request)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling = None) -> Completion:
+        """Complete one text or id list; gather several calls to run them in one batch."""
+        return await self._complete(self._request(prompt, sampling))
+
+    async def chat(
+        self,
+        messages: Messages,
+        sampling: Sampling = None,
+        *,
+        tools: Tools = (),
+        continue_final_message: bool = False,
+    ) -> Completion:
+        """The assistant's next turn; see `LLM.chat`."""
+        request = self._chat_request(messages, sampling, tools, continue_final_message)
+        return await self._complete(request)
+
+    async def close(self) -> None:
+        """Stop the engine; running requests end with the reason "abort"."""
+        self._service.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _complete(self, request: Request) -> Completion:
+        collector = _Collector(request)
+        async for event in self._service.astream(request):
+            collector.add(event)
+        return collector.completion()
+
+
+class _Collector:
+    """Gathers one request's events into a Completion."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._tokens: list[TokenEvent] = []
+        self._finish: FinishEvent | None = None
+        self._start_s = time.perf_counter()
+        self._first_s: float | None = None
+        self._end_s = self._start_s
+
+    def add(self, event: Event) -> None:
+        self._end_s = time.perf_counter()
+        if isinstance(event, FinishEvent):
+            self._finish = event
+            return
+        self._tokens.append(event)
+        if self._first_s is None:
+            self._first_s = self._end_s
+
+    def completion(self) -> Completion:
+        finish = self._finish
+        assert finish is not None, "every accepted request ends in a FinishEvent"
+        first_s = self._end_s if self._first_s is None else self._first_s
+        seed = self._request.sampling.seed
+        assert seed is not None, "a seed is drawn for every request"
+        return Completion(
+            prompt_token_ids=self._request.prompt_ids,
+            token_ids=tuple(t.token_id for t in self._tokens),
+            text="".join(t.text for t in self._tokens) + finish.text,
+            finish_reason=finish.reason,
+            usage=finish.usage,
+            seed=seed,
+            timing=Timing(
+                prompt_tokens=finish.usage.prompt_tokens,
+                completion_tokens=finish.usage.completion_tokens,
+                first_token_s=first_s - self._start_s,
+                total_s=self._end_s - self._start_s,
+            ),
+            matched_stop=finish.matched_stop,
+            logprobs=self._logprobs(),
+            error=finish.error,
+        )
+
+    def _logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        if self._request.sampling.logprobs is None:
+            return None
+        return tuple(
+            TokenLogprob(t.token_id, t.logprob, t.top_logprobs or ())
+            for t in self._tokens
+            if t.logprob is not None
+        )

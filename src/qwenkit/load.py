@@ -1,0 +1,242 @@
+"""Room 4: the only place where model × checkpoint × format meet.
+
+A checkpoint's tensors are looked up by the built model's own module paths; a format turns each
+linear layer's tensors into a weight in the slot. A tensor left over or missing is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qwenkit.checkpoint import open_checkpoint
+from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
+from qwenkit.errors import CheckpointError, UsageError, suggest
+from qwenkit.formats.spec import claim
+from qwenkit.layers.linear import Embedding, Linear
+from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
+from qwenkit.record import read_record
+from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf
+from qwenkit.types.record import ModelRecord
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_PLAIN = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A built model with everything its checkpoint says."""
+
+    model: CausalModel
+    config: ModelConfig
+    record: ModelRecord
+    tokenizer: BytePairTokenizer
+    checkpoint: Checkpoint
+
+
+def load(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> Loaded:
+    """Build the model of a checkpoint (folder or .gguf file) and its tokenizer.
+
+    `dtype` is that of the activations: "auto" keeps a bf16 checkpoint in bf16 where the processor
+    computes in it, and is fp32 otherwise. Weights stay as they are stored where that can be: in
+    their quantized format, memory-mapped. `progress` is called with the share done, 0 to 1.
+
+    Raises CheckpointError, ConfigError, TokenizerError or UsageError.
+    """
+    checkpoint = open_checkpoint(path)
+    tokenizer = load_tokenizer(checkpoint)
+    architecture = find(str(checkpoint.config.get("model_type")))
+    config = architecture.config(checkpoint.config)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            checkpoint.path,
+            "vocab_size",
+            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
+            f"{config.vocab_size} rows; these files do not belong together.",
+        )
+    with torch.device("meta"):
+        model = architecture.build(config)
+    model.dtype = _compute_dtype(checkpoint, dtype, device)
+    fill(model, architecture, checkpoint, device=device, progress=progress)
+    record = read_record(checkpoint, tokenizer, config)
+    return Loaded(model.eval(), config, record, tokenizer, checkpoint)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> BytePairTokenizer:
+    """The tokenizer that a checkpoint carries. Raises TokenizerError."""
+    if checkpoint.folder is None:
+        return from_gguf(checkpoint.gguf_metadata)
+    return from_folder(checkpoint.folder)
+
+
+def fill(
+    model: CausalModel,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    *,
+    device: str = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> None:
+    """Put every tensor of the checkpoint into its slot of a model built on the meta device.
+
+    Raises CheckpointError naming a tensor that is missing, left over or of another shape.
+    """
+    tensors = _by_our_names(architecture, checkpoint)
+    slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
+    tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
+    for done, (path, module) in enumerate(slots):
+        if module is tied:
+            continue
+        below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
+        _fill_module(path, module, below, model, architecture, checkpoint, device)
+        if progress is not None:
+            progress((done + 1) / len(slots))
+    if tied is not None:
+        _tie(model, tied, tensors.pop("lm_head.weight", None), checkpoint)
+    left = [n for n in tensors if not n.endswith(architecture.ignored)]
+    if left:
+        names = ", ".join(sorted(left)[:5])
+        raise CheckpointError(
+            checkpoint.path, "tensors", f"{len(left)} belong to no part of the model: {names}."
+        )
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _compute_dtype(checkpoint: Checkpoint, dtype: str, device: str) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            allowed = suggest(dtype, ["auto", *DTYPES])
+            raise UsageError(f"dtype: got {dtype!r}. {allowed}")
+        if dtype == "float16" and device == "cpu":
+            raise UsageError(
+                "dtype: float16 overflows on Qwen models and is slow on a processor; "
+                "use bfloat16 or float32."
+            )
+        return DTYPES[dtype]
+    matrices = {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
+    if matrices == {"BF16"} and (device != "cpu" or _cpu_computes_bf16()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_computes_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _by_our_names(architecture: Architecture, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    if checkpoint.container != "gguf":
+        return dict(checkpoint.tensors)
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        pieces = name.split(".", 2)
+        number = pieces[1] if pieces[0] == "blk" and len(pieces) == 3 else ""
+        pattern = f"blk.{{}}.{pieces[2]}" if number else name
+        ours = architecture.gguf_names.get(pattern)
+        renamed[name if ours is None else ours.replace("{}", number)] = tensor
+    return renamed
+
+
+def _parts(tensors: Mapping[str, StoredTensor], path: str) -> list[str]:
+    prefix = f"{path}."
+    return [n[len(prefix) :] for n in tensors if n.startswith(prefix)]
+
+
+def _fill_module(
+    path: str,
+    module: nn.Module,
+    below: dict[str, StoredTensor],
+    model: CausalModel,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    device: str,
+) -> None:
+    index = None
+    if checkpoint.container == "gguf" and path.endswith(architecture.gguf_interleaved):
+        index = _halves_from_pairs(next(iter(module.parameters())).shape[0], model.config.head_dim)
+    expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    if isinstance(module, Linear | Embedding):
+        storage = {part: t.storage for part, t in below.items() if part not in ("bias",)}
+        chosen = claim(storage, checkpoint.config.get("quantization_config") or {})
+        if chosen is not None:
+            rows, columns = expected.pop("weight")
+            _check_shape(checkpoint, f"{path}.weight", below.get("weight"), (rows, columns))
+            weight = chosen.weight.from_tensors(
+                {part: below.pop(part).read() for part in storage},
+                shape=(rows, columns),
+                storage=storage.get("weight", chosen.name),
+            )
+            del module.weight
+            module.weight = (weight if index is None else weight.select_rows(index)).to(device)
+    for part, shape in expected.items():
+        name = f"{path}.{part}"
+        stored = below.pop(part, None)
+        _check_shape(checkpoint, name, stored, shape)
+        assert stored is not None
+        if stored.storage not in _PLAIN:
+            raise CheckpointError(
+                stored.file, name, f"no known format reads tensors stored as {stored.storage}."
+            )
+        value = stored.read()
+        value = value if index is None else value[index]
+        value = value.to(device=device, dtype=model.dtype)
+        setattr(module, part, nn.Parameter(value, requires_grad=False))
+    if below:
+        names = ", ".join(f"{path}.{part}" for part in sorted(below))
+        raise CheckpointError(
+            checkpoint.path, "tensors", f"belong to no part of the model: {names}."
+        )
+
+
+def _check_shape(
+    checkpoint: Checkpoint, name: str, stored: StoredTensor | None, shape: tuple[int, ...]
+) -> None:
+    if stored is None:
+        raise CheckpointError(checkpoint.path, name, f"is missing; the model needs it, {shape}.")
+    if stored.shape != shape:
+        raise CheckpointError(
+            stored.file, name, f"has shape {stored.shape}; config.json asks for {shape}."
+        )
+
+
+def _halves_from_pairs(rows: int, head_dim: int) -> torch.Tensor:
+    """For each row in rotate-half order the row that holds it in pairwise order. [rows]"""
+    pairs = torch.arange(rows).view(-1, head_dim // 2, 2)  # [heads, head_dim / 2, 2]
+    return pairs.transpose(1, 2).reshape(-1)
+
+
+def _tie(
+    model: CausalModel, head: nn.Module, stored: StoredTensor | None, checkpoint: Checkpoint
+) -> None:
+    """Make the head use the embedding's own weight; a head in the file must be the same."""
+    embedding = next(m for m in model.modules() if isinstance(m, Embedding))
+    if stored is not None:
+        weight = embedding.weight
+        same = isinstance(weight, nn.Parameter) and torch.equal(
+            weight, stored.read().to(weight.dtype)
+        )
+        if not same:
+            raise CheckpointError(
+                stored.file,
+                "lm_head.weight",
+                "differs from the embedding although config.json says tie_word_embeddings; "
+                "set it to false to use both.",
+            )
+    del head.weight
+    head.weight = embedding.weight
