@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from qwenkit.checkpoint.hub import resolve
+from qwenkit.errors import ModelNotFoundError, NetworkError
+
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
@@ -22,3 +25,12 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared (benchmark rows are not part of the repository)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """The embedded default model's GGUF file, fetched once into the user's cache."""
+    try:
+        return resolve("default")
+    except (ModelNotFoundError, NetworkError) as error:
+        pytest.skip(f"needs the embedded default model: {error}")
