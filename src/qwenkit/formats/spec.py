@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
+
+import torch
 
 import qwenkit.formats
 from qwenkit.layers.weight import QuantWeight
 
 Claim = Callable[[Mapping[str, str], Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A weight to test a format with: the numbers it was made of, and the root-mean-square error,
+    relative to those numbers', that it may have.
+    """
+
+    weight: QuantWeight
+    original: torch.Tensor
+    relative_error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +39,14 @@ class Format:
 
     `claim` is given the storage tags of the tensors below a layer's path (such as
     {"weight": "Q4_1"}) and the checkpoint's `quantization_config` (empty when it has none), and
-    says whether `weight.from_tensors` reads them.
+    says whether `weight.from_tensors` reads them. `cases` yields weights of every variant that the
+    format has; the contract test runs on them.
     """
 
     name: str
     weight: type[QuantWeight]
     claim: Claim
+    cases: Callable[[], Iterable[Case]]
 
 
 @cache

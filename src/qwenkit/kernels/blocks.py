@@ -55,19 +55,19 @@ class BlockLayout:
 
     def columns(self, bytes_per_row: int) -> int:
         """Numbers in a row of so many bytes. Raises KernelError unless blocks fill it exactly."""
-        if bytes_per_row % self.block_bytes:
+        if bytes_per_row < 1 or bytes_per_row % self.block_bytes:
             raise KernelError(
-                f"{self.name}: a row of {bytes_per_row} bytes was given; it must be a multiple of "
-                f"the block size, {self.block_bytes} bytes."
+                f"{self.name}: a row of {bytes_per_row} bytes was given; it must be one or more "
+                f"whole blocks of {self.block_bytes} bytes."
             )
         return bytes_per_row // self.block_bytes * self.block_columns
 
     def bytes_per_row(self, columns: int) -> int:
         """Bytes of a row of so many numbers. Raises KernelError unless it is whole blocks."""
-        if columns % self.block_columns:
+        if columns < 1 or columns % self.block_columns:
             raise KernelError(
-                f"{self.name}: a row of {columns} numbers was given; it must be a multiple of "
-                f"{self.block_columns}. Choose a type with smaller blocks."
+                f"{self.name}: a row of {columns} numbers was given; it must be one or more whole "
+                f"blocks of {self.block_columns}. Choose a type with smaller blocks."
             )
         return columns // self.block_columns * self.block_bytes
 
@@ -102,7 +102,7 @@ def first_nonfinite_block(blocks: torch.Tensor, block_type: str) -> tuple[int, i
     layout = block_layout(block_type)
     columns = layout.columns(blocks.shape[-1])
     for rows in row_chunks(blocks.shape[0], columns):
-        by_block = blocks[rows].unflatten(1, (-1, layout.block_bytes))
+        by_block = blocks[rows].reshape(rows.stop - rows.start, -1, layout.block_bytes)
         # A half is NaN or infinite when its five exponent bits are all set: its high byte tells.
         high_bytes = torch.stack([by_block[..., o + 1] for o in layout.half_offsets], -1)
         bad = ((high_bytes & 0x7C) == 0x7C).any(-1)  # [rows, blocks]
@@ -135,12 +135,13 @@ def _half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
     return pair.view(torch.float16).to(torch.float32).unsqueeze(-1)
 
 
-def _fields(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Split each byte of [blocks, sections, width] into its fields of `bits` bits, lowest first:
-    uint8 [blocks, sections, 8 // bits, width].
+def _fields(packed: torch.Tensor, bits: int, *, sections: int) -> torch.Tensor:
+    """Split bytes into fields of `bits` bits: in each of the equal sections that [blocks, bytes]
+    falls into, first the lowest bits of all its bytes, then the next; uint8 [blocks, numbers].
     """
-    whole = packed.contiguous()  # twice as fast as shifting by a broadcast tensor
-    return torch.stack([(whole >> low) & ((1 << bits) - 1) for low in range(0, 8, bits)], -2)
+    whole = packed.reshape(packed.shape[0], sections, -1).contiguous()
+    mask = (1 << bits) - 1  # shifts by a plain number are twice as fast as by a broadcast tensor
+    return torch.stack([(whole >> low) & mask for low in range(0, 8, bits)], 2).flatten(1)
 
 
 def _signed(codes: torch.Tensor, zero: int) -> torch.Tensor:
@@ -153,9 +154,9 @@ def _unpack_q8_0(blocks: torch.Tensor) -> Parts:
 
 def _unpack_32(blocks: torch.Tensor, *, has_minimum: bool, has_fifth_bit: bool) -> Parts:
     """Q4_0, Q4_1, Q5_0 and Q5_1: scale, minimum, 4 bytes of fifth bits, 16 bytes of nibbles."""
-    codes = _fields(blocks[:, None, -16:], 4).flatten(1)  # [blocks, 32]
+    codes = _fields(blocks[:, -16:], 4, sections=1)  # [blocks, 32]
     if has_fifth_bit:
-        codes |= _fields(blocks[:, -20:-16, None], 1).flatten(1) << 4
+        codes |= _fields(blocks[:, -20:-16], 1, sections=4) << 4
     codes = codes.unsqueeze(1)  # [blocks, 1, 32]
     if has_minimum:
         return Parts(codes, _half(blocks, 0), -_half(blocks, 2))  # stored with the opposite sign
@@ -164,16 +165,16 @@ def _unpack_32(blocks: torch.Tensor, *, has_minimum: bool, has_fifth_bit: bool) 
 
 def _unpack_iq4_nl(blocks: torch.Tensor) -> Parts:
     levels = torch.tensor(IQ4_NL_LEVELS, dtype=torch.int8, device=blocks.device)
-    codes = _fields(blocks[:, None, 2:], 4).flatten(1)  # [blocks, 32]
+    codes = _fields(blocks[:, 2:], 4, sections=1)  # [blocks, 32]
     return Parts(levels[codes.int()].unsqueeze(1), _half(blocks, 0))
 
 
 def _unpack_q2_k(blocks: torch.Tensor) -> Parts:
     """16 bytes of 4-bit scales and minimums, 64 of 2-bit codes, two factors."""
-    codes = _fields(blocks[:, 16:80].unflatten(1, (2, 32)), 2)  # [blocks, 2, 4, 32]
+    codes = _fields(blocks[:, 16:80], 2, sections=2).view(-1, 16, 16)
     scales = blocks[:, :16, None]  # [blocks, 16, 1]
     return Parts(
-        codes.view(-1, 16, 16),
+        codes,
         _half(blocks, 80) * (scales & 0xF).float(),
         _half(blocks, 82) * (scales >> 4).float(),
     )
@@ -181,24 +182,24 @@ def _unpack_q2_k(blocks: torch.Tensor) -> Parts:
 
 def _unpack_q3_k(blocks: torch.Tensor) -> Parts:
     """32 bytes of third bits, 64 of low 2-bit codes, 12 of 6-bit scales, one factor."""
-    codes = _fields(blocks[:, 32:96].unflatten(1, (2, 32)), 2)  # [blocks, 2, 4, 32]
-    codes |= _fields(blocks[:, None, :32], 1).view_as(codes) << 2
-    low = _fields(blocks[:, None, 96:104], 4).flatten(1)  # [blocks, 16]
-    high = _fields(blocks[:, None, 104:108], 2).flatten(1)  # [blocks, 16]
+    codes = _fields(blocks[:, 32:96], 2, sections=2)  # [blocks, 256]
+    codes |= _fields(blocks[:, :32], 1, sections=1) << 2
+    low = _fields(blocks[:, 96:104], 4, sections=1)  # [blocks, 16]
+    high = _fields(blocks[:, 104:108], 2, sections=1)  # [blocks, 16]
     scales = _signed(low | (high << 4), 32).unsqueeze(-1)
     return Parts(_signed(codes, 4).view(-1, 16, 16), _half(blocks, 108) * scales.float())
 
 
 def _unpack_q4_k(blocks: torch.Tensor) -> Parts:
     """Two factors, 12 bytes of 6-bit scales and minimums, 128 of 4-bit codes."""
-    codes = _fields(blocks[:, 16:].unflatten(1, (4, 32)), 4)  # [blocks, 4, 2, 32]
+    codes = _fields(blocks[:, 16:], 4, sections=4)  # [blocks, 256]
     return _with_six_bit_scales(blocks, codes.view(-1, 8, 32))
 
 
 def _unpack_q5_k(blocks: torch.Tensor) -> Parts:
     """As Q4_K, with 32 bytes of fifth bits before the 4-bit codes."""
-    codes = _fields(blocks[:, 48:].unflatten(1, (4, 32)), 4)  # [blocks, 4, 2, 32]
-    codes |= _fields(blocks[:, None, 16:48], 1).view_as(codes) << 4
+    codes = _fields(blocks[:, 48:], 4, sections=4)  # [blocks, 256]
+    codes |= _fields(blocks[:, 16:48], 1, sections=1) << 4
     return _with_six_bit_scales(blocks, codes.view(-1, 8, 32))
 
 
@@ -206,7 +207,7 @@ def _with_six_bit_scales(blocks: torch.Tensor, codes: torch.Tensor) -> Parts:
     """Bytes 4 to 15 hold eight scales and eight minimums of 6 bits: four whole scales, four whole
     minimums, then the low nibbles of the others, whose upper bits top the first eight bytes.
     """
-    first, second, low = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)  # [blocks, 4] each
+    first, second, low = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat([first & 0x3F, (low & 0xF) | ((first >> 2) & 0x30)], 1).unsqueeze(-1)
     minimums = torch.cat([second & 0x3F, (low >> 4) | ((second >> 2) & 0x30)], 1).unsqueeze(-1)
     return Parts(codes, _half(blocks, 0) * scales.float(), _half(blocks, 2) * minimums.float())
@@ -214,11 +215,10 @@ def _with_six_bit_scales(blocks: torch.Tensor, codes: torch.Tensor) -> Parts:
 
 def _unpack_q6_k(blocks: torch.Tensor) -> Parts:
     """128 bytes of low 4-bit codes, 64 of high 2-bit codes, 16 signed scales, one factor."""
-    low = _fields(blocks[:, :128].unflatten(1, (2, 64)), 4)  # [blocks, 2, 2, 64]
-    high = _fields(blocks[:, 128:192].unflatten(1, (2, 32)), 2)  # [blocks, 2, 4, 32]
-    codes = _signed(low.view_as(high) | (high << 4), 32)
+    codes = _fields(blocks[:, :128], 4, sections=2)  # [blocks, 256]
+    codes |= _fields(blocks[:, 128:192], 2, sections=2) << 4
     scales = blocks[:, 192:208, None].view(torch.int8)  # [blocks, 16, 1]
-    return Parts(codes.view(-1, 16, 16), _half(blocks, 208) * scales.float())
+    return Parts(_signed(codes, 32).view(-1, 16, 16), _half(blocks, 208) * scales.float())
 
 
 def _layouts() -> Iterator[BlockLayout]:

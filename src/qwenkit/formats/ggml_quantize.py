@@ -1,0 +1,129 @@
+"""Plain numbers to GGML blocks: the types with blocks of 32, and the door to all of them.
+
+Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are round-to-nearest with the range of the block as the scale, in
+the very order of roundings that llama.cpp's converter uses: the bytes are equal to its own. IQ4_NL
+and the K-quants look for a scale with less error; they are ours, see `ggml_k_quantize`.
+
+The inverse is `qwenkit.kernels.blocks`. Knows no files and no layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from qwenkit.errors import NonFiniteError, UsageError, suggest
+from qwenkit.formats.ggml_k_quantize import K_QUANTIZERS
+from qwenkit.formats.ggml_pack import half_bytes, pack_fields, reciprocal
+from qwenkit.kernels.blocks import (
+    BLOCK_LAYOUTS,
+    IQ4_NL_LEVELS,
+    first_nonfinite_block,
+    row_chunks,
+)
+
+
+def quantize_blocks(weight: torch.Tensor, block_type: str) -> torch.Tensor:
+    """Quantize a matrix [rows, columns] of any float dtype to uint8 [rows, bytes_per_row].
+
+    Works in chunks of rows, each in fp32. Raises UsageError when the type is unknown or its blocks
+    do not fill a row, NonFiniteError when a number is NaN, infinite or too large for the type.
+    """
+    if block_type not in QUANTIZERS:
+        raise UsageError(f"unknown block type {block_type!r}. {suggest(block_type, QUANTIZERS)}")
+    layout = BLOCK_LAYOUTS[block_type]
+    if weight.ndim != 2 or weight.shape[1] < 1 or weight.shape[1] % layout.block_columns:
+        raise UsageError(
+            f"{block_type} takes a matrix whose rows are whole blocks of {layout.block_columns} "
+            f"numbers; got the shape {tuple(weight.shape)}. Choose a type with smaller blocks."
+        )
+    rows, columns = weight.shape
+    result = weight.new_empty((rows, layout.bytes_per_row(columns)), dtype=torch.uint8)
+    for chunk in row_chunks(rows, columns):
+        numbers = weight[chunk].detach().to(torch.float32).reshape(-1, layout.block_columns)
+        blocks = QUANTIZERS[block_type](numbers)  # [blocks, block_bytes]
+        result[chunk] = blocks.view(-1, result.shape[1])
+        _refuse_nonfinite(numbers, result[chunk], block_type, first_row=chunk.start)
+    return result
+
+
+def _refuse_nonfinite(
+    numbers: torch.Tensor, blocks: torch.Tensor, block_type: str, *, first_row: int
+) -> None:
+    at_fault = first_nonfinite_block(blocks, block_type)
+    if at_fault is None and bool(torch.isfinite(numbers).all()):
+        return
+    row = "" if at_fault is None else f" (first in row {first_row + at_fault[0]})"
+    raise NonFiniteError(
+        f"{block_type} cannot hold this matrix{row}: a number is NaN, infinite, or so large that "
+        "the half-precision scale of its block overflows. Keep the matrix in a float type."
+    )
+
+
+def _quantize_q8_0(x: torch.Tensor) -> torch.Tensor:
+    step = x.abs().amax(1, keepdim=True) / 127
+    scaled = x * reciprocal(step)
+    size = scaled.abs()
+    whole = size.floor()
+    whole += (2 * (size - whole)).floor()  # halves go away from zero
+    codes = torch.copysign(whole, scaled).to(torch.int8)  # [blocks, 32]
+    return torch.cat([half_bytes(step), codes.view(torch.uint8)], 1)
+
+
+def _quantize_symmetric(x: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Q4_0 and Q5_0: the number furthest from zero gets the lowest code, which has no opposite."""
+    zero = 1 << (bits - 1)
+    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))  # [blocks, 1]
+    step = extreme / -zero
+    codes = (x * reciprocal(step)).add_(zero + 0.5).to(torch.uint8).clamp_(max=2 * zero - 1)
+    return torch.cat([half_bytes(step), *_code_bytes(codes, bits)], 1)
+
+
+def _quantize_affine(x: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Q4_1 and Q5_1: the codes span the block's range from its minimum on."""
+    top = (1 << bits) - 1
+    minimum, maximum = x.aminmax(dim=1, keepdim=True)
+    step = (maximum - minimum) / top
+    codes = ((x - minimum) * reciprocal(step)).add_(0.5).to(torch.uint8).clamp_(max=top)
+    return torch.cat([half_bytes(step), half_bytes(minimum), *_code_bytes(codes, bits)], 1)
+
+
+def _code_bytes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    nibbles = pack_fields(codes & 0xF, 4, sections=1)
+    return [nibbles] if bits == 4 else [pack_fields(codes >> 4, 1, sections=4), nibbles]
+
+
+def _quantize_iq4_nl(x: torch.Tensor) -> torch.Tensor:
+    """Nearest of sixteen uneven levels. Of a few scales about the one that puts the largest number
+    on the last level, each refined by least squares, the one with the least error is taken.
+    """
+    levels = torch.tensor(IQ4_NL_LEVELS, dtype=torch.float32, device=x.device)
+    borders = (levels[1:] + levels[:-1]) / 2
+    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))  # [blocks, 1]
+    best = torch.zeros_like(extreme)
+    best_gain = torch.zeros_like(extreme)
+    for last_level in (-142, -130, -118):
+        chosen = levels[torch.bucketize(x * (last_level * reciprocal(extreme)), borders)]
+        product = (x * chosen).sum(1, keepdim=True)
+        square = chosen.square().sum(1, keepdim=True)
+        gain = product.square() / square  # how much of the block's square this scale explains
+        best = torch.where(gain > best_gain, product / square, best)
+        best_gain = torch.maximum(gain, best_gain)
+    stored = best.to(torch.float16).float()
+    codes = torch.bucketize(x * reciprocal(stored), borders).to(torch.uint8)
+    return torch.cat([half_bytes(best), pack_fields(codes, 4, sections=1)], 1)
+
+
+Quantizer = Callable[[torch.Tensor], torch.Tensor]  # fp32 [blocks, columns] → [blocks, bytes]
+
+QUANTIZERS: Mapping[str, Quantizer] = {
+    "Q4_0": partial(_quantize_symmetric, bits=4),
+    "Q4_1": partial(_quantize_affine, bits=4),
+    "Q5_0": partial(_quantize_symmetric, bits=5),
+    "Q5_1": partial(_quantize_affine, bits=5),
+    "Q8_0": _quantize_q8_0,
+    "IQ4_NL": _quantize_iq4_nl,
+    **K_QUANTIZERS,
+}
