@@ -1,0 +1,103 @@
+# qwenkit: `make chat` on a machine with Python 3.11, a C++ compiler, make and the package
+# registries talks with a model; `make check test` says whether the code holds.
+
+PYTHON ?= python3
+MODEL := default
+PROMPT :=
+TESTS := tests
+WORKERS := 2
+ARGS :=
+
+ENV := .venv
+ORACLE_ENV := .venv-oracles
+PIP_OPTIONS := --quiet --quiet --disable-pip-version-check --no-input --constraint constraints.txt
+HOUSE_TESTS := tests/test_rooms.py tests/test_sizes.py tests/test_docs.py tests/test_import_cost.py
+REQUIREMENTS := pyproject.toml constraints.txt Makefile
+
+# What the user wrote, untouched: neither make nor the shell reads a $$ or a quote in it.
+export CHAT_PROMPT := $(value PROMPT)
+export CHAT_MODEL := $(value MODEL)
+unexport PROMPT MODEL
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help chat test oracles check fix bench docs clean
+
+help:
+	@echo "make chat      talk with the embedded model; MODEL=name for another one,"
+	@echo "               PROMPT=\"...\" or a piped text for one answer"
+	@echo "make test      all light tests, in under 5 minutes; TESTS=tests/chat for some"
+	@echo "make oracles   the tests that compare with other implementations"
+	@echo "make check     lint, format, types, import contracts, sizes, docs"
+	@echo "make fix       repair lint and format"
+	@echo "make bench     speed beside llama.cpp and transformers; ARGS=\"--json\" for programs"
+	@echo "make docs      write docs/cli.md anew from the commands' help"
+	@echo "make clean     remove the environments and caches of this folder"
+
+chat: $(ENV)/.installed
+	@if [ -n "$$CHAT_PROMPT" ]; \
+	then exec $(ENV)/bin/qwenkit chat "$$CHAT_MODEL" --prompt "$$CHAT_PROMPT"; \
+	else exec $(ENV)/bin/qwenkit chat "$$CHAT_MODEL"; fi
+
+test: $(ENV)/.installed-for-tests
+	OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -m "not oracle" -n $(WORKERS) -q $(TESTS)
+
+oracles: $(ORACLE_ENV)/.installed
+	OMP_NUM_THREADS=1 $(ORACLE_ENV)/bin/python -m pytest -m oracle -n $(WORKERS) -q $(TESTS)
+
+check: $(ENV)/.installed-for-tests
+	$(ENV)/bin/ruff check src tests
+	$(ENV)/bin/ruff format --check src tests
+	$(ENV)/bin/mypy
+	$(ENV)/bin/lint-imports
+	$(ENV)/bin/python -m pytest -q $(HOUSE_TESTS)
+
+fix: $(ENV)/.installed-for-tests
+	$(ENV)/bin/ruff check --fix src tests
+	$(ENV)/bin/ruff format src tests
+
+bench: $(ORACLE_ENV)/.installed
+	$(ORACLE_ENV)/bin/qwenkit bench speed $(ARGS)
+
+docs: $(ENV)/.installed
+	$(ENV)/bin/python -m qwenkit.cli.docs docs/cli.md
+
+clean:
+	rm -rf $(ENV) $(ORACLE_ENV) build dist src/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Environments. A stamp makes repeated calls instant; a change of the requirements renews it. What
+# is printed goes to standard error, and nothing reads standard input: both belong to `make chat`.
+
+$(ENV)/.installed: $(REQUIREMENTS)
+	@$(call create_environment,$(ENV)) >&2 </dev/null
+	@$(call install,$(ENV),-e .) >&2 </dev/null
+	@touch $@
+
+$(ENV)/.installed-for-tests: $(ENV)/.installed
+	@$(call install,$(ENV),-e ".[check$(,)test]") >&2 </dev/null
+	@touch $@
+
+$(ORACLE_ENV)/.installed: $(REQUIREMENTS)
+	@$(call create_environment,$(ORACLE_ENV)) >&2 </dev/null
+	@echo "llama-cpp-python is compiled from source: this takes some minutes, once." >&2
+	@$(call install,$(ORACLE_ENV),-e ".[test$(,)oracle]") >&2 </dev/null
+	@touch $@
+
+, := ,
+
+define create_environment
+{ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || { echo "qwenkit needs Python 3.11 or newer; name one: make PYTHON=python3.11 chat"; exit 1; }; \
+} && { test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) \
+  || { rm -rf $(1); echo "This Python cannot create environments. On Debian and Ubuntu:" \
+       "apt-get install python3-venv"; exit 1; }; }
+endef
+
+# torch goes first and alone: once it is there, no other package asks for another build of it.
+define install
+echo "Installing into $(1), the first time takes some minutes ..." \
+&& $(1)/bin/python -m pip install $(PIP_OPTIONS) torch \
+&& $(1)/bin/python -m pip install $(PIP_OPTIONS) $(2)
+endef
