@@ -1,0 +1,27 @@
+"""Room 6½: the names of the published snippets, so that only their import line changes.
+
+    from qwenkit import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+Everything here stands on the same loader, renderer and engine as `qwenkit.LLM`.
+"""
+
+from __future__ import annotations
+
+from qwenkit.compat.generation import GenerationConfig
+from qwenkit.compat.model import AutoModelForCausalLM, CompatModel
+from qwenkit.compat.prompts import decode_tokens, get_stop_words_ids, make_context
+from qwenkit.compat.streamers import TextIteratorStreamer, TextStreamer
+from qwenkit.compat.tokenizer import AutoTokenizer, CompatTokenizer
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "CompatModel",
+    "CompatTokenizer",
+    "GenerationConfig",
+    "TextIteratorStreamer",
+    "TextStreamer",
+    "decode_tokens",
+    "get_stop_words_ids",
+    "make_context",
+]

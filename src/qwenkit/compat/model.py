@@ -1,0 +1,270 @@
+"""`AutoModelForCausalLM` and the model object of the published snippets."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from qwenkit.api import LLM
+from qwenkit.chat.render import render
+from qwenkit.compat.generation import GenerationConfig
+from qwenkit.compat.streamers import TextStreamer
+from qwenkit.compat.tokenizer import CompatTokenizer
+from qwenkit.errors import RequestError, UsageError
+from qwenkit.layers.attention import PackedCausal
+from qwenkit.types.events import FinishEvent, TokenEvent
+from qwenkit.types.messages import Message
+
+History = list[tuple[str, str]]
+DEFAULT_SYSTEM = "You are a helpful assistant."
+_STREAM_REFUSED = (
+    "stream: call chat_stream(…) for streaming. / 流式对话请改用 chat_stream(…)，"
+    "chat(…) 不再支持 stream 参数。"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CausalOutput:
+    """What calling the model gives: `logits` [batch, length, vocab_size]."""
+
+    logits: torch.Tensor
+
+
+class CompatModel:
+    """A loaded model with the calls of the published snippets."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.generation_config = GenerationConfig.from_record(llm.record)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.llm.model.parameters())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in."""
+        return self.llm.model.dtype
+
+    @property
+    def config(self) -> Any:
+        """The architecture's configuration."""
+        return self.llm.config
+
+    def eval(self) -> Self:
+        """Nothing to do: a loaded model is always in evaluation mode."""
+        return self
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> CausalOutput:
+        """Logits of whole sequences, [batch, length, vocab_size].
+
+        input_ids and attention_mask are [batch, length]; padding may stand on either side, and the
+        logits at padded places are zeros. Positions count real tokens only.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+            raise UsageError(
+                f"input_ids: expected [batch, length] with a mask of the same shape, got "
+                f"{tuple(input_ids.shape)} and {tuple(mask.shape)}."
+            )
+        real = mask.bool()
+        lengths = [n for n in real.sum(1).tolist() if n]
+        flat = self.llm.model(input_ids[real], PackedCausal(lengths, device=input_ids.device))
+        logits = flat.new_zeros(*input_ids.shape, flat.shape[-1])  # [batch, length, vocab]
+        logits[real] = flat
+        return CausalOutput(logits)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: TextStreamer | None = None,
+        return_dict_in_generate: bool = False,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Prompts and their continuations, [batch, longest]; short rows are padded on the right.
+
+        `options` change single fields of the generation config for this call (max_new_tokens,
+        do_sample, top_p, stop_words_ids …); an unknown one is an error naming the nearest.
+        A sequence in `stop_words_ids` ends the output right after it. A row of several prompts is
+        generated exactly as it would be alone. Raises RequestError or UsageError.
+        """
+        if return_dict_in_generate:
+            raise UsageError("return_dict_in_generate: only False is supported.")
+        ids = inputs if inputs is not None else input_ids
+        if ids is None:
+            raise UsageError("input_ids: nothing to continue; pass ids of shape [batch, length].")
+        config = (generation_config or self.generation_config).updated(options)
+        rows = self._unpadded(ids, attention_mask, config)
+        if streamer is not None:
+            return self._generate_streaming(ids, rows, config, streamer)
+        completions = self.llm.generate(rows, self._sampling(config))
+        return self._join(ids, [c.token_ids for c in completions], config)
+
+    def _unpadded(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, config: GenerationConfig
+    ) -> list[list[int]]:
+        if ids.dim() != 2:
+            raise UsageError(f"input_ids: expected [batch, length], got {tuple(ids.shape)}.")
+        if mask is not None:
+            return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        pad = config.pad_token_id
+        rows = []
+        for row in ids.tolist():
+            start = 0
+            while len(ids) > 1 and start < len(row) - 1 and row[start] == pad:
+                start += 1  # left padding, where no mask says so
+            rows.append(row[start:])
+        return rows
+
+    def _sampling(self, config: GenerationConfig) -> Any:
+        sampling = config.sampling()
+        return (
+            sampling if sampling.seed is not None else sampling.replace(seed=secrets.randbits(31))
+        )
+
+    def _join(
+        self, ids: torch.Tensor, outputs: Sequence[Sequence[int]], config: GenerationConfig
+    ) -> torch.Tensor:
+        longest = max(len(o) for o in outputs)
+        pad = config.pad_token_id if config.pad_token_id is not None else 0
+        tail = ids.new_full((len(outputs), longest), pad)  # [batch, longest]
+        for row, output in zip(tail, outputs, strict=True):
+            row[: len(output)] = torch.tensor(output, dtype=ids.dtype)
+        return torch.cat((ids, tail), dim=1)
+
+    def _generate_streaming(
+        self,
+        ids: torch.Tensor,
+        rows: list[list[int]],
+        config: GenerationConfig,
+        streamer: TextStreamer,
+    ) -> torch.Tensor:
+        if len(rows) != 1:
+            raise UsageError(f"streamer: streams one prompt at a time, got {len(rows)}.")
+        streamer.put_prompt(rows[0])
+        output: list[int] = []
+        try:
+            for event in self.llm.stream(rows[0], self._sampling(config)):
+                if isinstance(event, TokenEvent):
+                    output.append(event.token_id)
+                    streamer.put(event.token_id)
+        finally:
+            streamer.end()
+        return self._join(ids, [output], config)
+
+    def chat(
+        self,
+        tokenizer: CompatTokenizer,
+        query: str,
+        history: History | None,
+        system: str = DEFAULT_SYSTEM,
+        *,
+        stop_words_ids: list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        stream: bool | None = None,
+        **options: Any,
+    ) -> tuple[str, History]:
+        """One turn: (reply, history with this turn added). The given history is not changed."""
+        if stream is not None:
+            raise UsageError(_STREAM_REFUSED)
+        growing = self.chat_stream(
+            tokenizer,
+            query,
+            history,
+            system,
+            stop_words_ids=stop_words_ids,
+            generation_config=generation_config,
+            **options,
+        )
+        *_, text = "", *growing
+        return text, [*(history or []), (query, text)]
+
+    def chat_stream(
+        self,
+        tokenizer: CompatTokenizer,
+        query: str,
+        history: History | None,
+        system: str = DEFAULT_SYSTEM,
+        *,
+        stop_words_ids: list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """One turn as growing texts, each the whole reply so far. The history is not changed."""
+        config = (generation_config or self.generation_config).updated(options)
+        if stop_words_ids:
+            config = config.updated(
+                {"stop_words_ids": [*(config.stop_words_ids or []), *stop_words_ids]}
+            )
+        messages = [Message("system", system)] if system else []
+        for past_query, past_reply in history or []:
+            messages += [Message("user", past_query), Message("assistant", past_reply)]
+        messages.append(Message("user", query))
+        rendered = render(tuple(messages), tokenizer=tokenizer.core, record=self.llm.record)
+        text = ""
+        for event in self.llm.stream(rendered.ids, self._sampling(config)):
+            if isinstance(event, FinishEvent) and event.reason == "error":
+                raise RequestError("chat", event.error or "the engine ended this request.")
+            if event.text:
+                text += event.text
+                yield text
+
+
+class AutoModelForCausalLM:
+    """Loads a model by its name or folder."""
+
+    @staticmethod
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device_map: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        bf16: bool = False,
+        fp16: bool = False,
+        fp32: bool = False,
+        trust_remote_code: bool | None = None,
+        revision: str | None = None,
+        pad_token_id: int | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        use_safetensors: bool | None = None,
+        attn_implementation: str | None = None,
+    ) -> CompatModel:
+        """Load a model with its published switches.
+
+        One of `torch_dtype`/`dtype`, `bf16`, `fp16`, `fp32` may choose the precision; float16 on a
+        processor becomes bfloat16 or float32, whichever it computes, since Qwen's activations
+        overflow it. Remote code is never run; weights are always memory-mapped; the switches
+        `low_cpu_mem_usage`, `use_safetensors` and `attn_implementation` are accepted without
+        effect. Raises UsageError for a contradiction.
+        """
+        chosen = _dtype(torch_dtype if torch_dtype is not None else dtype, bf16, fp16, fp32)
+        device = "cpu" if device_map in (None, "auto", "cpu") else str(device_map)
+        llm = LLM(pretrained_model_name_or_path, dtype=chosen, device=device, revision=revision)
+        model = CompatModel(llm)
+        if pad_token_id is not None:
+            model.generation_config.pad_token_id = pad_token_id
+        return model
+
+
+def _dtype(given: torch.dtype | str | None, bf16: bool, fp16: bool, fp32: bool) -> str:
+    flags = {"bfloat16": bf16, "float16": fp16, "float32": fp32}
+    names = [name for name, on in flags.items() if on]
+    if given is not None:
+        names.append(str(given).removeprefix("torch."))
+    if len(set(names)) > 1:
+        raise UsageError(f"dtype: choose one precision; got {', '.join(sorted(set(names)))}.")
+    name = names[0] if names else "auto"
+    return "auto" if name == "float16" else name

@@ -1,0 +1,96 @@
+"""The speed bench: turns, ratios, unsteady machines, peers that cannot run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenkit.bench.calibrate import Calibration, Calibrator
+from qwenkit.bench.random_model import write_random_gguf
+from qwenkit.bench.shapes import shape
+from qwenkit.bench.speed import (
+    EngineResult,
+    SpeedReport,
+    SpeedSettings,
+    Turn,
+    measure_speed,
+)
+from qwenkit.cli.bench import _peers
+from qwenkit.errors import QwenkitError, UsageError
+
+STEADY = Calibration(30.0, 200.0)
+
+
+def report(ours: list[float], theirs: list[float], after: Calibration = STEADY) -> SpeedReport:
+    def turns(speeds: list[float]) -> dict[str, list[Turn]]:
+        return {"prefill": [Turn(s, STEADY, after) for s in speeds]}
+
+    return SpeedReport(
+        settings=SpeedSettings(model=Path("m.gguf")),
+        machine="a machine",
+        version="0",
+        engines=[
+            EngineResult("qwenkit", "0", turns=turns(ours)),
+            EngineResult("llama.cpp", "1", turns=turns(theirs)),
+        ],
+    )
+
+
+def test_a_ratio_is_the_median_over_neighbouring_turns() -> None:
+    result = report([100.0, 20.0, 90.0], [50.0, 10.0, 30.0])  # the second pair fell in a slow spell
+    assert result.ratio(result.engines[1], "prefill") == 2.0
+    assert result.ratio(result.engines[1], "decode") is None
+    assert result.engines[0].median("prefill") == 90.0
+
+
+def test_a_machine_that_moved_is_said() -> None:
+    assert report([1.0], [1.0]).unsteady_turns() == 0
+    moved = report([1.0], [1.0], after=Calibration(30.0, 170.0))
+    assert moved.unsteady_turns() == moved.turn_count() == 2
+    assert moved.to_json()["unsteady_turns"] == 2
+    json.dumps(moved.to_json(), allow_nan=False)
+
+
+def test_calibration_reads_positive_rates() -> None:
+    reading = Calibrator(threads=1).read()
+    assert reading.read_gb_per_s > 0
+    assert reading.compute_gflop_per_s > 0
+
+
+def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "random.gguf"
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 2000}
+    write_random_gguf(path, shape("qwen2-0.5b") | small)
+    blocked = tmp_path / "peer-python"
+    blocked.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # a Python without packages
+    blocked.chmod(0o755)
+    seen: list[str] = []
+    result = measure_speed(
+        SpeedSettings(
+            model=path, prompt_tokens=8, decode_tokens=3, turns=2, peer_python=str(blocked)
+        ),
+        progress=lambda what, share: seen.append(what),
+    )
+    ours, llama, transformers = result.engines
+    assert len(ours.turns["prefill"]) == len(ours.turns["decode"]) == 2
+    assert ours.peak_bytes > 1 << 20
+    assert "llama_cpp" in str(llama.error)
+    assert transformers.error is not None
+    assert "decode, qwenkit" in seen
+
+
+def test_our_own_failure_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(QwenkitError, match="qwenkit: "):
+        measure_speed(SpeedSettings(model=tmp_path / "broken.gguf", peers=()))
+
+
+def test_peers_are_named_or_none() -> None:
+    assert _peers(None) == ("llama.cpp", "transformers")
+    assert _peers(["none"]) == ()
+    with pytest.raises(UsageError, match=r"llama\.cpp"):
+        _peers(["llamacpp"])
