@@ -95,7 +95,7 @@ def fill(
 
     Raises CheckpointError naming a tensor that is missing, left over or of another shape.
     """
-    tensors = _by_our_names(architecture, checkpoint)
+    tensors = tensors_by_our_names(architecture, checkpoint)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
     for done, (path, module) in enumerate(slots):
@@ -140,7 +140,10 @@ def _cpu_computes_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _by_our_names(architecture: Architecture, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+def tensors_by_our_names(
+    architecture: Architecture, checkpoint: Checkpoint
+) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors by the names that they have in the published weights."""
     if checkpoint.container != "gguf":
         return dict(checkpoint.tensors)
     renamed: dict[str, StoredTensor] = {}

@@ -1,0 +1,1 @@
+"""Room 5: what a checkpoint and a machine are, before anything runs."""
