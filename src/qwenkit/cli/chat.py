@@ -1,0 +1,140 @@
+"""`qwenkit chat`: a conversation in the terminal, or one question and its answer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenkit.cli import console, loading, options
+from qwenkit.cli.chat_session import ChatSession
+from qwenkit.cli.chat_terminal import converse, welcome
+from qwenkit.cli.reply import show_reply
+from qwenkit.errors import QwenkitError, UsageError
+
+SEED = 1234  # as in the first generation's demo: the same conversation gives the same replies
+
+
+def command(
+    model: options.ModelName = None,
+    question: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="One question, as --prompt.")
+    ] = None,
+    checkpoint_path: Annotated[
+        str | None,
+        typer.Option(
+            "-c", "--checkpoint-path", metavar="MODEL", help="Another way to give the model."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Answer this and exit, without reading standard input."),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help='System prompt; "" for none. [default: the model\'s own]'
+        ),
+    ] = None,
+    system_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the system prompt from a file.")
+    ] = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Longest reply. [default: the model's own, else the rest of the context]",
+        ),
+    ] = None,
+    stop: options.Stop = None,
+    greedy: options.Greedy = False,
+    seed: Annotated[
+        int, typer.Option("-s", "--seed", metavar="N", help="The same seed gives the same reply.")
+    ] = SEED,
+    threads: options.Threads = None,
+    dtype: options.Dtype = "auto",
+    compute: options.Compute = "auto",
+    context: options.Context = None,
+    offline: options.Offline = False,
+    cpu_only: Annotated[
+        bool, typer.Option("--cpu-only", help="Compute on the CPU, as this version always does.")
+    ] = False,
+) -> None:
+    """Talk with a model. Without MODEL the embedded SmolLM2-135M-Instruct speaks (not a Qwen).
+
+    With a question (PROMPT, --prompt or standard input) it answers once and exits: the reply goes
+    to standard output, everything else to standard error. In a conversation :help lists the
+    commands, Ctrl-C stops a reply, Alt-Enter begins a new line, Ctrl-D leaves.
+
+    \b
+    Examples:
+      qwenkit chat
+      qwenkit chat Qwen/Qwen2-0.5B-Instruct --system "Answer in one sentence."
+      qwenkit chat --prompt "What is the capital of France?" --greedy
+      cat letter.txt | qwenkit chat --system "Summarise the letter."
+    """
+    changes = options.sampling_changes(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        max_tokens=max_tokens,
+        stop=stop,
+        greedy=greedy,
+        seed=seed,
+    )
+    name = options.one_of({"MODEL": model, "--checkpoint-path": checkpoint_path})
+    name = options.check_model_name(options.DEFAULT_MODEL if name is None else name)
+    system = _system_prompt(system, system_file)
+    asked = _question(options.one_of({"PROMPT": question, "--prompt": prompt}))
+    with loading.load_model(
+        name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
+    ) as llm:
+        sampling = llm.record.sampling.replace(**changes)
+        session = ChatSession(llm, sampling=sampling, system=system)
+        if asked is not None:
+            _answer_once(session, asked)
+        else:
+            from qwenkit.cli.chat_input import PromptReader  # slow, and for people only
+
+            console.say(welcome(llm.record, name))
+            converse(session, PromptReader())
+
+
+def _system_prompt(text: str | None, file: Path | None) -> str | None:
+    if text is not None and file is not None:
+        raise UsageError("Got both --system and --system-file; give one.")
+    if file is not None:
+        return options.read_text_file("--system-file", file)
+    return None if text is None else options.check_text("--system", text)
+
+
+def _question(given: str | None) -> str | None:
+    """The one question to answer, or None for a conversation. Raises UsageError."""
+    if given is not None:
+        if not given.strip():
+            raise UsageError("The prompt is empty. Leave it out to open a conversation.")
+        return options.check_text("The prompt", given)
+    if not console.is_typed():
+        return options.read_standard_input().removesuffix("\n")
+    if not sys.stdout.isatty():
+        raise UsageError(
+            "A conversation needs a terminal to write to. Give the question by --prompt."
+        )
+    return None
+
+
+def _answer_once(session: ChatSession, question: str) -> None:
+    reply = show_reply(lambda: session.ask(question))
+    if reply.ended == "abort":
+        raise typer.Exit(130)  # stopped by Ctrl-C, as shells report it
+    if reply.ended == "error":
+        raise QwenkitError(session.keep(reply) or "The reply failed.")

@@ -1,0 +1,123 @@
+"""What reaches the terminal: made harmless here, and nowhere written around this file.
+
+The reply goes to standard output, everything said about it to standard error, so that a pipe
+carries only the reply. Model output may hold any character; `visible` keeps it from moving the
+cursor, setting the title or answering queries (ECMA-48 control functions).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+# C0 controls and DEL have pictures in Unicode; C1 controls have none, and some terminals obey them.
+_HARMLESS: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(0x20)}
+_HARMLESS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+_HARMLESS |= {0x7F: "\u2421", ord("\r"): None}
+del _HARMLESS[ord("\n")], _HARMLESS[ord("\t")]
+
+
+def visible(text: str) -> str:
+    """`text` with every control character but newline and tab made visible.
+
+    A carriage return is left out: it would overwrite the line, and in "\\r\\n" it means nothing.
+    Character by character, so a text may be given in pieces.
+    """
+    return text.translate(_HARMLESS)
+
+
+class LogFormatter(logging.Formatter):
+    """One harmless line of a log record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def tolerate_narrow_encodings() -> None:
+    """A terminal that cannot show a character gets "?", never an exception in mid-reply."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def is_typed() -> bool:
+    """Standard input is a terminal at which a person types."""
+    return sys.stdin is not None and sys.stdin.isatty()  # None: the program began with it closed
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Write to standard output at once."""
+    typer.echo(visible(text) + end, nl=False)
+
+
+def note(text: str) -> None:
+    """A remark about what is going on, to standard error."""
+    _to_stderr(visible(text), dim=True)
+
+
+def error(text: str) -> None:
+    """What went wrong, as one line on standard error."""
+    _to_stderr(
+        visible("Error: " + " ".join(line.strip() for line in text.splitlines())),
+        fg=typer.colors.RED,
+    )
+
+
+def _to_stderr(text: str, *, dim: bool | None = None, fg: str | None = None) -> None:
+    if os.environ.get("NO_COLOR"):
+        typer.echo(text, err=True)
+    else:
+        typer.secho(text, err=True, dim=dim, fg=fg)
+
+
+def clear_screen() -> None:
+    """Empty the terminal; nothing when standard output is not one."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[2J\x1b[H")
+        sys.stdout.flush()
+
+
+@contextmanager
+def busy(text: str) -> Iterator[Callable[[str], None]]:
+    """Show on standard error, if a person watches it, that something long is under way.
+
+    Yields a function that changes what is shown.
+    """
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console  # slow to import, and only needed here
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(visible(text))) as status:
+        yield lambda text: status.update(escape(visible(text)))
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within the block Ctrl-C only raises a flag, which the yielded function reads.
+
+    The computation then ends between two tokens and leaves nothing half done. Whoever presses
+    Ctrl-C twice wants out at once and gets the KeyboardInterrupt.
+    """
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

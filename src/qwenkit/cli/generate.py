@@ -1,0 +1,200 @@
+"""`qwenkit generate`: raw completion, for people as text and for programs as one JSON object."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwenkit.cli import console, loading, options
+from qwenkit.cli.reply import Reply, show_reply
+from qwenkit.errors import QwenkitError, UsageError
+from qwenkit.types.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from qwenkit.api import LLM, Completion
+
+MAX_TOKENS = 128  # a base model seldom ends by itself, and a context may be long
+# JSON readers and terminals differ on these, so they are written as escapes inside its strings.
+_ESCAPES = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
+
+
+def command(
+    model: options.ModelName = None,
+    model_name_or_path: Annotated[
+        str | None,
+        typer.Option(
+            "--model-name-or-path",
+            "--model_name_or_path",
+            metavar="MODEL",
+            help="Another way to give the model.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text to continue, exactly.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Read the text from a file (its last newline left out, as from standard input).",
+        ),
+    ] = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            "--max-new-tokens",
+            "--max_new_tokens",
+            metavar="N",
+            help=f"Longest output. [default: the model's own, else {MAX_TOKENS}]",
+        ),
+    ] = None,
+    stop: options.Stop = None,
+    greedy: options.Greedy = False,
+    seed: Annotated[
+        int | None,
+        typer.Option("-s", "--seed", metavar="N", help="The same seed gives the same text."),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="With --json: each token's log-probability and the N likeliest."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write one JSON object: ids, text, usage, timing, seed.")
+    ] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Put the prompt before the text.")] = False,
+    threads: options.Threads = None,
+    dtype: options.Dtype = "auto",
+    compute: options.Compute = "auto",
+    context: options.Context = None,
+    offline: options.Offline = False,
+) -> None:
+    """Continue a text with a model, without a chat template and without control tokens in it.
+
+    The text comes from --prompt, --prompt-file or standard input. The continuation goes to
+    standard output as it is made, everything else to standard error. Control characters are made
+    visible and a last newline is added; --json keeps the text exactly. The seed is new at every
+    call unless given.
+
+    \b
+    Examples:
+      qwenkit generate --prompt "The capital of France is" --max-tokens 8 --greedy
+      qwenkit generate --model_name_or_path Qwen/Qwen2-0.5B --max_new_tokens 32 \\
+          --prompt $'Q: What is the biggest animal?\\nA:'
+      qwenkit generate --prompt-file story.txt --json --logprobs 5
+    """
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs has nowhere to go without --json; add it.")
+    changes = options.sampling_changes(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        max_tokens=max_tokens,
+        stop=stop,
+        greedy=greedy,
+        seed=seed,
+        logprobs=logprobs,
+    )
+    name = options.one_of({"MODEL": model, "--model_name_or_path": model_name_or_path})
+    name = options.check_model_name(options.DEFAULT_MODEL if name is None else name)
+    text = _prompt(prompt, prompt_file)
+    with loading.load_model(
+        name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
+    ) as llm:
+        sampling = _sampling(llm.record.sampling, changes)
+        (_write_json if as_json else _write_text)(llm, text, sampling, echo=echo)
+
+
+def _prompt(text: str | None, file: Path | None) -> str:
+    if text is not None and file is not None:
+        raise UsageError("Got both --prompt and --prompt-file; give one.")
+    if text is not None:
+        text = options.check_text("--prompt", text)
+    elif file is not None:
+        text = options.read_text_file("--prompt-file", file).removesuffix("\n")
+    elif console.is_typed():
+        raise UsageError("Nothing to continue. Give --prompt, --prompt-file or pipe a text in.")
+    else:
+        text = options.read_standard_input().removesuffix("\n")
+    if not text:
+        raise UsageError("The prompt is empty; give at least one character.")
+    return text
+
+
+def _sampling(model_defaults: SamplingParams, changes: Mapping[str, Any]) -> SamplingParams:
+    sampling = model_defaults.replace(**changes)
+    return sampling if sampling.max_tokens else sampling.replace(max_tokens=MAX_TOKENS)
+
+
+def _write_text(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) -> None:
+    if echo:
+        console.say(prompt, end="")
+    reply = show_reply(lambda: Reply(prompt, llm.stream(prompt, sampling)))
+    if reply.ended == "abort":
+        raise typer.Exit(130)
+    if reply.finish is not None and reply.ended == "error":
+        raise QwenkitError(f"The completion failed: {reply.finish.error}")
+
+
+def _write_json(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) -> None:
+    done = llm.generate(prompt, sampling)
+    result = as_dictionary(done, model=llm.record.name, prompt=prompt, echo=echo)
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False).translate(_ESCAPES)
+    typer.echo(text)
+    if done.finish_reason == "error":
+        raise QwenkitError(f"The completion failed: {done.error}")
+
+
+def as_dictionary(done: Completion, *, model: str, prompt: str, echo: bool) -> dict[str, Any]:
+    """A completion as JSON-ready data; a number that is not finite becomes null."""
+    logprobs = None
+    if done.logprobs is not None:
+        logprobs = [
+            {
+                "token_id": token.token_id,
+                "logprob": _finite(token.logprob),
+                "top": [{"token_id": i, "logprob": _finite(value)} for i, value in token.top],
+            }
+            for token in done.logprobs
+        ]
+    return {
+        "model": model,
+        "prompt": prompt,
+        "prompt_token_ids": list(done.prompt_token_ids),
+        "token_ids": list(done.token_ids),
+        "text": (prompt if echo else "") + done.text,
+        "finish_reason": done.finish_reason,
+        "matched_stop": done.matched_stop,
+        "error": done.error,
+        "usage": {
+            "prompt_tokens": done.usage.prompt_tokens,
+            "completion_tokens": done.usage.completion_tokens,
+            "cached_tokens": done.usage.cached_tokens,
+        },
+        "logprobs": logprobs,
+        "seed": done.seed,
+        "timing": {
+            "first_token_s": _finite(done.timing.first_token_s),
+            "total_s": _finite(done.timing.total_s),
+            "prefill_tokens_per_second": _finite(done.timing.prefill_tokens_per_second),
+            "decode_tokens_per_second": _finite(done.timing.decode_tokens_per_second),
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

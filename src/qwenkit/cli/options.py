@@ -1,0 +1,242 @@
+"""The options that several commands share, and their reading into plain values.
+
+Sampling options left out stay None and change nothing: the defaults come with the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.types.sampling import SamplingParams
+
+DEFAULT_MODEL = "default"
+_SAMPLING = "[default: the model's own]"
+
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Name on the hub, folder or .gguf file. [default: the embedded model]",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="X", help=f"Randomness; 0 takes the most likely token. {_SAMPLING}"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help=f"Keep the likeliest tokens up to this probability; 1 is off. {_SAMPLING}",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(metavar="N", help=f"Keep this many likeliest tokens; 0 is off. {_SAMPLING}"),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help=f"Drop tokens below this share of the likeliest; 0 is off. {_SAMPLING}"
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(metavar="X", help=f"Above 1 discourages repeated tokens; 1 is off. {_SAMPLING}"),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
+]
+Greedy = Annotated[
+    bool, typer.Option("--greedy", help="Always the most likely token: --temperature 0.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="CPU threads. [default: the machine's cores]"),
+]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help="Numbers to compute in: auto, float32 or bfloat16.")
+]
+Compute = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="auto: fastest kernels; reference: plain, unquantized ones."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Context in tokens. [default: the model's own]"),
+]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use only models that are already on this machine.")
+]
+
+
+def sampling_changes(
+    *,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    max_tokens: int | None,
+    stop: list[str] | None,
+    greedy: bool,
+    seed: int | None,
+    logprobs: int | None = None,
+) -> dict[str, Any]:
+    """The options that were given, as changes to a model's sampling defaults.
+
+    Raises RequestError naming the one that is out of range: now, not after the model is loaded.
+    """
+    if greedy and temperature not in (None, 0.0):
+        raise UsageError(f"--greedy is --temperature 0; {temperature} was also given. Drop one.")
+    given = {
+        "temperature": 0.0 if greedy else temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "max_tokens": max_tokens,
+        "stop": tuple(stop) if stop else None,
+        "seed": seed,
+        "logprobs": logprobs,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    SamplingParams.from_mapping(changes)
+    return changes
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value of the sampling option `name` written as `text`, read by the option's own type.
+
+    "none" empties an option that can be empty; lists are JSON. Nothing is ever evaluated. Raises
+    RequestError: an unknown name (with the nearest), or a text that is not of that type.
+    """
+    kinds = get_type_hints(SamplingParams)
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    if name not in names:
+        raise RequestError(name, f"unknown sampling option. {suggest(name, names)}")
+    kind = kinds[name]
+    if kind == int | None and text.lower() == "none":
+        return None
+    try:
+        return _READERS[kind](text)
+    except ValueError as error:
+        raise RequestError(name, f"expected {_EXPECTED[kind]}, got {text!r}.") from error
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _read_strings(text: str) -> tuple[str, ...]:
+    items = _read_list(text) if text.startswith("[") else [text]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(text)
+    return tuple(items)
+
+
+def _read_ids(text: str) -> tuple[int, ...]:
+    return _ids(_read_list(text if text.startswith("[") else f"[{text}]"))
+
+
+def _read_sequences(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(_ids(item) for item in _read_list(text))
+
+
+def _read_list(text: str) -> list[Any]:
+    try:
+        items = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(text) from error
+    if not isinstance(items, list):
+        raise ValueError(text)
+    return items
+
+
+def _ids(items: Any) -> tuple[int, ...]:
+    if not isinstance(items, list) or not all(type(item) is int for item in items):
+        raise ValueError(items)
+    return tuple(items)
+
+
+_READERS: dict[Any, Any] = {
+    int: int,
+    int | None: int,
+    float: float,
+    bool: _read_bool,
+    tuple[str, ...]: _read_strings,
+    tuple[int, ...]: _read_ids,
+    tuple[tuple[int, ...], ...]: _read_sequences,
+}
+_EXPECTED: dict[Any, str] = {
+    int: "a whole number",
+    int | None: "a whole number or none",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: 'one text or a JSON list of texts, like ["\\n", "User:"]',
+    tuple[int, ...]: "token ids, like 13,198",
+    tuple[tuple[int, ...], ...]: "a JSON list of id lists, like [[13, 198]]",
+}
+
+
+def one_of(given: Mapping[str, str | None]) -> str | None:
+    """The one value given under several names (name → value or None); None when there is none.
+
+    Raises UsageError when two differ.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    if len(set(values.values())) > 1:
+        pairs = " and ".join(f"{name} {value!r}" for name, value in values.items())
+        raise UsageError(f"Got both {pairs}; give one.")
+    return next(iter(values.values()), None)
+
+
+def check_model_name(name: str) -> str:
+    """Catch the slip of giving the prompt where the model is expected. Raises UsageError."""
+    if not name or (any(c.isspace() for c in name) and not Path(name).exists()):
+        raise UsageError(
+            f"{name!r} is no model name. Give the model first, or the question by --prompt."
+        )
+    return name
+
+
+def check_text(source: str, text: str) -> str:
+    """`text` if it is Unicode; the command line hands over bytes that are not UTF-8 as surrogates.
+
+    Raises UsageError naming its `source`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{source} is not UTF-8 text (character {error.start + 1}).") from error
+    return text
+
+
+def read_text_file(source: str, path: Path) -> str:
+    """The whole of a UTF-8 text file. Raises UsageError naming its `source`."""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source} {str(path)!r} cannot be read: {error}.") from error
+
+
+def read_standard_input() -> str:
+    """All that is piped in, as UTF-8 text. Raises UsageError when it is no text or empty."""
+    try:
+        text = "" if sys.stdin is None else sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Standard input is not UTF-8 text (byte {error.start + 1}).") from error
+    if not text.strip():
+        raise UsageError("Standard input is empty. Pipe a text in, or give it by --prompt.")
+    return text
