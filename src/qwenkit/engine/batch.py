@@ -1,0 +1,61 @@
+"""A plan as tensors: what one forward pass needs to know of its flat tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwenkit.engine.scheduler import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The chunks of a plan one after another, all int64.
+
+    `ids`, `positions` and `slots` are [tokens]; a slot is the place in the cache, block ·
+    block_tokens + offset, that takes the token's key and value. `block_tables` is [sequences,
+    most_blocks], short ones filled up with 0. `query_lengths` and `kv_lengths` are [sequences]:
+    tokens in the chunk, and tokens in the cache once they are written. `rows` are the indices
+    [rows] of the tokens whose logits are wanted; None: all.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    block_tables: torch.Tensor
+    query_lengths: torch.Tensor
+    kv_lengths: torch.Tensor
+    rows: torch.Tensor | None
+
+
+def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
+    """Lay out a plan of at least one chunk."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    rows: list[int] = []
+    for chunk in plan.chunks:
+        ids += chunk.token_ids
+        for position in range(chunk.start, chunk.start + len(chunk.token_ids)):
+            positions.append(position)
+            block = chunk.blocks[position // block_tokens]
+            slots.append(block * block_tokens + position % block_tokens)
+        if chunk.sample:
+            rows.append(len(ids) - 1)
+    width = max(len(chunk.blocks) for chunk in plan.chunks)
+    lengths = [len(chunk.token_ids) for chunk in plan.chunks]
+    ends = [chunk.start + len(chunk.token_ids) for chunk in plan.chunks]
+
+    def whole(values: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return Batch(
+        ids=whole(ids),
+        positions=whole(positions),
+        slots=whole(slots),
+        block_tables=whole([[*c.blocks, *[0] * (width - len(c.blocks))] for c in plan.chunks]),
+        query_lengths=whole(lengths),
+        kv_lengths=whole(ends),
+        rows=None if len(rows) == len(ids) else whole(rows),
+    )

@@ -1,0 +1,53 @@
+"""Attention over the paged cache: what serving gives a model as its context."""
+
+from __future__ import annotations
+
+import torch
+
+from qwenkit.engine.batch import Batch
+from qwenkit.engine.kv import KVCache
+from qwenkit.kernels.ops.kv_write import kv_write
+from qwenkit.kernels.ops.paged_attention import paged_attention
+from qwenkit.kernels.ops.rotary import rotary
+from qwenkit.layers.attention import Position
+from qwenkit.layers.rope import Rotary, rotary_tables
+
+
+class PagedAttention:
+    """One forward pass of `batch` over `cache`; an `AttentionContext`."""
+
+    def __init__(self, cache: KVCache, batch: Batch) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._tables: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: Position,
+    ) -> torch.Tensor:
+        """See `AttentionContext.attend`. The keys and values are kept in the cache."""
+        if position is not None:
+            cos, sin = self._rotation(position)
+            heads = q.shape[1]
+            rotated = rotary(torch.cat((q, k), 1), cos, sin)  # [tokens, heads + kv_heads, head_dim]
+            q, k = rotated[:, :heads], rotated[:, heads:]
+        keys, values, batch = self._cache.keys[layer], self._cache.values[layer], self._batch
+        kv_write(k, v, keys, values, batch.slots)
+        output: torch.Tensor = paged_attention(
+            q, keys, values, batch.block_tables, batch.query_lengths, batch.kv_lengths
+        )  # [tokens, heads, head_dim]
+        return output
+
+    def select(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The rows that a token is sampled from: [rows, hidden_size]."""
+        rows = self._batch.rows
+        return hidden if rows is None else hidden.index_select(0, rows)
+
+    def _rotation(self, spec: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        if spec not in self._tables:
+            self._tables[spec] = rotary_tables(spec, self._batch.positions)
+        return self._tables[spec]

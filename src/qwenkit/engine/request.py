@@ -1,0 +1,114 @@
+"""A generation request, what is checked before it is accepted, and a running sequence's state.
+
+Knows no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from qwenkit.errors import RequestError
+from qwenkit.types.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Prompt ids and how to continue them. `id` names the request in its events."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one engine can take: the model's context, the whole KV cache, the ids it can sample."""
+
+    context_tokens: int
+    cache_tokens: int
+    vocab_size: int
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Most tokens, prompt and output together, that one sequence can reach."""
+        return min(self.context_tokens, self.cache_tokens)
+
+    def output_tokens(self, request: Request) -> int:
+        """Most tokens that `request` may output: its `max_tokens`, cut where the context ends."""
+        room = self.sequence_tokens - len(request.prompt_ids)
+        asked = request.sampling.max_tokens
+        return room if asked is None else min(room, asked)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's place in the engine.
+
+    `tokens` is the prompt and all output so far; the keys and values of the first `computed` of
+    them are in the cache, in `blocks`.
+    """
+
+    request_id: str
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are still to be computed: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+
+def stop_ids(
+    sampling: SamplingParams, model_stops: Iterable[int], control_tokens: Mapping[str, int]
+) -> dict[int, str | int]:
+    """The ids that end the output, each with what a finish event reports for it.
+
+    `ignore_eos` puts the model's own stops out of force. A stop string that is a control token's
+    name works as that token: control tokens never show in the text, where it would be looked for.
+    """
+    stops: dict[int, str | int] = {} if sampling.ignore_eos else {i: i for i in model_stops}
+    stops |= {i: i for i in sampling.stop_token_ids}
+    return stops | {control_tokens[name]: name for name in sampling.stop if name in control_tokens}
+
+
+def check_request(request: Request, limits: Limits) -> None:
+    """Raise RequestError, naming the field, if an engine with these limits cannot take it."""
+    _check_ids("prompt_ids", request.prompt_ids, limits.vocab_size)
+    if not request.prompt_ids:
+        raise RequestError("prompt_ids", "the prompt is empty; give at least one token.")
+    _check_length(len(request.prompt_ids), limits)
+    sampling = request.sampling
+    _check_ids("stop_token_ids", sampling.stop_token_ids, limits.vocab_size)
+    for index, sequence in enumerate(sampling.stop_token_sequences):
+        _check_ids(f"stop_token_sequences[{index}]", sequence, limits.vocab_size)
+    if sampling.logprobs is not None and sampling.logprobs > limits.vocab_size:
+        raise RequestError(
+            "logprobs", f"got {sampling.logprobs}; the vocabulary has {limits.vocab_size} tokens."
+        )
+
+
+def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    wrong = next((i for i in ids if type(i) is not int), None)
+    if wrong is not None:
+        raise RequestError(name, f"expected whole numbers, got {wrong!r}.")
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(
+            name, f"token id {wrong} is outside the vocabulary; allowed: 0 to {vocab_size - 1}."
+        )
+
+
+def _check_length(prompt_tokens: int, limits: Limits) -> None:
+    if prompt_tokens < limits.sequence_tokens:
+        return
+    if limits.cache_tokens < limits.context_tokens:
+        place, remedy = "KV cache", "Shorten the prompt or raise kv_cache_tokens."
+    else:
+        place, remedy = "model's context", "Shorten the prompt or use a model with a longer one."
+    raise RequestError(
+        "prompt_ids",
+        f"the prompt has {prompt_tokens} tokens, the {place} {limits.sequence_tokens}, of which at "
+        f"least one is for the answer. {remedy}",
+    )
