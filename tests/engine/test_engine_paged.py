@@ -1,0 +1,214 @@
+"""The paged context gives a model what `PackedCausal` gives it, however a prompt is cut up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from fakes import tiny_model
+from qwenkit.engine.batch import build
+from qwenkit.engine.kv import KVCache
+from qwenkit.engine.paged import PagedAttention
+from qwenkit.engine.runner import Runner
+from qwenkit.engine.scheduler import Chunk, Plan
+from qwenkit.errors import UsageError
+from qwenkit.kernels.ops.kv_write import kv_write
+from qwenkit.kernels.ops.paged_attention import paged_attention
+from qwenkit.layers.attention import PackedCausal
+from qwenkit.models import qwen2
+
+CPU = torch.device("cpu")
+BLOCK_TOKENS = 4
+
+
+def all_logits(model: qwen2.Model, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor(ids), PackedCausal([len(ids)]))
+
+
+def runner(model: qwen2.Model, num_blocks: int = 40) -> Runner:
+    return Runner(
+        model, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, device=CPU, reference_ops=True
+    )
+
+
+def chunk(name: str, ids: list[int], start: int, stop: int, blocks: Iterable[int]) -> Chunk:
+    """Of the sequence `ids` the part from `start` to `stop`, its logits wanted."""
+    return Chunk(name, tuple(ids[start:stop]), start, tuple(blocks), True)
+
+
+def random_ids(seed: int, count: int) -> list[int]:
+    return torch.randint(0, 258, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [(23,), (8, 16, 23), (1, 2, 9, 10, 22, 23), tuple(range(1, 24))],
+    ids=["one piece", "blocks", "odd chunks", "token by token"],
+)
+@pytest.mark.parametrize("blocks", [(0, 1, 2, 3, 4, 5), (7, 2, 39, 0, 11, 5)], ids=["row", "mixed"])
+def test_a_prompt_gives_the_same_logits_however_it_is_cut(
+    cuts: tuple[int, ...], blocks: tuple[int, ...]
+) -> None:
+    model, ids = tiny_model(), random_ids(1, 23)
+    expected = all_logits(model, ids)
+    run = runner(model)
+    start = 0
+    for stop in cuts:
+        logits = run.run(Plan((chunk("a", ids, start, stop, blocks),)))
+        torch.testing.assert_close(logits[0], expected[stop - 1], rtol=0, atol=1e-5)
+        start = stop
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_sequences_of_different_lengths_share_a_batch(kv_heads: int, tied: bool) -> None:
+    model = tiny_model(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+    ids = {name: random_ids(seed, 30) for seed, name in enumerate("abcd")}
+    expected = {name: all_logits(model, row) for name, row in ids.items()}
+    blocks = {"a": range(8), "b": (39, 8, 38, 9, 37, 10, 36, 11), "c": range(12, 20)}
+    blocks["d"] = range(35, 27, -1)
+    run = runner(model)
+    # decode beside chunks: each name's parts, one step a column
+    steps = (
+        {"a": (0, 11), "b": (0, 1)},
+        {"a": (11, 12), "b": (1, 2), "c": (0, 9)},
+        {"a": (12, 13), "b": (2, 17), "c": (9, 30), "d": (0, 30)},
+        {"b": (17, 30), "a": (13, 14)},
+        {"a": (14, 30)},
+    )
+    for step in steps:
+        chunks = [chunk(name, ids[name], *part, blocks[name]) for name, part in step.items()]
+        logits = run.run(Plan(tuple(chunks)))
+        wanted = torch.stack([expected[name][stop - 1] for name, (_, stop) in step.items()])
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_only_the_rows_to_be_sampled_reach_the_head() -> None:
+    model, ids = tiny_model(), random_ids(2, 12)
+    middle = Chunk("b", tuple(ids[:5]), 0, (3, 4), False)
+    plan = Plan((chunk("a", ids, 0, 7, (0, 1)), middle, chunk("c", ids, 0, 1, (9,))))
+    logits = runner(model).run(plan)
+    assert logits.shape == (2, 272)
+    torch.testing.assert_close(logits, all_logits(model, ids)[[6, 0]], rtol=0, atol=1e-5)
+    assert runner(model).run(Plan((middle,))).shape == (0, 272)
+
+
+def test_a_batch_puts_every_token_into_its_own_slot() -> None:
+    ids = list(range(100, 120))
+    plan = Plan((chunk("a", ids, 3, 6, (5, 2)), chunk("b", ids, 8, 9, (0, 9, 1))))
+    batch = build(plan, block_tokens=4, device=CPU)
+    assert batch.ids.tolist() == [103, 104, 105, 108]
+    assert batch.positions.tolist() == [3, 4, 5, 8]
+    assert batch.slots.tolist() == [5 * 4 + 3, 2 * 4, 2 * 4 + 1, 4]
+    assert batch.block_tables.tolist() == [[5, 2, 0], [0, 9, 1]]
+    assert (batch.query_lengths.tolist(), batch.kv_lengths.tolist()) == ([3, 1], [6, 9])
+    assert batch.rows is not None
+    assert batch.rows.tolist() == [2, 3]
+
+
+def test_a_layer_without_position_embedding_is_not_rotated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(
+        num_layers=1,
+        num_blocks=3,
+        block_tokens=4,
+        kv_heads=2,
+        head_dim=8,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    q = torch.randn(9, 4, 8, generator=generator)
+    k, v = torch.randn(2, 9, 2, 8, generator=generator)
+    plan = Plan((chunk("a", list(range(9)), 0, 9, (0, 1, 2)),))
+    context = PagedAttention(cache, build(plan, block_tokens=4, device=CPU))
+    expected = PackedCausal([9]).attend(0, q, k, v, None)
+    torch.testing.assert_close(context.attend(0, q, k, v, None), expected, rtol=0, atol=1e-6)
+    assert torch.equal(cache.keys[0].flatten(0, 1)[:9], k)
+
+
+def test_bfloat16_is_kept_in_bfloat16() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    model.dtype = torch.bfloat16
+    ids = random_ids(3, 20)
+    run = runner(model)
+    run.run(Plan((chunk("a", ids, 0, 12, range(5)),)))
+    logits = run.run(Plan((chunk("a", ids, 12, 20, range(5)),)))
+    expected = all_logits(model, ids)[-1]
+    assert logits.dtype == torch.bfloat16
+    assert (logits[0] - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_a_cache_that_cannot_be_had_names_the_setting() -> None:
+    with pytest.raises(UsageError, match=r"kv_cache_tokens: 16000000000000 tokens of 128 bytes"):
+        KVCache(
+            num_layers=1,
+            num_blocks=10**12,
+            block_tokens=16,
+            kv_heads=2,
+            head_dim=8,
+            dtype=torch.float32,
+            device=CPU,
+        )
+
+
+def test_untouched_blocks_cost_no_memory_but_are_counted() -> None:
+    cache = KVCache(
+        num_layers=3,
+        num_blocks=5,
+        block_tokens=4,
+        kv_heads=2,
+        head_dim=8,
+        dtype=torch.bfloat16,
+        device=CPU,
+    )
+    assert cache.size_bytes == 2 * 3 * 5 * 4 * 2 * 8 * 2
+
+
+def softmax_attention(
+    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], group: int
+) -> torch.Tensor:
+    """One query [heads, head_dim] over all of keys and values, written out in float64."""
+    rows = []
+    for head, query in enumerate(q.double()):
+        k = torch.stack([key[head // group] for key in keys]).double()  # [kv_length, head_dim]
+        v = torch.stack(
+            [value[head // group] for value in values]
+        ).double()  # [kv_length, head_dim]
+        rows.append(torch.softmax(k @ query / len(query) ** 0.5, 0) @ v)
+    return torch.stack(rows).float()
+
+
+@pytest.mark.parametrize("case", list(paged_attention.cases()))
+def test_paged_attention_is_attention_written_out(case: tuple[torch.Tensor, ...]) -> None:
+    q, key_cache, value_cache, tables, query_lengths, kv_lengths = case
+    output = paged_attention(*case)
+    assert output.shape == q.shape
+    assert output.is_contiguous()
+    block_tokens, group = key_cache.shape[1], q.shape[1] // key_cache.shape[2]
+    row = 0
+    for table, length, kv_length in zip(
+        tables.tolist(), query_lengths.tolist(), kv_lengths.tolist(), strict=True
+    ):
+        for position in range(kv_length - length, kv_length):
+            places = [(table[p // block_tokens], p % block_tokens) for p in range(position + 1)]
+            expected = softmax_attention(
+                q[row],
+                [key_cache[place] for place in places],
+                [value_cache[place] for place in places],
+                group,
+            )
+            torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=2e-5)
+            row += 1
+
+
+def test_kv_write_changes_its_slots_and_nothing_else() -> None:
+    for k, v, key_cache, value_cache, slots in kv_write.cases():
+        before = key_cache.clone(), value_cache.clone()
+        assert kv_write(k, v, key_cache, value_cache, slots) is None
+        for cache, old, new in zip((key_cache, value_cache), before, (k, v), strict=True):
+            kept = torch.ones(cache.shape[0] * cache.shape[1], dtype=torch.bool)
+            kept[slots] = False
+            assert torch.equal(cache.flatten(0, 1)[slots], new)
+            assert torch.equal(cache.flatten(0, 1)[kept], old.flatten(0, 1)[kept])

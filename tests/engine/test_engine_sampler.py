@@ -1,0 +1,261 @@
+"""One row to one token: against a readable reference, by chi-square, and at the edges."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenkit.engine.sampler import Choice, Sampler, candidates, draw, uniform
+from qwenkit.errors import NonFiniteError
+from qwenkit.types.sampling import SamplingParams
+
+CPU = torch.device("cpu")
+PINNED = [0.0870176532990985, 0.7930227924837461, 0.5203931175836789]  # of seed 1234
+
+
+def sampler(
+    *,
+    prompt: Sequence[int] = (),
+    vocab_size: int = 10,
+    stops: Sequence[int] = (),
+    **options: object,
+) -> Sampler:
+    params = SamplingParams.from_mapping(options)
+    return Sampler(
+        params,
+        prompt_ids=prompt,
+        seed=params.seed or 0,
+        vocab_size=vocab_size,
+        stop_ids=stops,
+        device=CPU,
+    )
+
+
+def reference(
+    logits: Sequence[float], prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+) -> dict[int, float]:
+    """The probabilities of what may be sampled, one rule after the other, in plain Python."""
+    scores = dict(enumerate(logits))
+    for token in {*prompt, *output}:
+        penalty = params.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token, count in Counter(output).items():
+        scores[token] -= params.presence_penalty + params.frequency_penalty * count
+    scores = {token: score / params.temperature for token, score in scores.items()}
+    if params.top_k:
+        bound = sorted(scores.values(), reverse=True)[: params.top_k][-1]
+        scores = {token: score for token, score in scores.items() if score >= bound}
+    best = max(scores.values())
+    weights = {token: math.exp(score - best) for token, score in scores.items()}
+    total, before, kept = sum(weights.values()), 0.0, {}
+    for token in sorted(weights, key=lambda t: -weights[t]):
+        if before < params.top_p * total or not kept:
+            kept[token] = weights[token]
+        before += weights[token]
+    kept = {token: weight for token, weight in kept.items() if weight >= params.min_p}
+    return {token: weight / sum(kept.values()) for token, weight in kept.items()}
+
+
+SETTINGS = (
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.5},
+    {"top_k": 3},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"top_k": 6, "top_p": 0.8, "min_p": 0.1, "temperature": 0.8},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 0.8, "frequency_penalty": 0.4},
+    {"repetition_penalty": 1.1, "presence_penalty": -0.5, "temperature": 0.7, "top_p": 0.9},
+)
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_samples_have_the_distribution_of_the_rules(options: dict[str, float]) -> None:
+    """Chi-square over 4,000 seeds for the fourth output token, at 1 in 10,000 of false alarm."""
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(3)) * 1.5
+    prompt, output = (2, 5), (1, 1, 7)
+    expected = reference(logits.tolist(), prompt, output, SamplingParams.from_mapping(options))
+    counts: Counter[int] = Counter()
+    for seed in range(4000):
+        chooser = sampler(prompt=prompt, seed=seed, **options)
+        for token in output:  # what was sampled before
+            chooser._remember(token)
+        counts[chooser.choose(logits).token_id] += 1
+    assert set(counts) <= set(expected)
+    chi_square = sum((counts[t] - 4000 * p) ** 2 / (4000 * p) for t, p in expected.items())
+    # Wilson and Hilferty's approximation of the quantile at 3.72 standard deviations
+    degrees = max(len(expected) - 1, 1)
+    bound = degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3
+    assert chi_square < bound
+
+
+@settings(deadline=None, max_examples=200, derandomize=True, database=None)
+@given(
+    eighths=st.lists(st.integers(-200, 200), min_size=2, max_size=40),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0, 1),
+    min_p=st.floats(0, 1),
+    temperature=st.floats(0.05, 5),
+)
+def test_candidates_are_those_of_the_rules(
+    eighths: list[int], top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    logits = [number / 8 for number in eighths]
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    ids, weights = candidates(torch.tensor(logits), params)
+    found = dict(zip(ids.tolist(), (weights / weights.sum()).tolist(), strict=True))
+    assert max(weights.tolist()) == 1
+    # A bound may fall on a weight to within rounding: then either set is right.
+    strict, loose = (
+        reference(
+            logits,
+            (),
+            (),
+            params.replace(
+                top_p=min(max(top_p + sign * 1e-6, 0.0), 1.0),
+                min_p=min(min_p * (1 - sign * 1e-5), 1.0),
+            ),
+        )
+        for sign in (-1, 1)
+    )
+    assert len(strict) <= len(found) <= len(loose)
+    if len(strict) == len(loose) and len(set(logits)) == len(logits):
+        assert found == pytest.approx(loose, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+def test_a_nucleus_larger_than_the_first_guess_is_found_too(top_p: float, scale: float) -> None:
+    scores = torch.randn(5000, generator=torch.Generator().manual_seed(1)) * scale
+    ids, _ = candidates(scores, SamplingParams(top_p=top_p))
+    probabilities = scores.double().softmax(0).sort(descending=True)
+    count = int((probabilities.values.cumsum(0) - probabilities.values < top_p).sum())
+    assert abs(len(ids) - count) <= 1
+    assert set(ids[: count - 1].tolist()) <= set(probabilities.indices[: count + 1].tolist())
+
+
+def test_greedy_takes_the_most_likely_after_the_penalties() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.9, -1.0])
+    for options in ({"temperature": 0}, {"top_k": 1, "temperature": 3.0}):
+        assert sampler(vocab_size=4, **options).choose(logits) == Choice(1)
+    assert sampler(vocab_size=4, temperature=0, repetition_penalty=1.2, prompt=[1]).choose(
+        logits
+    ) == Choice(2)
+    chooser = sampler(vocab_size=4, temperature=0, presence_penalty=0.2)
+    assert [chooser.choose(logits).token_id for _ in range(3)] == [1, 2, 1]
+
+
+def test_repetition_covers_prompt_and_output_and_the_others_the_output_only() -> None:
+    logits = torch.tensor([2.0, 1.9, 1.8])
+    ids = [0, 0]
+    chooser = sampler(vocab_size=3, prompt=ids, temperature=0, repetition_penalty=2.0)
+    assert [chooser.choose(logits).token_id for _ in range(3)] == [1, 2, 0]
+    chooser = sampler(vocab_size=3, prompt=ids, temperature=0, frequency_penalty=0.15)
+    assert [chooser.choose(logits).token_id for _ in range(4)] == [0, 1, 0, 2]
+
+
+def test_padded_rows_are_never_sampled() -> None:
+    """Row T15: ids past the tokenizer's are not tokens, however likely the model finds them."""
+    logits = torch.full((12,), 50.0)
+    logits[:10] = torch.linspace(-2, 2, 10)
+    for options in ({"temperature": 0}, {"temperature": 5.0}, {"top_k": 3}, {"top_p": 0.5}):
+        chosen = {sampler(seed=s, **options).choose(logits).token_id for s in range(50)}
+        assert max(chosen) < 10
+    choice = sampler(temperature=0, logprobs=10).choose(logits)
+    assert choice.top_logprobs is not None
+    assert {token for token, _ in choice.top_logprobs} == set(range(10))
+
+
+def test_min_tokens_puts_stops_off() -> None:
+    logits = torch.tensor([0.0, 5.0, 4.0, 1.0])
+    chooser = sampler(vocab_size=4, temperature=0, min_tokens=2, stops=(1, 2))
+    assert [chooser.choose(logits).token_id for _ in range(3)] == [3, 3, 1]
+    chooser = sampler(vocab_size=4, top_k=3, min_tokens=1, stops=(0, 1, 2))
+    assert chooser.choose(logits).token_id == 3
+
+
+def test_logprobs_are_those_of_the_raw_distribution() -> None:
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    raw = logits.log_softmax(0)
+    choice = sampler(
+        prompt=range(10), temperature=0.1, top_k=2, repetition_penalty=5.0, logprobs=3, seed=1
+    ).choose(logits)
+    assert choice.logprob == pytest.approx(raw[choice.token_id].item(), abs=1e-6)
+    best = raw.topk(3)
+    assert choice.top_logprobs is not None
+    assert [token for token, _ in choice.top_logprobs] == best.indices.tolist()
+    assert [p for _, p in choice.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-6)
+    assert sampler(logprobs=0, temperature=0).choose(logits).top_logprobs == ()
+    assert sampler(temperature=0).choose(logits) == Choice(int(logits.argmax()))
+
+
+def test_a_seed_and_a_place_give_the_same_token_whatever_came_before() -> None:
+    rows = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    first, second = sampler(seed=7), sampler(seed=7)
+    tokens = [first.choose(row).token_id for row in rows]
+    assert tokens == [second.choose(row).token_id for row in rows]
+    other = sampler(seed=8)
+    assert tokens != [other.choose(row).token_id for row in rows]
+    # the numbers themselves are part of the promise: the same on every machine and version
+    assert [uniform(1234, i) for i in range(3)] == PINNED
+
+
+def test_random_numbers_are_even_and_independent_of_each_other() -> None:
+    by_seed = [uniform(seed, 0) for seed in range(10_000)]
+    by_place = [uniform(0, place) for place in range(10_000)]
+    for numbers in (by_seed, by_place):
+        counts = Counter(int(number * 100) for number in numbers)
+        assert sum((counts[i] - 100) ** 2 / 100 for i in range(100)) < 160  # 1 in 10,000
+        assert abs(torch.corrcoef(torch.tensor([numbers[1:], numbers[:-1]]))[0, 1]) < 0.04
+
+
+def test_a_draw_never_lands_on_weight_nothing() -> None:
+    weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
+    top = (2**52 - 1) / 2**52
+    assert {draw(weights, number) for number in (0.0, 0.29, 0.31, 0.5, top)} == {1, 3}
+    assert draw(weights, 0.0) == 1
+    assert draw(weights, top) == 3
+    assert draw(torch.tensor([1e-30]), top) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.5}, {"logprobs": 2}])
+def test_a_row_that_is_not_finite_gives_no_token(bad: float, options: dict[str, float]) -> None:
+    logits = torch.zeros(12)
+    logits[[4, 11]] = bad
+    with pytest.raises(NonFiniteError, match=r"2 of the model's 12 logits for output token 0"):
+        sampler(**options).choose(logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 100.0, "repetition_penalty": 1e-300},
+        {"repetition_penalty": 100.0},
+        {"presence_penalty": -100.0, "frequency_penalty": 100.0},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+        {"top_k": 2**62},
+        {"top_p": 1e-300, "min_p": 1e-300, "top_k": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e30])
+def test_extreme_options_still_give_a_token(options: dict[str, float], scale: float) -> None:
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(0)) * scale
+    chooser = sampler(prompt=range(5), **options)
+    assert all(0 <= chooser.choose(logits).token_id < 10 for _ in range(5))
+
+
+def test_low_precision_logits_are_sampled_in_fp32() -> None:
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    wide = sampler(logprobs=1, seed=3).choose(logits.float())
+    assert sampler(logprobs=1, seed=3).choose(logits) == wide

@@ -1,0 +1,91 @@
+"""Penalties and filters against transformers' logits processors, and penalties against OpenAI's
+published formula.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from qwenkit.engine.sampler import candidates, penalize_counts, penalize_repetition
+from qwenkit.types.sampling import SamplingParams
+
+pytestmark = pytest.mark.oracle
+transformers = pytest.importorskip("transformers")
+
+VOCAB_SIZE = 3000
+
+
+def scores(seed: int) -> torch.Tensor:
+    return torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 4
+
+
+def theirs(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    warpers = [transformers.TemperatureLogitsWarper(params.temperature)]
+    if params.top_k:
+        warpers.append(transformers.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        warpers.append(transformers.MinPLogitsWarper(params.min_p))
+    result = row[None]
+    for warper in warpers:
+        result = warper(torch.zeros(1, 1, dtype=torch.int64), result)
+    return result[0].softmax(0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.3},
+        {"temperature": 1.7},
+        {"top_k": 1},
+        {"top_k": 20},
+        {"top_k": VOCAB_SIZE + 5},
+        {"top_p": 0.1},
+        {"top_p": 0.8},
+        {"top_p": 0.999, "temperature": 5.0},
+        {"min_p": 0.05},
+        {"min_p": 1.0},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20},  # Qwen2's own defaults
+        {"temperature": 1.2, "top_p": 0.9, "top_k": 50, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_filters_leave_the_same_distribution(seed: int, options: dict[str, float]) -> None:
+    params = SamplingParams.from_mapping(options)
+    row = scores(seed)
+    ids, weights = candidates(row, params)
+    ours = torch.zeros(VOCAB_SIZE).index_copy(0, ids, weights / weights.sum())
+    expected = theirs(row, params)
+    assert torch.equal(ours > 0, expected > 0)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_equal_scores_at_the_bound_of_top_k_all_stay() -> None:
+    row = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 2.0])
+    params = SamplingParams(top_k=2)
+    ids, _ = candidates(row, params)
+    assert set(ids.tolist()) == set(theirs(row, params).nonzero()[:, 0].tolist()) == {1, 2, 3, 5}
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.05, 1.1, 3.0])
+def test_repetition_penalty(penalty: float) -> None:
+    row = scores(9)
+    ids = torch.randint(0, VOCAB_SIZE, (1, 200), generator=torch.Generator().manual_seed(1))
+    expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, row[None])[0]
+    ours = penalize_repetition(row, ids[0].unique(), penalty)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+
+
+def test_presence_and_frequency_penalties_follow_the_published_formula() -> None:
+    """mu[j] -> mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence."""
+    row = scores(10)
+    output = torch.randint(0, 50, (200,), generator=torch.Generator().manual_seed(2)).tolist()
+    ours = penalize_counts(row, Counter(output), 0.6, 0.3)
+    for token, mu in enumerate(row.tolist()):
+        c = output.count(token)
+        assert ours[token].item() == pytest.approx(mu - c * 0.3 - float(c > 0) * 0.6, abs=1e-5)
