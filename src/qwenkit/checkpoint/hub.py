@@ -155,9 +155,8 @@ class _Hub:
     @classmethod
     def of(cls, endpoint: str | None, cache_dir: Path | None) -> _Hub:
         # Imported late: it takes a tenth of a second, and a local path needs none of it.
-        import huggingface_hub
+        from huggingface_hub import constants, get_token
 
-        constants = huggingface_hub.constants
         address = (endpoint or constants.ENDPOINT).rstrip("/")
         if urlsplit(address).scheme not in ("https", "http"):
             raise NetworkError(f"hub address {address!r}: expected https://… or http://….")
@@ -166,7 +165,7 @@ class _Hub:
             endpoint=address,
             cache=Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir),
             offline=bool(constants.HF_HUB_OFFLINE),
-            token=huggingface_hub.get_token() if encrypted else None,
+            token=get_token() if encrypted else None,
         )
 
 
@@ -326,11 +325,14 @@ def _refuse(error: Exception, hub: _Hub, name: HubName, revision: str) -> NoRetu
     """Raise what an HTTP or connection error means for the one who asked for `name`."""
     if not isinstance(error, urllib.error.HTTPError):
         reason = getattr(error, "reason", None) or error
-        raise NetworkError(
-            f"{name} is not in the cache {hub.cache}, and {hub.endpoint} cannot be reached "
-            f"({reason}). What was downloaded is kept: try 'qwenkit pull {name}' again, or "
-            f"set HF_ENDPOINT to a mirror. {_ALWAYS_THERE}"
-        ) from error
+        if cached_snapshot(name, revision, hub.cache) is not None:
+            advice = f"What is cached in {hub.cache} can be used as it is."
+        else:
+            advice = (
+                f"{name} is not whole in the cache {hub.cache}; what was downloaded is kept. Try "
+                f"'qwenkit pull {name}' again, or set HF_ENDPOINT to a mirror. {_ALWAYS_THERE}"
+            )
+        raise NetworkError(f"{hub.endpoint} cannot be reached ({reason}). {advice}") from error
     kind = error.headers.get("X-Error-Code", "")
     if kind == "GatedRepo" or error.code == 403:
         raise ModelNotFoundError(

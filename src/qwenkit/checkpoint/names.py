@@ -83,6 +83,7 @@ def check_revision(revision: str) -> str:
 def did_you_mean(name: str) -> str:
     """What to do about a name that leads nowhere: the well-known names nearest to it, if any."""
     by_tail = {known.partition("/")[2].lower(): known for known in WELL_KNOWN}
+    by_tail[EMBEDDED_NAME] = EMBEDDED_NAME
     tail = re.split(r"[/\\]", name)[-1].lower()
     near = [tail] if tail in by_tail else difflib.get_close_matches(tail, by_tail, n=3, cutoff=0.75)
     meant = " or ".join(repr(by_tail[match]) for match in near if by_tail[match] != name)
