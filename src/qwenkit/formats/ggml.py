@@ -19,7 +19,7 @@ from qwenkit.kernels.ops.block_dequantize import block_dequantize
 from qwenkit.kernels.ops.block_matmul import block_matmul
 from qwenkit.layers.weight import QuantWeight
 
-# Root-mean-square error of each type on normally distributed numbers, relative to theirs, rounded up.
+# Root-mean-square error of each type on normally distributed numbers, relative to theirs.
 _NORMAL_ERROR: Mapping[str, float] = {
     "Q4_0": 0.090,
     "Q4_1": 0.082,

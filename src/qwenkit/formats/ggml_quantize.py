@@ -24,6 +24,8 @@ from qwenkit.kernels.blocks import (
     row_chunks,
 )
 
+_LARGEST = 65504.0 * 128 * 32  # half precision's largest, times Q6_K's codes: no type goes further
+
 
 def quantize_blocks(weight: torch.Tensor, block_type: str) -> torch.Tensor:
     """Quantize a matrix [rows, columns] of any float dtype to uint8 [rows, bytes_per_row].
@@ -42,23 +44,23 @@ def quantize_blocks(weight: torch.Tensor, block_type: str) -> torch.Tensor:
     rows, columns = weight.shape
     result = weight.new_empty((rows, layout.bytes_per_row(columns)), dtype=torch.uint8)
     for chunk in row_chunks(rows, columns):
-        numbers = weight[chunk].detach().to(torch.float32).reshape(-1, layout.block_columns)
-        blocks = QUANTIZERS[block_type](numbers)  # [blocks, block_bytes]
+        numbers = weight[chunk].detach().to(torch.float32).contiguous()
+        if not bool(numbers.abs().amax() <= _LARGEST):  # NaN compares false
+            raise _unholdable(block_type, chunk.start, chunk.stop)
+        blocks = QUANTIZERS[block_type](numbers.view(-1, layout.block_columns))
         result[chunk] = blocks.view(-1, result.shape[1])
-        _refuse_nonfinite(numbers, result[chunk], block_type, first_row=chunk.start)
+        overflow = first_nonfinite_block(result[chunk], block_type)
+        if overflow is not None:
+            row = chunk.start + overflow[0]
+            raise _unholdable(block_type, row, row + 1)
     return result
 
 
-def _refuse_nonfinite(
-    numbers: torch.Tensor, blocks: torch.Tensor, block_type: str, *, first_row: int
-) -> None:
-    at_fault = first_nonfinite_block(blocks, block_type)
-    if at_fault is None and bool(torch.isfinite(numbers).all()):
-        return
-    row = "" if at_fault is None else f" (first in row {first_row + at_fault[0]})"
-    raise NonFiniteError(
-        f"{block_type} cannot hold this matrix{row}: a number is NaN, infinite, or so large that "
-        "the half-precision scale of its block overflows. Keep the matrix in a float type."
+def _unholdable(block_type: str, first_row: int, end_row: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"{block_type} cannot hold this matrix: among rows {first_row} to {end_row - 1} a number "
+        "is NaN, infinite, or so large that the half-precision scale of its block overflows. "
+        "Keep the matrix in a float type."
     )
 
 
