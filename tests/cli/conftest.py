@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace, TracebackType
@@ -18,7 +20,9 @@ from qwenkit.types.sampling import SamplingParams
 
 @dataclass
 class ScriptedModel:
-    """Every reply is `script`; one token per item. A character of a message is a prompt token."""
+    """Every reply is `script`; one token per item, "^C" presses Ctrl-C. A character of a message is
+    a prompt token.
+    """
 
     script: Sequence[str] = ("Hel", "lo", ".")
     reason: FinishReason = "stop"
@@ -78,6 +82,8 @@ class ScriptedModel:
         self.open_streams += 1
         try:
             for number, text in enumerate(self.script):
+                if text == "^C":
+                    os.kill(os.getpid(), signal.SIGINT)
                 yield TokenEvent("r", number, text)
             usage = Usage(prompt_tokens=5, completion_tokens=len(self.script))
             yield FinishEvent("r", self.reason, "", usage, error=self.error)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +159,8 @@ def test_exit_ends_the_conversation(model: Any) -> None:
 def test_ctrl_c_stops_the_reply_and_not_the_conversation(
     model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Interrupting(list[str]):
-        def __iter__(self) -> Iterator[str]:
-            yield "one "
-            os.kill(os.getpid(), signal.SIGINT)
-            yield "two "
-
-    handler = signal.getsignal(signal.SIGINT)
     session = ChatSession(model, sampling=SamplingParams())
-    model.script = Interrupting()
+    model.script = ("one ", "^C", "two ")
     converse(session, ScriptedReader("count", ":history"))
     out, err = capsys.readouterr()
     assert [(t.answer, t.ended) for t in session.turns] == [("one ", "abort")]
@@ -178,30 +168,22 @@ def test_ctrl_c_stops_the_reply_and_not_the_conversation(
     assert "two" not in out
     assert ":continue" in err
     assert model.open_streams == 0
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_second_ctrl_c_ends_a_reply_that_does_not_come(model: Any) -> None:
-    class Stuck(list[str]):
-        def __iter__(self) -> Iterator[str]:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            yield "never"
+def test_ctrl_c_while_a_piece_is_written(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(text: str, *, end: str = "\n") -> None:
+        if text == "lo":
+            raise KeyboardInterrupt
 
+    monkeypatch.setattr(console, "say", say)
     session = ChatSession(model, sampling=SamplingParams())
-    model.script = Stuck()
     converse(session, ScriptedReader("q"))
-    assert session.turns == []
+    assert [(t.answer, t.ended) for t in session.turns] == [("Hello", "abort")]
+    assert model.open_streams == 0
 
 
 def test_ctrl_c_in_a_one_shot_exits_as_shells_expect(loaded: Any, model: Any) -> None:
-    class Interrupting(list[str]):
-        def __iter__(self) -> Iterator[str]:
-            yield "one "
-            os.kill(os.getpid(), signal.SIGINT)
-            yield "two "
-
-    model.script = Interrupting()
+    model.script = ("one ", "^C", "two ")
     result = run("--prompt", "q")
     assert (result.exit_code, result.stdout) == (130, "one \n")
 

@@ -16,56 +16,60 @@ from qwenkit.errors import QwenkitError, UsageError
 
 SEED = 1234  # as in the first generation's demo: the same conversation gives the same replies
 
+Question = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="One question, as --prompt.")
+]
+CheckpointPath = Annotated[
+    str | None,
+    typer.Option("-c", "--checkpoint-path", metavar="MODEL", help="Another way to give the model."),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="Answer this and exit, without reading standard input."),
+]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help='System prompt; "" for none. [default: the model\'s own]'),
+]
+SystemFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Read the system prompt from a file.")
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Longest reply. [default: the model's own, else the rest of the context]"
+    ),
+]
+Seed = Annotated[
+    int, typer.Option("-s", "--seed", metavar="N", help="The same seed gives the same reply.")
+]
+CpuOnly = Annotated[
+    bool, typer.Option("--cpu-only", help="Compute on the CPU, as this version always does.")
+]
+
 
 def command(
     model: options.ModelName = None,
-    question: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="One question, as --prompt.")
-    ] = None,
-    checkpoint_path: Annotated[
-        str | None,
-        typer.Option(
-            "-c", "--checkpoint-path", metavar="MODEL", help="Another way to give the model."
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Answer this and exit, without reading standard input."),
-    ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help='System prompt; "" for none. [default: the model\'s own]'
-        ),
-    ] = None,
-    system_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read the system prompt from a file.")
-    ] = None,
+    question: Question = None,
+    checkpoint_path: CheckpointPath = None,
+    prompt: Prompt = None,
+    system: System = None,
+    system_file: SystemFile = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Longest reply. [default: the model's own, else the rest of the context]",
-        ),
-    ] = None,
+    max_tokens: MaxTokens = None,
     stop: options.Stop = None,
     greedy: options.Greedy = False,
-    seed: Annotated[
-        int, typer.Option("-s", "--seed", metavar="N", help="The same seed gives the same reply.")
-    ] = SEED,
+    seed: Seed = SEED,
     threads: options.Threads = None,
     dtype: options.Dtype = "auto",
     compute: options.Compute = "auto",
     context: options.Context = None,
     offline: options.Offline = False,
-    cpu_only: Annotated[
-        bool, typer.Option("--cpu-only", help="Compute on the CPU, as this version always does.")
-    ] = False,
+    cpu_only: CpuOnly = False,
 ) -> None:
     """Talk with a model. Without MODEL the embedded SmolLM2-135M-Instruct speaks (not a Qwen).
 
@@ -98,15 +102,11 @@ def command(
     with loading.load_model(
         name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
     ) as llm:
-        sampling = llm.record.sampling.replace(**changes)
-        session = ChatSession(llm, sampling=sampling, system=system)
-        if asked is not None:
-            _answer_once(session, asked)
+        session = ChatSession(llm, sampling=llm.record.sampling.replace(**changes), system=system)
+        if asked is None:
+            _converse(session, name)
         else:
-            from qwenkit.cli.chat_input import PromptReader  # slow, and for people only
-
-            console.say(welcome(llm.record, name))
-            converse(session, PromptReader())
+            _answer_once(session, asked)
 
 
 def _system_prompt(text: str | None, file: Path | None) -> str | None:
@@ -132,8 +132,16 @@ def _question(given: str | None) -> str | None:
     return None
 
 
+def _converse(session: ChatSession, model_name: str) -> None:
+    from qwenkit.cli.chat_input import PromptReader  # slow, and for people only
+
+    console.say(welcome(session.model.record, model_name))
+    converse(session, PromptReader())
+
+
 def _answer_once(session: ChatSession, question: str) -> None:
-    reply = show_reply(lambda: session.ask(question))
+    reply = session.ask(question)
+    show_reply(reply)
     if reply.ended == "abort":
         raise typer.Exit(130)  # stopped by Ctrl-C, as shells report it
     if reply.ended == "error":

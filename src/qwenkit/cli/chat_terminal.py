@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from qwenkit import __version__
@@ -64,6 +63,8 @@ def converse(session: ChatSession, reader: LineReader) -> None:
         try:
             if not _respond(session, line):
                 return
+        except KeyboardInterrupt:
+            console.note("Stopped. / 已中断。")
         except QwenkitError as error:
             console.error(str(error))
 
@@ -71,7 +72,7 @@ def converse(session: ChatSession, reader: LineReader) -> None:
 def _respond(session: ChatSession, line: str) -> bool:
     """Obey or answer one line; False when it asked to leave."""
     if not is_command(line):
-        _converse_once(session, lambda: session.ask(line), continued=False)
+        _show(session, session.ask(line), continued=False)
         return True
     outcome = run_command(session, line)
     if outcome.text:
@@ -79,12 +80,12 @@ def _respond(session: ChatSession, line: str) -> bool:
     if outcome.action == "clear screen":
         console.clear_screen()
     if outcome.action == "continue":
-        _converse_once(session, session.resume, continued=True)
+        _show(session, session.resume(), continued=True)
     return outcome.action != "exit"
 
 
-def _converse_once(session: ChatSession, begin: Callable[[], Reply], *, continued: bool) -> None:
-    reply = show_reply(begin, label=f"{session.model.record.name}> ")
+def _show(session: ChatSession, reply: Reply, *, continued: bool) -> None:
+    show_reply(reply, label=f"{session.model.record.name}> ")
     remark = session.keep(reply, continued=continued)
     if remark:
         console.note(remark)

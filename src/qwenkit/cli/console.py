@@ -8,13 +8,13 @@ cursor, setting the title or answering queries (ECMA-48 control functions).
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from typing import Any
 
 import typer
 
@@ -23,6 +23,9 @@ _HARMLESS: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(0
 _HARMLESS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 _HARMLESS |= {0x7F: "\u2421", ord("\r"): None}
 del _HARMLESS[ord("\n")], _HARMLESS[ord("\t")]
+
+# JSON lets these stand in a string, a terminal may obey them.
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 
 
 def visible(text: str) -> str:
@@ -58,6 +61,14 @@ def say(text: str, *, end: str = "\n") -> None:
     typer.echo(visible(text) + end, nl=False)
 
 
+def say_json(value: Any) -> None:
+    """Write one JSON value as one line to standard output, exactly: what `say` would make visible
+    is escaped inside its strings. Raises ValueError for NaN and infinities, which JSON lacks.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    typer.echo(text.translate(_JSON_ESCAPES))
+
+
 def note(text: str) -> None:
     """A remark about what is going on, to standard error."""
     _to_stderr(visible(text), dim=True)
@@ -86,38 +97,13 @@ def clear_screen() -> None:
 
 
 @contextmanager
-def busy(text: str) -> Iterator[Callable[[str], None]]:
-    """Show on standard error, if a person watches it, that something long is under way.
-
-    Yields a function that changes what is shown.
-    """
+def busy(text: str) -> Iterator[None]:
+    """Show on standard error, if a person watches it, that something long is under way."""
     if not sys.stderr.isatty():
-        yield lambda text: None
+        yield
         return
     from rich.console import Console  # slow to import, and only needed here
-    from rich.markup import escape
+    from rich.text import Text
 
-    with Console(stderr=True).status(escape(visible(text))) as status:
-        yield lambda text: status.update(escape(visible(text)))
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the block Ctrl-C only raises a flag, which the yielded function reads.
-
-    The computation then ends between two tokens and leaves nothing half done. Whoever presses
-    Ctrl-C twice wants out at once and gets the KeyboardInterrupt.
-    """
-    pressed = False
-
-    def press(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with Console(stderr=True).status(Text(visible(text))):
+        yield

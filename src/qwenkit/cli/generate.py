@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,62 +18,74 @@ if TYPE_CHECKING:
     from qwenkit.api import LLM, Completion
 
 MAX_TOKENS = 128  # a base model seldom ends by itself, and a context may be long
-# JSON readers and terminals differ on these, so they are written as escapes inside its strings.
-_ESCAPES = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
+
+ModelAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--model-name-or-path",
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="Another way to give the model.",
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The text to continue, exactly as given.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Read the text from a file (its last newline left out, as from standard input).",
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        "--max-new-tokens",
+        "--max_new_tokens",
+        metavar="N",
+        help=f"Longest output. [default: the model's own, else {MAX_TOKENS}]",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "-s",
+        "--seed",
+        metavar="N",
+        help="The same seed gives the same text. [default: new at every call]",
+    ),
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="With --json: each token's log-probability and the N likeliest."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write one JSON object: ids, text, usage, timing, seed.")
+]
+Echo = Annotated[bool, typer.Option("--echo", help="Put the prompt before the text.")]
 
 
 def command(
     model: options.ModelName = None,
-    model_name_or_path: Annotated[
-        str | None,
-        typer.Option(
-            "--model-name-or-path",
-            "--model_name_or_path",
-            metavar="MODEL",
-            help="Another way to give the model.",
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The text to continue, exactly.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Read the text from a file (its last newline left out, as from standard input).",
-        ),
-    ] = None,
+    model_name_or_path: ModelAlias = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens",
-            "--max-new-tokens",
-            "--max_new_tokens",
-            metavar="N",
-            help=f"Longest output. [default: the model's own, else {MAX_TOKENS}]",
-        ),
-    ] = None,
+    max_tokens: MaxTokens = None,
     stop: options.Stop = None,
     greedy: options.Greedy = False,
-    seed: Annotated[
-        int | None,
-        typer.Option("-s", "--seed", metavar="N", help="The same seed gives the same text."),
-    ] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="With --json: each token's log-probability and the N likeliest."
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write one JSON object: ids, text, usage, timing, seed.")
-    ] = False,
-    echo: Annotated[bool, typer.Option("--echo", help="Put the prompt before the text.")] = False,
+    seed: Seed = None,
+    logprobs: Logprobs = None,
+    as_json: AsJson = False,
+    echo: Echo = False,
     threads: options.Threads = None,
     dtype: options.Dtype = "auto",
     compute: options.Compute = "auto",
@@ -85,8 +96,7 @@ def command(
 
     The text comes from --prompt, --prompt-file or standard input. The continuation goes to
     standard output as it is made, everything else to standard error. Control characters are made
-    visible and a last newline is added; --json keeps the text exactly. The seed is new at every
-    call unless given.
+    visible and a last newline is added; --json keeps the text exactly.
 
     \b
     Examples:
@@ -141,9 +151,8 @@ def _sampling(model_defaults: SamplingParams, changes: Mapping[str, Any]) -> Sam
 
 
 def _write_text(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) -> None:
-    if echo:
-        console.say(prompt, end="")
-    reply = show_reply(lambda: Reply(prompt, llm.stream(prompt, sampling)))
+    reply = Reply(prompt, llm.stream(prompt, sampling))
+    show_reply(reply, label=prompt if echo else "")
     if reply.ended == "abort":
         raise typer.Exit(130)
     if reply.finish is not None and reply.ended == "error":
@@ -152,9 +161,7 @@ def _write_text(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) 
 
 def _write_json(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) -> None:
     done = llm.generate(prompt, sampling)
-    result = as_dictionary(done, model=llm.record.name, prompt=prompt, echo=echo)
-    text = json.dumps(result, ensure_ascii=False, allow_nan=False).translate(_ESCAPES)
-    typer.echo(text)
+    console.say_json(as_dictionary(done, model=llm.record.name, prompt=prompt, echo=echo))
     if done.finish_reason == "error":
         raise QwenkitError(f"The completion failed: {done.error}")
 

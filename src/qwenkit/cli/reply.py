@@ -41,11 +41,11 @@ class Reply:
         """How it ended; "abort" until it has."""
         return "abort" if self.finish is None else self.finish.reason
 
-    def pieces(self, interrupted: Callable[[], bool] = lambda: False) -> Generator[str, None, None]:
+    def pieces(self) -> Generator[str, None, None]:
         """The text as it comes, whole characters only.
 
-        Ends early, leaving `ended` "abort", once `interrupted` answers True, or at a
-        KeyboardInterrupt.
+        A KeyboardInterrupt while it waits for the engine (which has a thread of its own, so that
+        nothing is left half done) ends it early and leaves `ended` "abort".
         """
         started_s = self._clock()
         try:
@@ -53,8 +53,6 @@ class Reply:
                 now_s = self._clock() - started_s
                 if isinstance(event, FinishEvent):
                     self.finish = event
-                elif interrupted():
-                    return
                 else:
                     self.token_count += 1
                     self.first_token_s = self.first_token_s or now_s
@@ -67,7 +65,7 @@ class Reply:
         finally:
             close = getattr(self._events, "close", None)
             if close is not None:
-                close()  # a generator: closing it aborts the request
+                close()  # aborts the request unless it has finished
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -91,20 +89,17 @@ class Reply:
         return " · ".join(parts)
 
 
-def show_reply(begin: Callable[[], Reply], *, label: str = "") -> Reply:
-    """Begin a reply and write it as it comes, then its closing line; Ctrl-C ends it early."""
-    with console.interruptible() as interrupted:
-        reply = begin()
-        for notice in reply.notices:
-            console.note(notice)
-        console.say(label, end="")
-        try:
-            with closing(reply.pieces(interrupted)) as pieces:
-                for piece in pieces:
-                    console.say(piece, end="")
-        except KeyboardInterrupt:
-            pass  # the second Ctrl-C, while a piece was being written: the reply stays "abort"
-        if not reply.text.endswith("\n"):
-            console.say("")
+def show_reply(reply: Reply, *, label: str = "") -> None:
+    """Write a reply as it comes, then its closing line; Ctrl-C ends it early."""
+    for notice in reply.notices:
+        console.note(notice)
+    console.say(label, end="")
+    try:
+        with closing(reply.pieces()) as pieces:
+            for piece in pieces:
+                console.say(piece, end="")
+    except KeyboardInterrupt:
+        pass  # it came while a piece was written, not while one was awaited
+    if not reply.text.endswith("\n"):
+        console.say("")
     console.note(f"[{reply.summary()}]")
-    return reply
