@@ -95,6 +95,7 @@ class _Session:
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
         offline: bool = False,
+        revision: str | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """Load `model`: "default", a name on a hub, a folder or a .gguf file.
@@ -102,7 +103,8 @@ class _Session:
         `dtype` "auto", "float32" or "bfloat16" is that of the activations. `compute` "auto" uses
         the fastest kernels of this machine, "reference" the readable torch ones. `context_tokens`
         limits prompt and answer together (default: what the model allows); `kv_cache_tokens` is
-        the room for all requests together. `offline` never touches the network.
+        the room for all requests together. `offline` never touches the network; `revision` names a
+        hub's branch, tag or commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
@@ -111,7 +113,7 @@ class _Session:
             raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
         if threads is not None and threads < 1:
             raise UsageError(f"threads: expected at least 1, got {threads}.")
-        self.path = resolve(str(model), offline=offline)
+        self.path = resolve(str(model), offline=offline, revision=revision)
         cpu.register(threads=threads)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -192,7 +194,7 @@ class _Session:
 
 
 class LLM(_Session):
-    """A model to talk to from ordinary code. Safe to use from several threads; a context manager."""
+    """A model to talk to from ordinary code, from several threads too; a context manager."""
 
     def stream(self, prompt: Prompt, sampling: Sampling = None) -> Iterator[Event]:
         """Events of a raw completion of text or ids: tokens, then exactly one FinishEvent.

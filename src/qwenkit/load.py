@@ -16,8 +16,9 @@ from torch import nn
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import CheckpointError, UsageError, suggest
-from qwenkit.formats.spec import claim
+from qwenkit.formats.spec import Format, claim
 from qwenkit.layers.linear import Embedding, Linear
+from qwenkit.layers.weight import QuantWeight
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
 from qwenkit.record import read_record
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf
@@ -175,16 +176,12 @@ def _fill_module(
         index = _halves_from_pairs(next(iter(module.parameters())).shape[0], model.config.head_dim)
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     if isinstance(module, Linear | Embedding):
-        storage = {part: t.storage for part, t in below.items() if part not in ("bias",)}
+        storage = {part: t.storage for part, t in below.items() if part != "bias"}
         chosen = claim(storage, checkpoint.config.get("quantization_config") or {})
         if chosen is not None:
             rows, columns = expected.pop("weight")
             _check_shape(checkpoint, f"{path}.weight", below.get("weight"), (rows, columns))
-            weight = chosen.weight.from_tensors(
-                {part: below.pop(part).read() for part in storage},
-                shape=(rows, columns),
-                storage=storage.get("weight", chosen.name),
-            )
+            weight = _quantized(path, chosen, below, storage, (rows, columns))
             del module.weight
             module.weight = (weight if index is None else weight.select_rows(index)).to(device)
     for part, shape in expected.items():
@@ -205,6 +202,24 @@ def _fill_module(
         raise CheckpointError(
             checkpoint.path, "tensors", f"belong to no part of the model: {names}."
         )
+
+
+def _quantized(
+    path: str,
+    chosen: Format,
+    below: dict[str, StoredTensor],
+    storage: Mapping[str, str],
+    shape: tuple[int, int],
+) -> QuantWeight:
+    """The weight of a layer in its storage format; takes its tensors out of `below`."""
+    stored = {part: below.pop(part) for part in storage}
+    tag = storage.get("weight", chosen.name)
+    try:
+        tensors = {part: tensor.read() for part, tensor in stored.items()}
+        return chosen.weight.from_tensors(tensors, shape=shape, storage=tag)
+    except CheckpointError as error:
+        file = next(iter(stored.values())).file
+        raise CheckpointError(file, path, f"cannot be read as {tag}: {error}") from error
 
 
 def _check_shape(

@@ -93,5 +93,5 @@ def test_a_wrong_value_is_refused_by_its_key(change: dict[str, Any], key: str) -
 def test_an_unknown_model_type_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="qwen2"):
         find("qwen22")
-    with pytest.raises(ConfigError, match="Allowed: .*llama"):
+    with pytest.raises(ConfigError, match=r"Allowed: .*llama"):
         find("resnet")
