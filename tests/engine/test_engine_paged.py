@@ -24,7 +24,8 @@ BLOCK_TOKENS = 4
 
 
 def all_logits(model: qwen2.Model, ids: list[int]) -> torch.Tensor:
-    return model(torch.tensor(ids), PackedCausal([len(ids)]))
+    logits: torch.Tensor = model(torch.tensor(ids), PackedCausal([len(ids)]))
+    return logits
 
 
 def runner(model: qwen2.Model, num_blocks: int = 40) -> Runner:

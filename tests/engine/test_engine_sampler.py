@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def sampler(
     prompt: Sequence[int] = (),
     vocab_size: int = 10,
     stops: Sequence[int] = (),
-    **options: object,
+    **options: Any,
 ) -> Sampler:
     params = SamplingParams.from_mapping(options)
     return Sampler(
@@ -53,7 +54,8 @@ def reference(
         scores = {token: score for token, score in scores.items() if score >= bound}
     best = max(scores.values())
     weights = {token: math.exp(score - best) for token, score in scores.items()}
-    total, before, kept = sum(weights.values()), 0.0, {}
+    total, before = sum(weights.values()), 0.0
+    kept: dict[int, float] = {}
     for token in sorted(weights, key=lambda t: -weights[t]):
         if before < params.top_p * total or not kept:
             kept[token] = weights[token]
@@ -62,7 +64,7 @@ def reference(
     return {token: weight / sum(kept.values()) for token, weight in kept.items()}
 
 
-SETTINGS = (
+SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.5},
     {"temperature": 2.5},
@@ -77,7 +79,7 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_samples_have_the_distribution_of_the_rules(options: dict[str, float]) -> None:
+def test_samples_have_the_distribution_of_the_rules(options: dict[str, Any]) -> None:
     """Chi-square over 4,000 seeds for the fourth output token, at 1 in 10,000 of false alarm."""
     logits = torch.randn(10, generator=torch.Generator().manual_seed(3)) * 1.5
     prompt, output = (2, 5), (1, 1, 7)
@@ -227,7 +229,7 @@ def test_a_draw_never_lands_on_weight_nothing() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.5}, {"logprobs": 2}])
-def test_a_row_that_is_not_finite_gives_no_token(bad: float, options: dict[str, float]) -> None:
+def test_a_row_that_is_not_finite_gives_no_token(bad: float, options: dict[str, Any]) -> None:
     logits = torch.zeros(12)
     logits[[4, 11]] = bad
     with pytest.raises(NonFiniteError, match=r"2 of the model's 12 logits for output token 0"):
@@ -249,7 +251,7 @@ def test_a_row_that_is_not_finite_gives_no_token(bad: float, options: dict[str, 
     ids=str,
 )
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e30])
-def test_extreme_options_still_give_a_token(options: dict[str, float], scale: float) -> None:
+def test_extreme_options_still_give_a_token(options: dict[str, Any], scale: float) -> None:
     logits = torch.randn(10, generator=torch.Generator().manual_seed(0)) * scale
     chooser = sampler(prompt=range(5), **options)
     assert all(0 <= chooser.choose(logits).token_id < 10 for _ in range(5))
