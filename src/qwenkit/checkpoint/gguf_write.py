@@ -79,6 +79,8 @@ def write_gguf(
         allowed = f"a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
         raise UsageError(f"alignment: got {alignment!r}; expected {allowed}.")
     values = {key: value for key, value in metadata.items() if key != "general.alignment"}
+    if "" in values:
+        raise UsageError("metadata: a key is empty.")
     if alignment != DEFAULT_ALIGNMENT:
         values["general.alignment"] = ("u32", alignment)
     entries = [_Entry.of(*tensor) for tensor in tensors]
