@@ -1,0 +1,174 @@
+"""Loading: every tensor in its place or an error with its name; nothing expanded needlessly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwenkit.errors import CheckpointError, ConfigError, UsageError
+from qwenkit.layers.attention import PackedCausal
+from qwenkit.layers.weight import QuantWeight
+from qwenkit.load import load
+from qwenkit.types.sampling import SamplingParams
+from tiny import CONFIG, ENDOFTEXT, IM_END, tiny_tensors, write_tiny_checkpoint
+
+
+def test_a_folder_loads_and_computes(tmp_path: Path) -> None:
+    shares: list[float] = []
+    loaded = load(write_tiny_checkpoint(tmp_path), progress=shares.append)
+    logits = loaded.model(torch.arange(5), PackedCausal([5]))
+    assert logits.shape == (5, 480)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_sharded_and_single_files_give_the_same_numbers(tmp_path: Path) -> None:
+    one = load(write_tiny_checkpoint(tmp_path / "one"))
+    many = load(write_tiny_checkpoint(tmp_path / "many", shard_bytes=20_000))
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    ids = torch.arange(9)
+    first, second = (x.model(ids, PackedCausal([9])) for x in (one, many))
+    assert torch.equal(first, second)
+
+
+def test_a_tied_head_needs_no_tensor_and_shares_memory(tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True}
+    tensors = tiny_tensors(CONFIG | tied)
+    assert "lm_head.weight" not in tensors
+    model = load(write_tiny_checkpoint(tmp_path, config=tied, tensors=tensors)).model
+    embedding = model.get_parameter("model.embed_tokens.weight")
+    assert model.get_parameter("lm_head.weight") is embedding
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True}
+    tensors = tiny_tensors(CONFIG | tied)
+    embedding = tensors["model.embed_tokens.weight"]
+    same = tensors | {"lm_head.weight": embedding.clone()}
+    load(write_tiny_checkpoint(tmp_path / "same", config=tied, tensors=same))
+    other = tensors | {"lm_head.weight": embedding + 1}
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs"):
+        load(write_tiny_checkpoint(tmp_path / "other", config=tied, tensors=other))
+
+
+def _without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    return tensors
+
+
+def _extra(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"model.layers.2.mlp.up_proj.weight": torch.zeros(2, 2)}
+
+
+def _extra_below_a_layer(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}
+
+
+def _other_shape(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"model.norm.weight": torch.zeros(31)}
+
+
+def _other_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"model.norm.weight": torch.zeros(32, dtype=torch.int8)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without, r"model\.layers\.1\.mlp\.up_proj\.weight: is missing"),
+        (_extra, r"belong to no part.*model\.layers\.2\.mlp\.up_proj\.weight"),
+        (_extra_below_a_layer, r"belong to no part.*o_proj\.bias"),
+        (_other_shape, r"model\.norm\.weight: has shape \(31,\).*\(32,\)"),
+        (_other_storage, r"model\.norm\.weight: .*I8"),
+    ],
+)
+def test_a_tensor_out_of_place_is_named(change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(write_tiny_checkpoint(tmp_path, tensors=change(tiny_tensors(CONFIG))))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    small = {"vocab_size": 300}
+    with pytest.raises(CheckpointError, match="464 ids"):
+        load(write_tiny_checkpoint(tmp_path, config=small))
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    text = (tmp_path / "config.json").read_text().replace('"qwen2"', '"gpt_neox"')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="gpt_neox"):
+        load(tmp_path)
+
+
+def test_float16_is_never_chosen_on_a_processor(tmp_path: Path) -> None:
+    tensors = {n: t.half() for n, t in tiny_tensors(CONFIG).items()}
+    folder = write_tiny_checkpoint(tmp_path, tensors=tensors)
+    assert load(folder).model.dtype == torch.float32
+    with pytest.raises(UsageError, match="float16"):
+        load(folder, dtype="float16")
+    with pytest.raises(UsageError, match="bfloat16"):
+        load(folder, dtype="bfloat")
+
+
+def test_bfloat16_stays_as_stored_where_the_processor_computes_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {n: t.bfloat16() for n, t in tiny_tensors(CONFIG).items()}
+    folder = write_tiny_checkpoint(tmp_path, tensors=tensors)
+    for computes, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("qwenkit.load._cpu_computes_bf16", lambda answer=computes: answer)
+        model = load(folder).model
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        logits = model(torch.arange(4), PackedCausal([4]))
+        assert logits.isfinite().all()
+
+
+def test_the_record_reads_stops_pad_and_defaults(tmp_path: Path) -> None:
+    generation = {"eos_token_id": [IM_END, ENDOFTEXT], "do_sample": True, "top_p": 0.8, "top_k": 20}
+    record = load(write_tiny_checkpoint(tmp_path, generation=generation)).record
+    assert set(record.stop_token_ids) == {IM_END, ENDOFTEXT}
+    assert record.pad_token_id == ENDOFTEXT
+    assert record.chat_format == "template"
+    assert record.sampling == SamplingParams(top_p=0.8, top_k=20)
+    assert (record.vocab_size, record.vocab_rows, record.context_tokens) == (464, 480, 512)
+
+
+@pytest.mark.parametrize(
+    ("generation", "chat_format", "sampling"),
+    [
+        ({"do_sample": False, "top_p": 0.8}, "raw", SamplingParams(temperature=0.0)),
+        ({}, "raw", SamplingParams(temperature=0.0)),
+        (  # the first generation's chat files
+            {"chat_format": "chatml", "do_sample": True, "top_p": 0.5, "max_new_tokens": 512},
+            "chatml",
+            SamplingParams(top_p=0.5, max_tokens=512),
+        ),
+        ({"chat_format": "raw", "do_sample": True, "top_k": 0}, "raw", SamplingParams()),
+    ],
+)
+def test_sampling_and_format_without_a_template(
+    generation: dict[str, Any], chat_format: str, sampling: SamplingParams, tmp_path: Path
+) -> None:
+    folder = write_tiny_checkpoint(tmp_path, generation=generation, template=None)
+    record = load(folder).record
+    assert record.chat_format == chat_format
+    assert record.sampling == sampling
+
+
+def test_a_wrong_token_id_names_file_and_key(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, generation={"eos_token_id": "<|im_end|>"})
+    with pytest.raises(CheckpointError, match=r"generation_config\.json.*eos_token_id"):
+        load(folder)
+
+
+def test_the_default_model_stays_quantized_and_mapped(default_model_path: Path) -> None:
+    loaded = load(default_model_path)
+    weights = [m for m in loaded.model.modules() if isinstance(m, QuantWeight)]
+    plain = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    assert len(weights) == 211  # seven matrices in each of 30 layers, and the tied embedding
+    assert sum(w.size_bytes for w in weights) < default_model_path.stat().st_size
+    assert plain < 1 << 20  # the norms
