@@ -26,9 +26,9 @@ _every_op = pytest.mark.parametrize("op", [pytest.param(OPS[n], id=n) for n in M
 
 
 @cache
-def _library() -> torch.library.Library:
+def _library() -> Any:
     """All ops as torch operators of the namespace `qwenkit`, for torch's own checks."""
-    library = torch.library.Library("qwenkit", "DEF")
+    library: Any = torch.library.Library("qwenkit", "DEF")  # type: ignore[no-untyped-call]
     for name in MODULES:
         op = OPS[name]
         library.define(op.name + op.schema)
