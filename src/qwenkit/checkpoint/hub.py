@@ -292,6 +292,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         if urlsplit(newurl).scheme not in ("https", urlsplit(req.full_url).scheme):
+            fp.close()
             raise NetworkError(f"{req.full_url} redirects to {newurl}, which is not encrypted.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -302,7 +303,11 @@ def _open(hub: _Hub, url: str, headers: Mapping[str, str]) -> Any:
     request.add_header("User-Agent", "qwenkit")
     if hub.token is not None:
         request.add_unredirected_header("Authorization", f"Bearer {hub.token}")
-    return urllib.request.build_opener(_NoDowngrade).open(request, timeout=TIMEOUT_S)
+    try:
+        return urllib.request.build_opener(_NoDowngrade).open(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        error.close()  # it is an open answer too; its status and headers stay readable
+        raise
 
 
 def _ask(hub: _Hub, name: HubName, revision: str) -> Mapping[str, Any]:

@@ -1,0 +1,49 @@
+"""`qwenkit pull`: the path on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fake_hub import COMMIT, FakeHub, serving
+from qwenkit.cli.main import app
+
+FILES = {"config.json": b"{}", "model.safetensors": bytes(5000)}
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with serving(FakeHub("Qwen/Tiny", dict(FILES))) as served:
+        yield served
+
+
+def pull(hub: FakeHub, cache: Path, name: str = "Qwen/Tiny") -> list[str]:
+    return ["pull", name, "--endpoint", hub.endpoint, "--cache-dir", str(cache)]
+
+
+def test_it_prints_where_the_model_is(hub: FakeHub, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, pull(hub, tmp_path))
+    assert done.exit_code == 0
+    path = Path(done.stdout.removesuffix("\n"))
+    assert path == tmp_path / "models--Qwen--Tiny" / "snapshots" / COMMIT
+    assert (path / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert "checksums verified" in done.stderr
+
+
+def test_a_refusal_is_one_line(hub: FakeHub, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, pull(hub, tmp_path, "Qwen/Qwen2-0.5b-Instuct"))
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "Did you mean 'Qwen/Qwen2-0.5B-Instruct'" in done.stderr
+
+
+def test_a_wrong_checksum_fails(hub: FakeHub, tmp_path: Path) -> None:
+    hub.served["model.safetensors"] = b"\1" * 5000
+    done = CliRunner().invoke(app, pull(hub, tmp_path))
+    assert done.exit_code == 1
+    assert "model.safetensors" in done.stderr
+    assert "checksum" in done.stderr
