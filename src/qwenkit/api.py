@@ -33,6 +33,7 @@ Sampling = SamplingParams | Mapping[str, Any] | None
 Messages = Iterable[Message | Mapping[str, Any]]
 Tools = Iterable[Tool | Mapping[str, Any]]
 Prompt = str | Sequence[int]
+Prompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +170,14 @@ class _Session:
         """
         if isinstance(given, SamplingParams):
             chosen = given
-        elif given is None or isinstance(given, Mapping):
-            chosen = self.record.sampling.replace(**dict(given or {}))
         else:
-            kind = type(given).__name__
-            raise RequestError("sampling", f"expected SamplingParams or a mapping, got {kind}.")
+            try:
+                changes = dict(given or {})
+            except (TypeError, ValueError):
+                kind = type(given).__name__
+                message = f"expected SamplingParams or a mapping, got {kind}."
+                raise RequestError("sampling", message) from None
+            chosen = self.record.sampling.replace(**changes)
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
@@ -218,11 +222,9 @@ class LLM(_Session):
     @overload
     def generate(self, prompts: str, sampling: Sampling = None) -> Completion: ...
     @overload
+    def generate(self, prompts: Prompts, sampling: Sampling = None) -> list[Completion]: ...
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling = None
-    ) -> list[Completion]: ...
-    def generate(
-        self, prompts: str | Sequence[Prompt], sampling: Sampling = None
+        self, prompts: str | Prompts, sampling: Sampling = None
     ) -> Completion | list[Completion]:
         """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
         if isinstance(prompts, str):

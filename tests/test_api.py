@@ -1,0 +1,145 @@
+"""LLM and AsyncLLM on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwenkit import LLM, AsyncLLM, SamplingParams
+from qwenkit.errors import ModelNotFoundError, RequestError, UsageError
+from qwenkit.types.events import FinishEvent, TokenEvent
+from tiny import IM_END, write_tiny_checkpoint
+
+GREEDY = {"temperature": 0.0, "max_tokens": 8}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(folder) as llm:
+        yield llm
+
+
+def test_text_in_completion_out(llm: LLM) -> None:
+    completion = llm.generate("abc", GREEDY)
+    assert completion.prompt_token_ids == (97, 98, 99)
+    assert completion.usage.completion_tokens == len(completion.token_ids) <= 8
+    assert completion.finish_reason in ("length", "stop")
+    assert completion.timing.total_s >= completion.timing.first_token_s > 0
+    assert completion.logprobs is None
+
+
+def test_a_list_is_answered_in_order_and_as_alone(llm: LLM) -> None:
+    prompts = ["first", "the second one", "3"]
+    together = llm.generate(prompts, GREEDY)
+    alone = [llm.generate(prompt, GREEDY) for prompt in prompts]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert llm.generate([[97, 98]], GREEDY)[0].prompt_token_ids == (97, 98)
+    assert llm.generate([], GREEDY) == []
+
+
+def test_events_end_in_one_finish_event(llm: LLM) -> None:
+    events = list(llm.stream("abc", GREEDY))
+    assert all(isinstance(e, TokenEvent) for e in events[:-1])
+    assert isinstance(events[-1], FinishEvent)
+    text = "".join(e.text for e in events)
+    assert text == llm.generate("abc", GREEDY).text
+
+
+def test_chat_and_its_stream_agree(llm: LLM) -> None:
+    sampling = {"seed": 5, "max_tokens": 12, "temperature": 1.0}
+    completion = llm.chat(HELLO, sampling)
+    assert completion.seed == 5
+    assert "".join(e.text for e in llm.stream_chat(HELLO, sampling)) == completion.text
+    assert completion.prompt_token_ids == llm.render(HELLO).ids
+
+
+def test_a_drawn_seed_repeats_the_answer(llm: LLM) -> None:
+    first = llm.generate("abc", {"temperature": 1.0, "max_tokens": 12})
+    again = llm.generate("abc", {"temperature": 1.0, "max_tokens": 12, "seed": first.seed})
+    assert again.token_ids == first.token_ids
+
+
+def test_logprobs_are_reported_with_alternatives(llm: LLM) -> None:
+    completion = llm.generate("abc", GREEDY | {"logprobs": 3})
+    assert completion.logprobs is not None
+    assert [p.token_id for p in completion.logprobs] == list(completion.token_ids)
+    for entry in completion.logprobs:
+        assert len(entry.top) == 3
+        assert entry.top[0] == (entry.token_id, entry.logprob), "greedy takes the most likely"
+
+
+def test_continuing_the_assistants_turn(llm: LLM) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "I am"}]
+    completion = llm.chat(messages, GREEDY, continue_final_message=True)
+    assert completion.prompt_token_ids[-4:] == tuple(b"I am")
+    assert IM_END not in completion.prompt_token_ids[-5:]
+
+
+def test_requests_that_cannot_be_served_name_the_field(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="'max_tokens'"):
+        llm.generate("abc", {"max_token": 3})
+    with pytest.raises(RequestError, match="sampling"):
+        llm.generate("abc", 7)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="inside a list"):
+        llm.generate([1, 2, 3], GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="512"):
+        llm.generate("x" * 600, GREEDY)
+    with pytest.raises(RequestError, match="role"):
+        llm.chat([{"role": "robot", "content": "x"}])
+    with pytest.raises(RequestError, match="messages"):
+        llm.chat([])
+
+
+def test_an_explicit_sampling_is_used_as_it_is(llm: LLM) -> None:
+    exact = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    assert len(llm.generate("abc", exact).token_ids) == 2
+
+
+def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="compute"):
+        LLM(folder, compute="fast")
+    with pytest.raises(UsageError, match="threads"):
+        LLM(folder, threads=0)
+    with pytest.raises(UsageError, match="context_tokens"):
+        LLM(folder, context_tokens=1000)
+    with pytest.raises(ModelNotFoundError, match="default"):
+        LLM("no/such-model", offline=True)
+
+
+def test_a_shorter_context_ends_the_answer(folder: Path) -> None:
+    with LLM(folder, context_tokens=20) as llm:
+        completion = llm.generate("abcdefgh", {"ignore_eos": True, "temperature": 0.0})
+        assert completion.finish_reason == "length"
+        assert len(completion.prompt_token_ids) + len(completion.token_ids) <= 20
+
+
+def test_reference_compute_gives_the_same_tokens(folder: Path, llm: LLM) -> None:
+    with LLM(folder, compute="reference") as reference:
+        assert reference.generate("abc", GREEDY).token_ids == llm.generate("abc", GREEDY).token_ids
+
+
+def test_async_answers_run_together(folder: Path, llm: LLM) -> None:
+    async def run() -> None:
+        async with AsyncLLM(folder) as model:
+            prompts = ["abc", "another", "third"]
+            answers = await asyncio.gather(*(model.generate(p, GREEDY) for p in prompts))
+            assert [a.token_ids for a in answers] == [
+                llm.generate(p, GREEDY).token_ids for p in prompts
+            ]
+            events = [event async for event in model.stream("abc", GREEDY)]
+            assert isinstance(events[-1], FinishEvent)
+            chat = await model.chat(HELLO, GREEDY)
+            assert chat.text == llm.chat(HELLO, GREEDY).text
+            streamed = [event.text async for event in model.stream_chat(HELLO, GREEDY)]
+            assert "".join(streamed) == chat.text
+
+    asyncio.run(run())
