@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwenkit.errors import RequestError
+from qwenkit.errors import RequestError, UsageError
 from qwenkit.types.events import Event, FinishEvent, FinishReason, TokenEvent, Usage
 from qwenkit.types.messages import Message
 from qwenkit.types.record import ModelRecord
@@ -53,11 +53,14 @@ class ScriptedModel:
         )
 
     def render(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> Any:
-        kept, dropped = list(messages), []
+        if self.chat_format == "raw":
+            raise UsageError("a base model")
+        kept, dropped = list(messages), 0
         while self.window_tokens and sum(len(m.content) for m in kept) > self.window_tokens:
-            dropped.append(kept.pop(0))
+            kept.pop(0)
+            dropped += 1
         ids = tuple(ord(c) for m in kept for c in m.content)
-        return SimpleNamespace(ids=ids, dropped_messages=tuple(dropped))
+        return SimpleNamespace(ids=ids, dropped_messages=dropped)
 
     def stream_chat(
         self,

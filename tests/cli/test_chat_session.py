@@ -231,7 +231,7 @@ def test_what_the_history_window_drops_is_reported_once(model: Any) -> None:
 
 def test_base_model_is_refused_at_once(model: Any) -> None:
     model.chat_format = "raw"
-    with pytest.raises(UsageError, match="qwenkit generate"):
+    with pytest.raises(UsageError, match="base model"):
         ChatSession(model, sampling=SamplingParams())
 
 

@@ -10,13 +10,23 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qwenkit.cli.reply import Reply
-from qwenkit.errors import RequestError, UsageError
+from qwenkit.errors import RequestError
 from qwenkit.types.events import Event, FinishReason
 from qwenkit.types.messages import Message
 from qwenkit.types.record import ModelRecord
 from qwenkit.types.sampling import SamplingParams
 
 _REPLY_ROOM_TOKENS = 512  # kept free for the reply when the settings name no length
+
+
+class RenderedPrompt(Protocol):
+    """What a conversation reads of `qwenkit.chat.render.Rendered`."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def dropped_messages(self) -> int: ...
 
 
 class ChatModel(Protocol):
@@ -30,7 +40,7 @@ class ChatModel(Protocol):
 
     def render(
         self, messages: Sequence[Message], *, continue_final_message: bool = False
-    ) -> Any: ...
+    ) -> RenderedPrompt: ...
 
     def stream_chat(
         self,
@@ -54,17 +64,14 @@ class ChatSession:
     """One conversation with one model.
 
     `system` None leaves the template's own default system prompt, "" empties it. `sampling` is what
-    every reply uses; `reset_sampling` returns it to what it was at the start.
+    every reply uses; `reset_sampling` returns it to what it was at the start. Raises UsageError for
+    a base model, TemplateError for a template that cannot be used.
     """
 
     def __init__(
         self, model: ChatModel, *, sampling: SamplingParams, system: str | None = None
     ) -> None:
-        if model.record.chat_format == "raw":
-            raise UsageError(
-                f"{model.record.name} is a base model: it has no chat template and continues text. "
-                "Use 'qwenkit generate', or an instruct model."
-            )
+        model.render([Message("user", "hi")])  # refuses a base model now, not at the first question
         self.model = model
         self.sampling = sampling
         self.system = system
@@ -148,7 +155,7 @@ class ChatSession:
                 "message",
                 f"with its template it has {length} tokens, the context {context}. Shorten it.",
             )
-        return messages, self._report(unseen, len(rendered.dropped_messages))
+        return messages, self._report(unseen, rendered.dropped_messages)
 
     def _head(self) -> list[Message]:
         return [] if self.system is None else [Message("system", self.system)]
