@@ -41,7 +41,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> BytePairTokenizer:
             f"{source}: tokenizer.ggml.model: got {kind!r}; qwenkit reads 'gpt2' (byte-level BPE)."
         )
     name = metadata.get("tokenizer.ggml.pre")
-    if name not in _PATTERNS:
+    if not isinstance(name, str) or name not in _PATTERNS:
         raise TokenizerError(
             f"{source}: tokenizer.ggml.pre: got {name!r}, so it is not known how text is split. "
             f"{suggest(str(name), _PATTERNS)}"

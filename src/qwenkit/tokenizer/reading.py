@@ -82,7 +82,9 @@ def merge_lines(where: str, merges: Sequence[Any]) -> Sequence[str]:
         return merges
     lines = []
     for index, merge in enumerate(merges):
-        if not isinstance(merge, list) or len(merge) != 2 or set(map(type, merge)) != {str}:
-            raise TokenizerError(f"{where}[{index}]: expected two tokens, got {str(merge)[:80]!r}.")
-        lines.append(" ".join(merge))
+        if isinstance(merge, list) and len(merge) == 2 and set(map(type, merge)) == {str}:
+            merge = " ".join(merge)
+        if not isinstance(merge, str):
+            raise TokenizerError(f"{where}[{index}]: expected two tokens, got {str(merge)[:80]}.")
+        lines.append(merge)
     return lines

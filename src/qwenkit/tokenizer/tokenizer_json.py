@@ -45,9 +45,9 @@ def read_parts(source: str, content: Mapping[str, Any], extra: Sequence[AddedTok
     ):
         raise TokenizerError(f"{source}: decoder: got {str(decoder)[:60]}; supported: ByteLevel.")
     merges = member(source, "model.", model, "merges", list)
+    listed = member(source, "", content, "added_tokens", list) if "added_tokens" in content else []
     added = [
-        added_token(f"{source}: added_tokens[{i}]", item, None)
-        for i, item in enumerate(content.get("added_tokens") or ())
+        added_token(f"{source}: added_tokens[{i}]", item, None) for i, item in enumerate(listed)
     ]
     known = {token.token_id for token in added}
     return Parts(
@@ -75,8 +75,8 @@ def added_token(where: str, item: Any, token_id: int | None) -> AddedToken:
                 "are not supported."
             )
     return AddedToken(
-        token_id=member(where, " ", item, "id", int) if token_id is None else token_id,
-        text=member(where, " ", item, "content", str),
+        token_id=member(where, "", item, "id", int) if token_id is None else token_id,
+        text=member(where, "", item, "content", str),
         special=bool(item.get("special")),
     )
 
