@@ -35,16 +35,16 @@ def _reference(
         zip(query_lengths.tolist(), kv_lengths.tolist(), block_tables.tolist(), strict=True)
     ):
         used = -(-kv_length // block_tokens)
-        start = table[0]
-        if table[:used] == list(range(start, start + used)):  # in a row: nothing to copy
-            k = key_cache[start : start + used]  # [used, block_tokens, kv_heads, head_dim]
-            v = value_cache[start : start + used]  # [used, block_tokens, kv_heads, head_dim]
+        if table[:used] == list(range(table[0], table[0] + used)):  # in a row: nothing to copy
+            start = table[0] * block_tokens
+            k = key_cache.flatten(0, 1)[
+                start : start + kv_length
+            ]  # [kv_length, kv_heads, head_dim]
+            v = value_cache.flatten(0, 1)[start : start + kv_length]  # as k
         else:
             blocks = block_tables[index, :used]  # [used]
-            k = key_cache.index_select(0, blocks)  # [used, block_tokens, kv_heads, head_dim]
-            v = value_cache.index_select(0, blocks)  # [used, block_tokens, kv_heads, head_dim]
-        k = k.flatten(0, 1)[:kv_length]  # [kv_length, kv_heads, head_dim]
-        v = v.flatten(0, 1)[:kv_length]  # [kv_length, kv_heads, head_dim]
+            k = key_cache.index_select(0, blocks).flatten(0, 1)[:kv_length]  # as above
+            v = value_cache.index_select(0, blocks).flatten(0, 1)[:kv_length]  # as above
         outputs.append(_attend(q[first : first + length], k, v))
         first += length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
