@@ -49,7 +49,7 @@ def read_torch_bin(file: Path) -> dict[str, StoredTensor]:
     loaded = _load(file)
     if not isinstance(loaded, dict):
         kind = type(loaded).__name__
-        raise CheckpointError(file, "pickle", f"holds a {kind}, not tensors by name.")
+        raise CheckpointError(file, "pickle", f"holds one {kind}, not tensors by name.")
     return {name: _stored(file, name, value) for name, value in loaded.items()}
 
 
@@ -130,7 +130,7 @@ def _stored(file: Path, name: object, value: object) -> StoredTensor:
     if not isinstance(name, str):
         raise CheckpointError(file, clip(name), "is no name of a tensor.")
     if not isinstance(value, torch.Tensor):
-        raise CheckpointError(file, clip(name), f"is a {type(value).__name__}, not a tensor.")
+        raise CheckpointError(file, clip(name), f"is of type {type(value).__name__}, not a tensor.")
     plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not plain or value.dtype not in TAGS:
         raise CheckpointError(
