@@ -108,8 +108,8 @@ def test_every_split_pattern(name: str, tmp_path: Path) -> None:
     ours = _small_vocabulary(name)
     _vocabulary_file(ours, tmp_path / "vocabulary.gguf")
     theirs = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
-    parts = ("  ", " ", "    ", "\n", "\n\n", " \n", "\t", "1", "12", "123", " 12", "!", "!!", "!?")
-    parts += (
+    parts = ["  ", " ", "    ", "\n", "\n\n", " \n", "\t", "1", "12", "123", " 12", "!", "!!", "!?"]
+    parts += [
         " !",
         "'s",
         "'S",
@@ -125,7 +125,7 @@ def test_every_split_pattern(name: str, tmp_path: Path) -> None:
         "é",
         "½",
         "a",
-    )
+    ]
     rng = random.Random(9)
     for _ in range(2000):
         text = "".join(rng.choices(parts, k=rng.randrange(1, 14)))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf, from_tiktoken, write_folder
-from qwenkit.tokenizer.bpe import BYTE_ALPHABET
+from qwenkit.tokenizer.bpe import BYTE_ALPHABET, PRE_TOKENIZERS
 from qwenkit.tokenizer.export import listed_merges
 
 pytestmark = pytest.mark.oracle
@@ -99,23 +99,21 @@ def test_files_that_transformers_writes(qwen2: BytePairTokenizer, tmp_path: Path
 
 def _trained(kind: str, folder: Path) -> Any:
     """A vocabulary that the tokenizers library itself trained, with control tokens first."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from qwenkit.tokenizer.bpe import PRE_TOKENIZERS
-
+    library = pytest.importorskip("tokenizers")
+    pre_tokenizers = library.pre_tokenizers
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     steps = {
         "gpt-2": [byte_level],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
         "llama-bpe": [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZERS["llama-bpe"].stages[0]), "isolated"),
+            pre_tokenizers.Split(library.Regex(PRE_TOKENIZERS["llama-bpe"].stages[0]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ],
     }[kind]
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=900,
         initial_alphabet=sorted(BYTE_ALPHABET),
         special_tokens=list(CONTROL),

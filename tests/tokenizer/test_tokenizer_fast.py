@@ -76,7 +76,7 @@ def _trained(seed: int, *, merges: int, alphabet: bytes = b"ab") -> Vocabulary:
     return _vocabulary(tokens, listed)
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(TEXTS)
 @example("   5 \u00a0x")
 @example("'ſ 'ſt I'ſ")
@@ -91,7 +91,7 @@ def test_equals_the_reference_and_tiktoken(
     assert qwen1.decode(ids) == normalised
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 @example("\U0001fae8 new emoji, \U00010ee0 new letters \U000323b0\U00011bd0")
 def test_equals_the_reference_beyond_this_pythons_unicode(
@@ -123,7 +123,7 @@ def tiktoken_itself(qwen1: BytePairTokenizer) -> tiktoken.Encoding:
 
 
 @pytest.mark.parametrize("name", [n for n, p in PRE_TOKENIZERS.items() if p.single])
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(text=TEXTS)
 @example(text="a   1  b \n 2\n\n3 \t4")
 def test_single_pattern_splits_as_the_stages_do(name: str, text: str) -> None:
@@ -152,7 +152,7 @@ def test_certain_ends_of_pieces_follow_letters_and_numbers() -> None:
 
 
 @pytest.mark.parametrize("kind", [n for n, p in PRE_TOKENIZERS.items() if p.single])
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
 def test_stretches_end_where_pieces_end(kind: str, texts: list[str]) -> None:
     text = "".join(texts)
@@ -168,7 +168,7 @@ def test_stretches_end_where_pieces_end(kind: str, texts: list[str]) -> None:
     assert "".join(text[s:e] for s, e in stretches) == text
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_small_stretches_and_slices_change_nothing(qwen1: BytePairTokenizer, text: str) -> None:
     text = unicodedata.normalize("NFC", text)
@@ -179,7 +179,7 @@ def test_small_stretches_and_slices_change_nothing(qwen1: BytePairTokenizer, tex
     assert ids == qwen1.reference.encode(text)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.integers(0, 300), st.text("ab", max_size=60), st.integers(1, 9))
 def test_slices_of_a_long_piece_are_joined_exactly(seed: int, text: str, length: int) -> None:
     reference = ReferenceEncoder(_trained(seed, merges=12))

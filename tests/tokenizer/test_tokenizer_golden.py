@@ -41,7 +41,7 @@ def test_first_generation_decodes_as_the_original(
     cases = [case for case in _lines(golden_dir) if "decoded" in case]
     assert len(cases) > 40
     for case in cases:
-        ids = case.get("ids", case.get("decode_ids"))
+        ids = case["ids"] if "ids" in case else case["decode_ids"]
         assert qwen1.decode(ids) == case["decoded"]
         assert qwen1.decode(ids, skip_special=True) == case["decoded_skip_special"]
         if "decoded_ignore" in case:

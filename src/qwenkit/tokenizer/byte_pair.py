@@ -37,6 +37,7 @@ class BytePairTokenizer:
         ranks = proven_ranks(self.reference)
         self._fast = None if ranks is None else FastEncoder(self.reference, ranks)
         self._control = MappingProxyType(dict(vocabulary.control))
+        self._all_control = frozenset(self._control)
         self._control_texts = {i: text for text, i in vocabulary.control.items()}
 
     def __repr__(self) -> str:
@@ -104,7 +105,7 @@ class BytePairTokenizer:
 
     def _names(self, allowed: AllowedSpecial) -> frozenset[str]:
         if allowed == "all":
-            return frozenset(self._control)
+            return self._all_control
         if isinstance(allowed, str):
             raise TokenizerError(
                 f"allowed_special: got {allowed!r}; expected 'all' or a collection of names."
@@ -116,7 +117,7 @@ class BytePairTokenizer:
 
     def _refuse(self, text: str, allowed: frozenset[str], disallowed: AllowedSpecial) -> None:
         if disallowed == "all":
-            disallowed = frozenset(self._control) - allowed
+            disallowed = self._all_control - allowed
         elif isinstance(disallowed, str):
             raise TokenizerError(
                 f"disallowed_special: got {disallowed!r}; expected 'all' or a collection of names."

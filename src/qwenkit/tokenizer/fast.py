@@ -62,9 +62,8 @@ def _each_token_has_its_merge(tokens: tuple[bytes, ...], merges: tuple[Merge, ..
     merge would cross the seam between its parts while they are being made.
     """
     lefts, rights, ranks = [-1] * len(tokens), [-1] * len(tokens), [-1] * len(tokens)
-    pair_ranks: dict[
-        int, int
-    ] = {}  # one number a pair: 150,000 tuples would cost tenths of seconds
+    # A pair is one number, left * size + right: 150,000 tuples would cost tenths of a second.
+    pair_ranks: dict[int, int] = {}
     size = len(tokens)
     for rank, (left, right, result) in enumerate(merges):
         if (
@@ -119,7 +118,8 @@ class FastEncoder:
         ids: list[int] = []
         for start, end in _stretches(text):
             stretch = text[start:end]
-            if end - start <= _LONGEST_STRETCH_CHARS and doubtful.isdisjoint(stretch):
+            certain = not doubtful or doubtful.isdisjoint(stretch)
+            if certain and end - start <= _LONGEST_STRETCH_CHARS:
                 ids += self._translate(self._tiktoken.encode_ordinary(stretch))
             else:
                 ids += self._encode_pieces(stretch)

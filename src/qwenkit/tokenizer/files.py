@@ -51,7 +51,11 @@ def from_folder(folder: Path, *, pre_tokenizer: str | None = None) -> BytePairTo
         return BytePairTokenizer(_vocab_and_merges(folder, config, added, name))
     if (folder / "qwen.tiktoken").is_file():
         return _first_generation(folder / "qwen.tiktoken", added)
-    raise TokenizerError(f"{folder}: no tokenizer found; looked for {_LOOKED_FOR}.")
+    other = " tokenizer.model is there, but SentencePiece vocabularies are not supported."
+    raise TokenizerError(
+        f"{folder}: no tokenizer found; looked for {_LOOKED_FOR}."
+        + (other if (folder / "tokenizer.model").exists() else "")
+    )
 
 
 def from_tiktoken(path: Path, *, release: Release = "current") -> BytePairTokenizer:
