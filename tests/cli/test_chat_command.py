@@ -42,7 +42,7 @@ def test_one_question_puts_only_the_reply_on_standard_output(loaded: Any, model:
     assert "3 tokens" in result.stderr
     assert loaded[0]["name"] == "default"
     assert model.sent == [(Message("user", "What?"),)]
-    assert model.used[0] == SamplingParams(temperature=0.2, seed=1234)
+    assert model.used[0] == SamplingParams(temperature=0.2, seed=1234, max_tokens=2048)
 
 
 def test_piped_text_is_answered_once(loaded: Any, model: Any) -> None:
@@ -146,7 +146,7 @@ def test_conversation_shows_replies_commands_and_errors(
     assert "Ctrl-D" in err
     assert "'top_k'" in err
     assert "No command :wrong" in err
-    assert "the context 1000" in err
+    assert "the context only 1000" in err
     assert [turn.question for turn in session.turns] == ["hi", "yo"]
     assert model.used[-1].top_k == 5
 
@@ -193,15 +193,16 @@ def test_continue_extends_the_last_reply(model: Any, capsys: pytest.CaptureFixtu
     session = ChatSession(model, sampling=SamplingParams())
     converse(session, ScriptedReader("q", ":continue"))
     assert session.turns[0].answer == "Hello.Hello."
-    assert "Cut at the token limit" in capsys.readouterr().err
+    assert ":conf max_tokens=N" in capsys.readouterr().err
 
 
 def test_welcome_says_who_speaks_in_two_languages(model: Any) -> None:
-    default = welcome(model.record, "default")
+    default = welcome(model.record, "default", 160)
     assert "SmolLM2-135M-Instruct" in default
+    assert "160 tokens" in default
     assert "not a Qwen" in default
     assert "不是通义千问" in default
-    other = welcome(model.record, "some/llama")
+    other = welcome(model.record, "some/llama", 160)
     assert "Scripted-Chat, which is not a Qwen" in other
     assert ":help" in other
 

@@ -186,7 +186,7 @@ def test_failed_reply_is_reported_and_not_kept(session: ChatSession, model: Any)
 
 def test_cut_reply_says_so(session: ChatSession, model: Any) -> None:
     model.reason = "length"
-    assert "token limit" in (talk(session, "q") or "")
+    assert "limit" in (talk(session, "q") or "")
     assert session.turns[0].ended == "length"
 
 
@@ -212,7 +212,7 @@ def test_message_longer_than_the_context_is_refused_and_nothing_is_lost(
     session: ChatSession, model: Any
 ) -> None:
     talk(session, "q")
-    with pytest.raises(RequestError, match="1000 tokens, the context 1000"):
+    with pytest.raises(RequestError, match="1000 tokens with its template, the context only 1000"):
         session.ask("x" * 1000)
     assert session.unseen_turns == 0
     assert talk(session, "q") is None

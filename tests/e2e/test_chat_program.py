@@ -33,7 +33,7 @@ def test_a_conversation_in_a_terminal(open_terminal: Any) -> None:
     terminal.send("Tell me a story.\r")  # it does not end by itself now
     terminal.expect(r"story\..*> (\S+\s+){3}")
     terminal.send("\x03")
-    terminal.expect("· stopped.*Stopped.*:continue.*User>")
+    terminal.expect("· stopped.*stays in the history.*:continue.*User>")
     terminal.send(":conf ignore_eos=false\r")
     terminal.expect("ignore_eos = false.*User>")
     terminal.send(":clear-his\r")

@@ -15,6 +15,7 @@ from qwenkit.cli.reply import show_reply
 from qwenkit.errors import QwenkitError, UsageError
 
 SEED = 1234  # as in the first generation's demo: the same conversation gives the same replies
+MAX_TOKENS = 2048  # ends a small model's endless loop; `:continue` goes on with a longer answer
 
 Question = Annotated[
     str | None, typer.Argument(metavar="PROMPT", help="One question, as --prompt.")
@@ -36,9 +37,7 @@ SystemFile = Annotated[
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(
-        metavar="N", help="Longest reply. [default: the model's own, else the rest of the context]"
-    ),
+    typer.Option(metavar="N", help=f"Longest reply. [default: the model's own, else {MAX_TOKENS}]"),
 ]
 Seed = Annotated[
     int, typer.Option("-s", "--seed", metavar="N", help="The same seed gives the same reply.")
@@ -102,7 +101,8 @@ def command(
     with loading.load_model(
         name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
     ) as llm:
-        session = ChatSession(llm, sampling=llm.record.sampling.replace(**changes), system=system)
+        sampling = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
+        session = ChatSession(llm, sampling=sampling, system=system)
         if asked is None:
             _converse(session, name)
         else:
@@ -135,7 +135,8 @@ def _question(given: str | None) -> str | None:
 def _converse(session: ChatSession, model_name: str) -> None:
     from qwenkit.cli.chat_input import PromptReader  # slow, and for people only
 
-    console.say(welcome(session.model.record, model_name))
+    model = session.model
+    console.say(welcome(model.record, model_name, model.context_tokens))
     converse(session, PromptReader())
 
 

@@ -62,9 +62,9 @@ def _help(session: ChatSession, argument: str) -> Outcome:
     for command in COMMANDS:
         usage = " ".join(f":{name}" for name in command.names)
         usage = f"{usage} {command.argument}".rstrip()
-        lines.append(f"  {usage:<26} {command.english} / {command.chinese}")
+        lines.append(f"  {usage:<28} {command.english} / {command.chinese}")
     lines.append("Keys / 按键:")
-    lines += [f"  {key:<26} {meaning}" for key, meaning in _KEYS]
+    lines += [f"  {key:<28} {meaning}" for key, meaning in _KEYS]
     return Outcome("\n".join(lines))
 
 

@@ -131,9 +131,9 @@ class ChatSession:
         else:
             self.turns.append(turn)
         if reply.ended == "abort":
-            return "Stopped. What was said stays in the history; :continue goes on."
+            return "What was said stays in the history; :continue goes on with it."
         if reply.ended == "length":
-            return "Cut at the token limit; :continue goes on, :conf max_tokens=N changes it."
+            return ":continue goes on with it; :conf max_tokens=N changes the limit."
         return None
 
     def _fit(
@@ -153,7 +153,8 @@ class ChatSession:
         if length >= context:
             raise RequestError(
                 "message",
-                f"with its template it has {length} tokens, the context {context}. Shorten it.",
+                f"it has {length} tokens with its template, the context only {context}. "
+                "Shorten it.",
             )
         return messages, self._report(unseen, rendered.dropped_messages)
 

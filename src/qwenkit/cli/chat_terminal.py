@@ -20,12 +20,10 @@ class LineReader(Protocol):
     def read(self) -> str: ...
 
 
-def welcome(record: ModelRecord, model_name: str) -> str:
+def welcome(record: ModelRecord, model_name: str, context_tokens: int) -> str:
     """Who speaks, and how to go on, in English and Chinese."""
-    size = f"{record.quantization or record.stored_dtype or 'unknown type'}"
-    lines = [
-        f"qwenkit {__version__} · {record.name} · {size} · {record.context_tokens} tokens context"
-    ]
+    kind = record.quantization or record.stored_dtype or "unknown type"
+    lines = [f"qwenkit {__version__} · {record.name} · {kind} · {context_tokens} tokens context"]
     if model_name == DEFAULT_MODEL:
         lines += [
             "Speaking is the embedded default model, SmolLM2-135M-Instruct. It is not a Qwen, it "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,7 +124,7 @@ def command(
     with loading.load_model(
         name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
     ) as llm:
-        sampling = _sampling(llm.record.sampling, changes)
+        sampling = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
         (_write_json if as_json else _write_text)(llm, text, sampling, echo=echo)
 
 
@@ -143,11 +142,6 @@ def _prompt(text: str | None, file: Path | None) -> str:
     if not text:
         raise UsageError("The prompt is empty; give at least one character.")
     return text
-
-
-def _sampling(model_defaults: SamplingParams, changes: Mapping[str, Any]) -> SamplingParams:
-    sampling = model_defaults.replace(**changes)
-    return sampling if sampling.max_tokens else sampling.replace(max_tokens=MAX_TOKENS)
 
 
 def _write_text(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) -> None:

@@ -63,9 +63,7 @@ Threads = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="CPU threads. [default: the machine's cores]"),
 ]
-Dtype = Annotated[
-    str, typer.Option(metavar="NAME", help="Numbers to compute in: auto, float32 or bfloat16.")
-]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="Activations: auto, float32 or bfloat16.")]
 Compute = Annotated[
     str,
     typer.Option(metavar="NAME", help="auto: fastest kernels; reference: plain, unquantized ones."),
@@ -112,6 +110,14 @@ def sampling_changes(
     changes = {name: value for name, value in given.items() if value is not None}
     SamplingParams.from_mapping(changes)
     return changes
+
+
+def for_model(
+    defaults: SamplingParams, changes: Mapping[str, Any], *, longest: int
+) -> SamplingParams:
+    """A model's own sampling with `changes`; at most `longest` tokens where neither says."""
+    sampling = defaults.replace(**changes)
+    return sampling if sampling.max_tokens else sampling.replace(max_tokens=longest)
 
 
 def parse_setting(name: str, text: str) -> Any:
