@@ -69,6 +69,7 @@ def indent(
     """
     margin = run.guard.own(width) if isinstance(width, str) else run.guard.own(" ") * width
     lines = run.guard.own(_owned(run, value) + "\n").splitlines()
+    run.guard.check_length(sum(map(len, lines)) + len(lines) * (len(margin) + 1))
     moved = [margin + line if blank or line else line for line in lines[1:]]
     start = margin + lines[0] if first else lines[0]
     return run.guard.own("\n").join([start, *moved])

@@ -43,14 +43,14 @@ def _move(text: str, table: bytes) -> str:
 
 
 class Guard:
-    """One rendering's mapping between plain and marked text, and the size no text may pass.
+    """One rendering's mapping between plain and marked text, and the size no value may pass.
 
     `control_tokens` are the texts to protect, `given` all planes of the texts that will be marked,
     `own` all planes of texts that will not (the template's). Raises RequestError when no plane is
     left over, which takes characters of every unassigned plane in one conversation.
     """
 
-    __slots__ = ("_back", "_forth", "max_characters")
+    __slots__ = ("_back", "_forth", "_max_characters", "_max_items")
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Guard:
         given: Set[int],
         own: Set[int],
         max_characters: int,
+        max_items: int,
     ) -> None:
         protected = planes("".join(control_tokens)) | {0}
         free = [p for p in _SPARE_PLANES if p not in given | own | protected]
@@ -72,7 +73,7 @@ class Guard:
         for plane, spare in zip(sorted(protected), free, strict=False):
             forth[plane], back[spare] = spare, plane
         self._forth, self._back = bytes(forth), bytes(back)
-        self.max_characters = max_characters
+        self._max_characters, self._max_items = max_characters, max_items
 
     def mark(self, text: str) -> str:
         """Plain text → marked text of the same length."""
@@ -96,10 +97,18 @@ class Guard:
 
     def check_length(self, characters: int) -> None:
         """Raises TemplateError before a text of that length is made."""
-        if characters > self.max_characters:
+        if characters > self._max_characters:
             raise TemplateError(
                 f"the chat template builds a text of {characters:,} characters; allowed for this "
-                f"conversation: {self.max_characters:,}."
+                f"conversation: {self._max_characters:,}."
+            )
+
+    def check_items(self, items: int) -> None:
+        """Raises TemplateError before, or while, a value of so many parts is made."""
+        if items > self._max_items:
+            raise TemplateError(
+                f"the chat template builds a value of more than {self._max_items:,} parts, the "
+                "most for a conversation of this size."
             )
 
 
@@ -282,6 +291,7 @@ class Guarded(str):
         """The plain text's pieces, cut out of the marked text at the same places."""
         plain, gap = self.plain, 0 if sep is None else len(sep)
         parts = getattr(plain, how)(None if sep is None else self._other(sep), maxsplit)
+        self._guard.check_items(len(parts))
         pieces: list[str] = []
         position = 0
         for part in parts:
@@ -293,9 +303,9 @@ class Guarded(str):
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """As `str.splitlines`."""
-        pieces: list[str] = []
-        start = 0
-        for whole, bare in zip(self.plain.splitlines(True), self.plain.splitlines(), strict=True):
+        lines, pieces, start = self.plain.splitlines(True), list[str](), 0
+        self._guard.check_items(len(lines))
+        for whole, bare in zip(lines, self.plain.splitlines(), strict=True):
             pieces.append(self._cut(start, start + len(whole if keepends else bare)))
             start += len(whole)
         return pieces

@@ -17,7 +17,7 @@ from qwenkit.chat.chatml import render_chatml
 from qwenkit.chat.guard import Guard, planes
 from qwenkit.chat.pieces import TURN_END, Piece, cut_before_turn_end, loss_mask, split_marked
 from qwenkit.chat.template import compile_template, run_template
-from qwenkit.chat.values import Limits
+from qwenkit.chat.values import JsonObject, Limits
 from qwenkit.errors import RequestError, UsageError
 from qwenkit.types.messages import ROLES, Message, Tool, ToolCall
 from qwenkit.types.protocols import Tokenizer
@@ -171,6 +171,7 @@ def _template_pieces(
         given=planes("".join(texts)),
         own=template.planes | planes("".join(special.values())),
         max_characters=limits.value_characters,
+        max_items=limits.value_items,
     )
     variables = {**given(guard.guarded), **special}
     marked = run_template(template, variables, guard=guard, limits=limits)
@@ -238,19 +239,20 @@ def _message(message: Message, text: Text, field: str) -> dict[str, Any]:
 
 
 def _tool_call(call: ToolCall, text: Text, field: str) -> dict[str, Any]:
-    arguments = _mapped(_arguments(call.arguments), text, f"{field}.tool_calls")
-    function = {"name": text(call.name), "arguments": arguments}
+    function = {"name": text(call.name), "arguments": _arguments(call.arguments, text, field)}
     identified = {} if call.id is None else {"id": text(call.id)}
     return {**identified, "type": "function", "function": function}
 
 
-def _arguments(text: str) -> Any:
-    """The arguments as an object, as templates expect them; the text itself if it is none."""
+def _arguments(source: str, text: Text, field: str) -> Any:
+    """The arguments as an object, as most templates expect them; the text itself if it is none."""
     try:
-        value = json.loads(text)
+        value = json.loads(source)
     except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
+        return text(source)
+    if not isinstance(value, dict):
+        return text(source)
+    return JsonObject(_mapped(value, text, f"{field}.tool_calls"), text(source))
 
 
 def _tool(tool: Tool, text: Text, field: str) -> dict[str, Any]:

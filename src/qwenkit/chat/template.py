@@ -32,7 +32,7 @@ from qwenkit.chat.guard import TEXT_METHODS, Guard, planes
 from qwenkit.chat.values import COMPARISON_TESTS, Limits, Run, length
 from qwenkit.errors import TemplateError
 
-_MAX_SOURCE_CHARACTERS = 65_536
+_MAX_SOURCE_CHARACTERS = 49_152
 _FILE_NAME = "<chat template>"
 _LOOP = """changed cycle depth depth0 first index index0 last length nextitem previtem revindex
 revindex0"""
@@ -253,9 +253,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             return self.run.power(left, right)
         if operator == "%":
             return self.run.percent(left, right) if isinstance(left, str) else left % right
-        if isinstance(left, str) and isinstance(right, str):
-            left = self.run.guard.own(left)
-        return self.run.admit(left + right)
+        return self.run.added(left, right)
 
     # -- reaching into values --------------------------------------------------------------------
 
@@ -321,6 +319,7 @@ def _collection_filter(name: str) -> Callable[..., Any]:
     @pass_context
     def apply(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         run = cast(_Environment, context.environment).run
+        run.guard.check_items(length(value))
         run.spend(length(value) * 16)  # whatever it does, it does in Python for every item
         passed = {
             "context": (context,),

@@ -68,7 +68,7 @@ class Limits:
             # in a variable copies what it has so far once per message.
             characters=1_000_000 + characters * (64 + texts),
             value_characters=1_000_000 + characters * 8,
-            value_items=100_000 + 20 * texts,
+            value_items=50_000 + 20 * texts,
         )
 
 
@@ -80,6 +80,18 @@ class Size:
     characters: int
     depth: int
     opaque: str | None
+
+
+class JsonObject(dict[Any, Any]):
+    """A JSON object that came as text, for templates written for either: it has items, and where
+    text is wanted it is `source`.
+    """
+
+    __slots__ = ("source",)
+
+    def __init__(self, items: Mapping[Any, Any], source: str) -> None:
+        super().__init__(items)
+        self.source = source
 
 
 class Run:
@@ -137,11 +149,7 @@ class Run:
                 stack.extend((inner, level + 1) for pair in item.items() for inner in pair)
             elif not isinstance(item, int | float | range | None):
                 opaque = type(item).__name__
-            if items + len(stack) > self._limits.value_items:
-                raise TemplateError(
-                    "the chat template builds a value of more than "
-                    f"{self._limits.value_items:,} parts."
-                )
+            self.guard.check_items(items + len(stack))
         self.spend(items * 8)
         return Size(items, characters, depth, opaque)
 
@@ -165,6 +173,8 @@ class Run:
             return str(value)
         if isinstance(value, self._blank):
             return ""
+        if isinstance(value, JsonObject):
+            return value.source
         size = self._printable_size(value)
         self.guard.check_length(size.characters * 2 + size.items * 4)
         return self.guard.own(str(value))
@@ -251,6 +261,14 @@ class Run:
         if name in ("in", "notin") and isinstance(right, str):
             right = self.guard.own(right)
         return _COMPARISONS[name](left, right)
+
+    def added(self, left: Any, right: Any) -> Any:
+        """`left + right`."""
+        if isinstance(left, str) and isinstance(right, str | JsonObject):
+            return self.admit(self.guard.own(left) + self.text(right))
+        if isinstance(left, JsonObject) and isinstance(right, str):
+            return self.admit(self.guard.own(left.source) + right)
+        return self.admit(left + right)
 
     def repeated(self, left: Any, right: Any) -> Any:
         """`left * right` after a look at the size of the result."""
