@@ -107,10 +107,10 @@ def mixed_requests(count: int, seed: int = 0) -> list[Request]:
     return [
         request(
             str(i),
-            generator.choices(range(256), k=generator.randint(1, 90)),
+            generator.choices(range(256), k=generator.randint(1, 60)),
             **generator.choice(kinds),
             seed=generator.randrange(2**63),
-            max_tokens=generator.randint(5, 40),
+            max_tokens=generator.randint(5, 24),
             ignore_eos=True,
             logprobs=2,
         )

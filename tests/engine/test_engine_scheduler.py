@@ -250,5 +250,5 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=250, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None
 )

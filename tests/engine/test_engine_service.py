@@ -214,8 +214,11 @@ def test_the_sync_face_works_where_a_loop_is_running(service: EngineService) -> 
 
 
 def test_cancelling_a_task_aborts_its_request(service: EngineService) -> None:
+    kept = []  # so that it is not the garbage collector that aborts
+
     async def consume(name: str) -> None:
-        async for _ in service.astream(endless(name)):
+        kept.append(service.astream(endless(name)))
+        async for _ in kept[-1]:
             pass
 
     async def cancel() -> None:
@@ -229,6 +232,7 @@ def test_cancelling_a_task_aborts_its_request(service: EngineService) -> None:
 
     asyncio.run(cancel())
     until(lambda: idle(service))
+    assert service._worker.engine.status().computed_tokens < 500  # aborted, not run to its end
 
 
 @pytest.mark.parametrize("leave", ["aclose", "async with", "drop"])
@@ -257,6 +261,7 @@ def test_a_closed_loop_does_not_hurt_the_others(
 
     asyncio.run(walk_away())  # the stream outlives its loop
     until(lambda: idle(service))
+    assert service._worker.engine.status().computed_tokens < 500  # aborted, not run to its end
     assert "nobody takes the events of request a" in caplog.text
     assert reason(list(service.stream(request("b")))[-1]) == "length"
 

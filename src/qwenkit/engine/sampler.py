@@ -21,6 +21,7 @@ import torch
 from qwenkit.errors import NonFiniteError
 from qwenkit.types.sampling import SamplingParams
 
+_LARGEST = torch.finfo(torch.float32).max  # so that no penalty makes a score infinite
 _COLDEST = 1e-6  # fp32 scores divided by less could overflow; this is greedy but for exact ties
 _NUCLEUS_GUESS = 1024  # a nucleus is rarely larger; a larger one costs a full sort
 
@@ -118,9 +119,9 @@ def penalize_repetition(scores: torch.Tensor, ids: torch.Tensor, penalty: float)
     """Scores [vocab_size] with those of `ids` [n] made less likely by a factor: positive ones
     divided by `penalty`, negative ones multiplied.
     """
-    chosen = scores[ids].double()  # [n]; fp32 could overflow with a tiny penalty
+    chosen = scores[ids]  # [n]
     chosen = torch.where(chosen > 0, chosen / penalty, chosen * penalty)  # [n]
-    return scores.index_copy(0, ids, _to_fp32(chosen))
+    return scores.index_copy(0, ids, chosen.clamp(-_LARGEST, _LARGEST))
 
 
 def penalize_counts(
@@ -130,13 +131,8 @@ def penalize_counts(
     it was used.
     """
     ids = torch.tensor(list(counts), device=scores.device)  # [n]
-    used = torch.tensor(list(counts.values()), dtype=torch.float64, device=scores.device)  # [n]
-    return scores.index_copy(0, ids, _to_fp32(scores[ids].double() - presence - frequency * used))
-
-
-def _to_fp32(scores: torch.Tensor) -> torch.Tensor:
-    largest = torch.finfo(torch.float32).max
-    return scores.clamp(-largest, largest).to(torch.float32)
+    used = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)  # [n]
+    return scores.index_copy(0, ids, scores[ids] - presence - frequency * used)
 
 
 def candidates(scores: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

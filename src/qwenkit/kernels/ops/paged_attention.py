@@ -37,20 +37,19 @@ def _reference(
         used = -(-kv_length // block_tokens)
         if table[:used] == list(range(table[0], table[0] + used)):  # in a row: nothing to copy
             start = table[0] * block_tokens
-            k = key_cache.flatten(0, 1)[
-                start : start + kv_length
-            ]  # [kv_length, kv_heads, head_dim]
-            v = value_cache.flatten(0, 1)[start : start + kv_length]  # as k
+            k = key_cache.flatten(0, 1)[start : start + kv_length]
+            v = value_cache.flatten(0, 1)[start : start + kv_length]
         else:
             blocks = block_tables[index, :used]  # [used]
-            k = key_cache.index_select(0, blocks).flatten(0, 1)[:kv_length]  # as above
-            v = value_cache.index_select(0, blocks).flatten(0, 1)[:kv_length]  # as above
-        outputs.append(_attend(q[first : first + length], k, v))
+            k = key_cache.index_select(0, blocks).flatten(0, 1)[:kv_length]
+            v = value_cache.index_select(0, blocks).flatten(0, 1)[:kv_length]
+        outputs.append(_attend(q[first : first + length], k, v))  # [length, heads, head_dim]
         first += length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One sequence: q [length, heads, head_dim], k and v [kv_length, kv_heads, head_dim]."""
     length, heads, head_dim = q.shape
     kv_length, kv_heads, _ = k.shape
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]  # [1, kv_heads, kv_length, head_dim]
