@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.errors import ModelNotFoundError, NetworkError
+
+# The same examples in every run, and no clock: a busy machine must not make a test fail.
+settings.register_profile("qwenkit", deadline=None, derandomize=True)
+settings.load_profile("qwenkit")
 
 
 @pytest.fixture(scope="session")

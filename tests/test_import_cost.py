@@ -5,9 +5,9 @@ Besides guards against hanging, this is the only timed test.
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,13 +23,21 @@ HELP = (
 )
 
 
+def processor_s() -> float:
+    """Seconds that the processor has worked for ended child processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("program", [IMPORT, HELP], ids=["import qwenkit", "qwenkit --help"])
 def test_it_is_there_in_no_time(program: str) -> None:
     best_s = float("inf")
-    for _ in range(TRIES):  # the best of several: a busy machine is not what is measured
-        start_s = time.perf_counter()
+    for _ in range(TRIES):
+        # Neither waits for anything, so on an idle machine this is the time that passes; on a busy
+        # one the clock would measure the others.
+        start_s = processor_s()
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-        best_s = min(best_s, time.perf_counter() - start_s)
+        best_s = min(best_s, processor_s() - start_s)
         if best_s < ALLOWED_S:
             return
     pytest.fail(f"best of {TRIES}: {best_s:.2f} s; allowed: {ALLOWED_S} s")
