@@ -229,9 +229,9 @@ def test_cancelling_a_task_aborts_its_request(service: EngineService) -> None:
             await task
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(consume("b"), 0.05)
+        await asyncio.to_thread(until, lambda: idle(service))  # while the loop still listens
 
     asyncio.run(cancel())
-    until(lambda: idle(service))
     assert service._worker.engine.status().computed_tokens < 500  # aborted, not run to its end
 
 
