@@ -24,7 +24,7 @@ COMMANDS = {
     "generate": "Continue a text: raw completion, without a chat template.",
     "info": "Say what a model is: sizes, context, template, licence.",
     "pull": "Download a model, resuming and checking it.",
-    "bench": "Measure: speed.",
+    "bench": "Measure speed and memory, beside other engines.",
 }
 
 _EXAMPLES = """\b
