@@ -83,6 +83,10 @@ BOMBS = {
     "much text": "{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
     "{% set n.x = n.x + ['y' * 900000] %}{% endfor %}",
     "much output": "{% set x = 'y' * 90000 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+    "many lists": "".join(f"{{% set a{i} = range(40000)|list %}}" for i in range(500)),
+    "many texts": "".join(f"{{% set a{i} = 'y' * 90000 %}}" for i in range(900)),
+    "many pieces": "{% set x = 'y ' * 40000 %}"
+    + "".join(f"{{% set a{i} = x.split() %}}" for i in range(500)),
     "center": "{{ 'x' | center(1000000000) }}",
     "ljust": "{{ 'x'.ljust(1000000000) }}",
     "zfill": "{{ 'x'.zfill(1000000000) }}",

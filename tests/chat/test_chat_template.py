@@ -18,6 +18,19 @@ from qwenkit.chat.values import Limits
 from qwenkit.errors import TemplateError
 from qwenkit.types.messages import Message, Tool, ToolCall
 
+MISTAKES = {
+    "round": "{{ 1|round(0, 'up') }}",
+    "sum": "{{ ['a']|sum }}",
+    "in": "{{ 1 in 'abc' }}",
+    "less": "{{ messages[0].content < 1 }}",
+    "call": "{{ messages[0].content() }}",
+    "index": "{{ messages[0].content.index('x') }}",
+    "not a number": "{{ 'x'|abs }}",
+    "filter argument": "{{ 'x'|trim(1) }}",
+    "format": "{{ '%d' % 'x' }}",
+    "print a namespace": "{{ [namespace()] }}",
+    "json of a namespace": "{{ namespace()|tojson }}",
+}
 HARMLESS = {  # these may run: they reach nothing and cost nothing
     "set underscore": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ 2 }}",
     "small power": "{{ 2 ** 10 }}",
@@ -69,6 +82,11 @@ def test_no_attack_prints_what_it_reached_for(name: str) -> None:
 @pytest.mark.parametrize("name", NONSENSE)
 def test_reasons_are_short(name: str) -> None:
     assert 20 < len(outcome(NONSENSE[name])) < 250
+
+
+@pytest.mark.parametrize("source", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_a_template_error(source: str) -> None:
+    assert outcome(source).startswith("refused: ")
 
 
 @pytest.mark.parametrize("source", HARMLESS.values(), ids=HARMLESS)
@@ -159,6 +177,12 @@ FEATURES = {
     "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}": "TrueTrueTrue",
     "{{ 'A' is upper }}{{ 'a' is lower }}{{ 'a' is string }}{{ 1 is number }}": "TrueTrueTrueTrue",
     "{{ strftime_now('%%') }}": "%",
+    "{{ messages|join('', attribute='role') }}{{ 'ff'|int(0, 16) }}{{ [1.5]|sum }}": "user2551.5",
+    "{{ [{'a': 1}, {'a': 2}]|sum(attribute='a') }}{{ 1.25|round(1, 'floor') }}": "31.2",
+    "{% block a %}x{% endblock %}{{ self.a() }}": "xx",
+    "{{ 'abc'.index('c') }}{{ 'b' >= 'a' }}{{ 'abc'.rfind('c') }}{{ 'aXb'.islower() }}": (
+        "2True2False"
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from qwenkit.errors import TemplateError
 
 _MAX_INDENT = 16
 _MAX_NUMBER_BITS = 4096
+_ITEM_CHARACTERS = 8  # what an item of a list counts for, next to characters, by its memory
 _PERCENT_FIELD = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
 _NOT_ASCII = re.compile(r"[^\x00-\x7e]")
 Scalar = int | float | None
@@ -50,8 +51,8 @@ def length(value: object) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one rendering may use: processor seconds, characters made in all, and the characters
-    and items of a single value.
+    """What one rendering may use: processor seconds, characters made in all (an item of a list
+    counts for eight), and the characters and items of a single value.
     """
 
     seconds: float
@@ -129,7 +130,7 @@ class Run:
         if self._left < 0:
             raise TemplateError(
                 f"the chat template made more than {self._limits.characters:,} characters of "
-                "text, the most for a conversation of this size."
+                "text and lists, the most for a conversation of this size."
             )
 
     def size(self, value: object) -> Size:
@@ -159,6 +160,7 @@ class Run:
             self.made(len(value))
         elif isinstance(value, list | tuple | dict):
             self.guard.check_length(self.size(value).characters)
+            self.made(len(value) * _ITEM_CHARACTERS)
         elif isinstance(value, Iterator | KeysView | ItemsView | ValuesView):
             return self.admit(list(value))
         return value
