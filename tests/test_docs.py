@@ -140,7 +140,8 @@ def test_the_listed_summary_is_every_command() -> None:
     modules = {
         path.stem
         for path in (PACKAGE / "cli").glob("*.py")
-        if re.search(r"^def command\(|^app = typer\.Typer\(\n    no_args", text_of(path), re.M)
+        if re.search(r"^def command\(|^app = typer\.Typer\(", text_of(path), re.M)
+        and path.stem != "main"
     }
     assert modules == set(COMMANDS)
     assert isinstance(

@@ -141,6 +141,7 @@ class _Session:
                 settings,
                 stop_token_ids=self.record.stop_token_ids,
                 context_tokens=self.context_tokens,
+                device=device,
             )
         )
 

@@ -79,12 +79,17 @@ class MissingDependencyError(QwenkitError, ImportError):
         self.package = package
 
 
+_NAMES_SHOWN = 16
+
+
 def suggest(name: str, allowed: Iterable[str]) -> str:
-    """One sentence for an unknown `name`: the nearest allowed names, or all of them when none is
+    """One sentence for an unknown `name`: the nearest allowed names, or the first ones when none is
     near.
     """
     names = sorted(allowed)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"Allowed: {', '.join(names)}."
+    rest = len(names) - _NAMES_SHOWN
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"Allowed: {shown}." if rest <= 0 else f"Allowed: {shown} and {rest} more."

@@ -223,7 +223,7 @@ def test_tokenizer_calls(tokenizer: CompatTokenizer) -> None:
     assert ragged.attention_mask == [[1], [1, 1]]
     with pytest.raises(UsageError, match="padding"):
         tokenizer(["a", "bb"], return_tensors="pt")
-    with pytest.raises(TokenizerError, match="pad_token"):
+    with pytest.raises(TokenizerError, match="nope"):
         CompatTokenizer(tokenizer.core, tokenizer.record, pad_token="<|nope|>")
 
 

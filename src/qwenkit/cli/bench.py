@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from qwenkit.cli import console
 from qwenkit.errors import UsageError, suggest
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measure qwenkit beside other engines: in turns, warm, as medians.",
@@ -110,7 +110,7 @@ def speed(
         )
         result = measure_speed(settings, progress=report)
     if as_json:
-        console.say(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False, indent=1))
+        console.say_json(result.to_json())
     else:
         _show(result)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,7 +41,7 @@ def command(
 
     info = inspect(path)
     if as_json:
-        console.say(json.dumps(as_dictionary(info, name), ensure_ascii=False, allow_nan=False))
+        console.say_json(as_dictionary(info, name))
     else:
         _show(info, name)
 

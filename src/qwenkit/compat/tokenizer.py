@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -62,21 +63,15 @@ class CompatTokenizer:
         self.core = core
         self.record = record
         self.padding_side = padding_side
-        self.pad_token_id = self._control("pad_token", pad_token, record.pad_token_id)
-        self.eos_token_id = self._control("eos_token", eos_token, record.eos_token_id)
+        self.pad_token_id = core.control_id(pad_token) if pad_token else record.pad_token_id
+        self.eos_token_id = core.control_id(eos_token) if eos_token else record.eos_token_id
         self.bos_token_id = record.bos_token_id
         if self.pad_token_id is None:
             self.pad_token_id = self.eos_token_id
 
-    def _control(self, name: str, text: str | None, default: int | None) -> int | None:
-        if text is None:
-            return default
-        if text not in self.core.control_tokens:
-            raise TokenizerError(
-                f"{name}: {text!r} is no control token of this vocabulary; allowed: "
-                f"{', '.join(sorted(self.core.control_tokens)[:8])} …"
-            )
-        return self.core.control_tokens[text]
+    @cached_property
+    def _vocab(self) -> dict[bytes | str, int]:
+        return self.core.get_vocab()
 
     def __len__(self) -> int:
         return self.core.vocab_size
@@ -116,7 +111,7 @@ class CompatTokenizer:
 
     def get_vocab(self) -> dict[bytes | str, int]:
         """Bytes of each regular token, text of each control token, to its id."""
-        return dict(self.core.get_vocab())
+        return self.core.get_vocab()
 
     def encode(
         self, text: str, *, allowed_special: Special = "all", disallowed_special: Special = ()
@@ -137,16 +132,14 @@ class CompatTokenizer:
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[bytes | str]:
         """Ids to tokens: bytes, or text for control tokens."""
-        names = {i: t for t, i in self.core.control_tokens.items()}
-        return [names.get(int(i)) or self.core.token_bytes(int(i)) for i in ids]
+        return [self.core.token(int(i)) for i in ids]
 
     def convert_tokens_to_ids(self, tokens: bytes | str | Iterable[bytes | str]) -> Any:
         """Tokens (bytes, or text of control tokens) to ids. Raises TokenizerError."""
         if isinstance(tokens, bytes | str):
-            vocab = self.get_vocab()
-            found = vocab.get(tokens)
+            found = self._vocab.get(tokens)
             if found is None and isinstance(tokens, str):
-                found = vocab.get(tokens.encode("utf-8"))
+                found = self._vocab.get(tokens.encode("utf-8"))
             if found is None:
                 raise TokenizerError(f"{tokens!r} is no token of this vocabulary.")
             return found

@@ -1,4 +1,4 @@
-"""The model record: what a checkpoint says about its own use, read once and shared by every room."""
+"""The model record: what a checkpoint says of its own use, read once and shared by every room."""
 
 from __future__ import annotations
 
