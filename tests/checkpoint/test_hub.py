@@ -9,9 +9,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 
 from fake_hub import COMMIT, FakeHub, serving
 from qwenkit.checkpoint import hub as hub_module
+from qwenkit.checkpoint import open_checkpoint, write_safetensors
 from qwenkit.checkpoint.hub import pull, resolve
 from qwenkit.checkpoint.progress import Progress
 from qwenkit.errors import ModelNotFoundError, NetworkError
@@ -61,6 +63,16 @@ def test_a_download_brings_what_a_model_needs_and_no_code(hub: FakeHub, tmp_path
     }
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_what_is_downloaded_opens_under_its_own_name(hub: FakeHub, tmp_path: Path) -> None:
+    numbers = {"x": torch.zeros(3)}
+    write_safetensors(tmp_path / "made.safetensors", numbers)
+    hub.files["model.safetensors"] = (tmp_path / "made.safetensors").read_bytes()
+    opened = open_checkpoint(fetch(hub, tmp_path / "cache"))
+    assert opened.name == NAME
+    assert opened.licence == "apache-2.0"
+    assert set(opened.tensors) == {"x"}
 
 
 def test_pickles_are_fetched_only_without_safetensors(hub: FakeHub, tmp_path: Path) -> None:

@@ -47,3 +47,10 @@ def test_a_wrong_checksum_fails(hub: FakeHub, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "model.safetensors" in done.stderr
     assert "checksum" in done.stderr
+
+
+def test_a_path_needs_no_download_and_no_claim(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["pull", str(tmp_path)])
+    assert done.exit_code == 0
+    assert done.stdout == f"{tmp_path}\n"
+    assert "verified" not in done.stderr

@@ -13,6 +13,7 @@ from typing import Any
 
 from qwenkit.checkpoint.gguf import MAGIC
 from qwenkit.checkpoint.gguf_model import open_gguf
+from qwenkit.checkpoint.hub_cache import repository_name
 from qwenkit.checkpoint.licence import read_licence
 from qwenkit.checkpoint.members import member, read_json, read_text, refuse_lfs_pointer
 from qwenkit.checkpoint.safetensors import read_safetensors
@@ -68,7 +69,8 @@ def _starts_as_gguf(path: Path) -> bool:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    name = folder.resolve().name
+    place = folder.resolve()
+    name = repository_name(place) or place.name
     for file_name, container in _WEIGHTS:
         if file := member(folder, file_name):
             read_file = _READERS[container]

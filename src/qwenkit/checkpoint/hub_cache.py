@@ -25,6 +25,14 @@ def repository_folder(name: HubName, cache: Path) -> Path:
     return cache / f"models--{name.organisation}--{name.name}"
 
 
+def repository_name(snapshot: Path) -> str | None:
+    """`organisation/name` of a snapshot's folder, whose own name is only a commit; None for
+    other folders.
+    """
+    match = re.fullmatch(r"models--([^-].*?)--(.+)", snapshot.parent.parent.name)
+    return f"{match[1]}/{match[2]}" if match and snapshot.parent.name == "snapshots" else None
+
+
 def cached_snapshot(name: HubName, revision: str, cache: Path) -> Path | None:
     """The snapshot, or the one GGUF file, that the cache holds whole; None if it does not."""
     folder = repository_folder(name, cache)

@@ -44,5 +44,8 @@ def command(
     name = options.check_model_name(options.DEFAULT_MODEL if model is None else model)
     with download.bars() as show:
         path = pull(name, revision=revision, progress=show, cache_dir=cache_dir, endpoint=endpoint)
-    console.note(f"{name} is here, its checksums verified:")
+    if str(path) == name:
+        console.note("A path on this machine: there is nothing to download.")
+    else:
+        console.note(f"{name} is here, its checksums verified:")
     console.say(str(path))
