@@ -185,11 +185,15 @@ def test_a_name_twice_and_an_odd_alignment_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its own memory from /proc")
 def test_writing_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
-    def making(value: int) -> Callable[[], torch.Tensor]:
-        return lambda: torch.full((2**22,), value, dtype=torch.int32)
+    # 40 MiB: above 32 MiB glibc maps each block by itself, so that freed memory is given back at
+    # once and what is resident is what is held.
+    count = 10 * 2**20
 
-    rows = [(f"t{i}", (2**22,), "I32", making(i)) for i in range(12)]
+    def making(value: int) -> Callable[[], torch.Tensor]:
+        return lambda: torch.full((count,), value, dtype=torch.int32)
+
+    rows = [(f"t{i}", (count,), "I32", making(i)) for i in range(5)]
     with peak_memory_growth() as growth:
         write_gguf(tmp_path / "m.gguf", {}, rows)
-    assert growth[0] < 3 * 2**24
-    assert read_gguf(tmp_path / "m.gguf").tensors["t11"].read()[-1] == 11
+    assert growth[0] < 2.5 * 4 * count
+    assert read_gguf(tmp_path / "m.gguf").tensors["t4"].read()[-1] == 4
