@@ -14,6 +14,14 @@ PIP_OPTIONS := --quiet --quiet --disable-pip-version-check --no-input --constrai
 HOUSE_TESTS := tests/test_rooms.py tests/test_sizes.py tests/test_docs.py tests/test_import_cost.py
 REQUIREMENTS := pyproject.toml constraints.txt Makefile
 
+# llama.cpp is compiled for the processor it runs on, and kept for that processor. Without AMX: on
+# virtual machines that announce it, what GCC 12 makes of that code ends in an illegal instruction.
+LLAMA_VERSION = $(shell sed -n 's/^llama-cpp-python==//p' constraints.txt)
+PROCESSOR = $(shell grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null | cksum | cut -d ' ' -f 1)
+WHEELS = $(HOME)/.cache/qwenkit/wheels-$(PROCESSOR)
+NO_AMX = -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+LLAMA_FLAGS = $(shell echo | cc $(NO_AMX) -E - >/dev/null 2>&1 && echo "$(NO_AMX)")
+
 # What the user wrote, untouched: neither make nor the shell reads a $$ or a quote in it.
 export CHAT_PROMPT := $(value PROMPT)
 export CHAT_MODEL := $(value MODEL)
@@ -81,8 +89,12 @@ $(ENV)/.installed-for-tests: $(ENV)/.installed
 
 $(ORACLE_ENV)/.installed: $(REQUIREMENTS)
 	@$(call create_environment,$(ORACLE_ENV)) >&2 </dev/null
-	@echo "llama-cpp-python is compiled from source: this takes some minutes, once." >&2
-	@$(call install,$(ORACLE_ENV),-e ".[test$(,)oracle]") >&2 </dev/null
+	@ls $(WHEELS)/llama_cpp_python-$(LLAMA_VERSION)-*.whl >/dev/null 2>&1 \
+	|| { echo "Compiling llama-cpp-python: this takes some minutes, once."; \
+	CFLAGS="$(LLAMA_FLAGS)" CXXFLAGS="$(LLAMA_FLAGS)" $(ORACLE_ENV)/bin/python -m pip wheel \
+	$(PIP_OPTIONS) --no-deps --no-cache-dir --wheel-dir $(WHEELS) llama-cpp-python; } \
+	>&2 </dev/null
+	@$(call install,$(ORACLE_ENV),--find-links $(WHEELS) -e ".[test$(,)oracle]") >&2 </dev/null
 	@touch $@
 
 , := ,
