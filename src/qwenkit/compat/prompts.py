@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qwenkit.chat.chatml import render_chatml
 from qwenkit.compat.tokenizer import CompatTokenizer
 from qwenkit.errors import UsageError
+from qwenkit.types.messages import Message
 
 History = Sequence[tuple[str, str]]
 
@@ -21,32 +23,23 @@ def make_context(
 ) -> tuple[str, list[int]]:
     """The prompt of one chat turn as (text, ids).
 
-    Control tokens in `query`, `system` and `history` stay text. The newest turns are kept while
-    the total stays below `max_window_size` tokens. Raises UsageError for an unknown format.
+    Control tokens in `query`, `system` and `history` stay text. The newest turns of the history are
+    kept while they and the system turn stay below `max_window_size` tokens. Raises UsageError for
+    an unknown format.
     """
     if chat_format == "raw":
         return query, tokenizer.core.encode(query)
     if chat_format != "chatml":
         raise UsageError(f"chat_format: got {chat_format!r}; allowed: 'chatml', 'raw'.")
-    core = tokenizer.core
-    start, end = core.control_tokens["<|im_start|>"], core.control_tokens["<|im_end|>"]
-    newline = core.encode("\n")
-
-    def turn(role: str, content: str) -> list[int]:
-        return [start, *core.encode(role), *newline, *core.encode(content)]
-
-    ids = [*newline, *turn("user", query), end, *newline, start, *core.encode("assistant")]
-    ids += newline
-    head = [*turn("system", system), end]
-    earlier: list[int] = []
-    for past_query, past_reply in reversed(history or []):
-        pair = [*newline, *turn("user", past_query), end, *newline]
-        pair += [*turn("assistant", past_reply), end]
-        if len(head) + len(pair) + len(earlier) + len(ids) >= max_window_size:
-            break
-        earlier = pair + earlier
-    context = head + earlier + ids
-    return core.decode(context), context
+    messages = [Message("system", system)]
+    for past_query, past_reply in history or []:
+        messages += [Message("user", past_query), Message("assistant", past_reply)]
+    prompt = render_chatml(
+        [*messages, Message("user", query)],
+        tokenizer=tokenizer.core,
+        history_window_tokens=max_window_size,
+    )
+    return "".join(p.text for p in prompt.pieces), [i for p in prompt.pieces for i in p.ids]
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: CompatTokenizer) -> list[list[int]]:
