@@ -16,7 +16,8 @@ import torch
 import qwenkit.kernels.ops
 from qwenkit.errors import KernelError
 from qwenkit.kernels import build
-from qwenkit.kernels.cpu.bind import Kernel, cpu_features, load_kernels
+from qwenkit.kernels.cpu.bind import cpu_features, load_kernels
+from qwenkit.kernels.cpu.library import Kernel
 from qwenkit.kernels.registry import OPS, Op, reference_only
 
 MODULES = [m.name for m in pkgutil.iter_modules(qwenkit.kernels.ops.__path__)]

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from qwenkit.errors import KernelError
 from qwenkit.kernels import build
 from qwenkit.kernels.blocks import BLOCK_LAYOUTS, example_blocks
-from qwenkit.kernels.cpu.bind import Kernel, cpu_features, load_kernels
+from qwenkit.kernels.cpu.bind import cpu_features, load_kernels
+from qwenkit.kernels.cpu.library import Kernel
 from qwenkit.kernels.ops.block_dequantize import block_dequantize
 from qwenkit.kernels.ops.rotary import rotary
 

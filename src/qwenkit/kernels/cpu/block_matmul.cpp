@@ -8,8 +8,6 @@
 // decode a panel of rows once into scratch that fits the second-level cache, four rows
 // interleaved, and multiply it in tiles of 4 rows × tile_tokens tokens held in registers.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "blocks.h"
 #include "threads.h"
@@ -21,6 +19,8 @@ constexpr int tile_rows = 4;
 constexpr int64_t panel_rows = 64;
 constexpr int64_t panel_floats = 1 << 18;  // at most 1 MB of decoded weights per thread
 constexpr int64_t depth = 768;  // columns per pass: x of a tile then stays in the first-level cache
+
+constexpr int prefetch_bytes = 4096;  // how far ahead of the weights in use memory is asked for
 
 struct Product {
     const float* x;
@@ -46,8 +46,14 @@ void multiply_one_token(const Product& p, int64_t row, int64_t count) {
     for (int r = 0; r < tile_rows; r++) {  // rows that do not exist repeat the last one
         block[r] = p.blocks + std::min(row + r, row + count - 1) * p.row_stride;
     }
+    const uint8_t* ahead = block[0] + prefetch_bytes;
     vec sums[tile_rows] = {};
     for (const float *x = p.x, *end = x + p.columns; x != end; x += Type::elements) {
+        // Four rows read side by side confuse the hardware's prefetcher; together they are one
+        // run of bytes, which this walks through from end to end.
+        constexpr int step = tile_rows * Type::bytes;
+        for (int i = 0; i < step; i += 64) __builtin_prefetch(ahead + i);
+        ahead += step;
         typename Type::Levels levels[tile_rows];
         for (int r = 0; r < tile_rows; r++) levels[r] = Type::levels(block[r]);
         QK_UNROLL for (int part = 0; part < Type::elements / 32; part++) {
@@ -186,26 +192,12 @@ void multiply_panel(const Product& p, Span rows, const float* panel, float* carr
     }
 }
 
-// Memory that the calling thread keeps for its next products; null when there is none to be had.
-float* scratch(size_t floats) {
-    struct Free {
-        void operator()(float* memory) const { std::free(memory); }
-    };
-    thread_local std::unique_ptr<float, Free> kept;
-    thread_local size_t size = 0;
-    if (size < floats) {
-        void* memory = nullptr;
-        kept.reset();
-        size = posix_memalign(&memory, 64, floats * sizeof(float)) == 0 ? floats : 0;
-        kept.reset(size ? static_cast<float*>(memory) : nullptr);
-    }
-    return kept.get();
-}
-
 template <class Type>
 void multiply_one(const Product& p, int threads) {
-    // About 16 KB a chunk: small enough to share evenly, large enough for the hardware to prefetch.
-    int64_t per_chunk = std::max<int64_t>(1, 16384 / p.row_stride / tile_rows) * tile_rows;
+    // Few chunks, since each starts with nothing prefetched, but none below 16 KB.
+    int64_t chunks = std::min<int64_t>(threads * 2, 1 + p.rows * p.row_stride / 16384);
+    int64_t tiles = (p.rows + tile_rows - 1) / tile_rows;
+    int64_t per_chunk = (tiles + chunks - 1) / chunks * tile_rows;
     parallel((p.rows + per_chunk - 1) / per_chunk, threads, [&](int64_t chunk, int) {
         int64_t end = std::min(p.rows, (chunk + 1) * per_chunk);
         for (int64_t row = chunk * per_chunk; row < end; row += tile_rows) {

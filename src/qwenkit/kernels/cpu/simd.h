@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -139,11 +140,12 @@ inline vec widen_signed(const uint8_t* p) {
 
 #endif
 
-// The first `count` lanes from memory and zeros after them; nothing beyond is read or written.
+// The first `count` lanes from memory (none when it is negative) and zeros after them; nothing
+// beyond is read or written.
 inline vec load_some(const float* p, int64_t count) {
     if (count >= lanes) return load(p);
     float padded[lanes] = {};
-    std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(float));
+    if (count > 0) std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(float));
     return load(padded);
 }
 
@@ -151,7 +153,22 @@ inline void store_some(float* p, vec v, int64_t count) {
     if (count >= lanes) return store(p, v);
     float padded[lanes];
     store(padded, v);
-    std::memcpy(p, padded, static_cast<size_t>(count) * sizeof(float));
+    if (count > 0) std::memcpy(p, padded, static_cast<size_t>(count) * sizeof(float));
+}
+
+// exp by 2^n · exp(r) with |r| at most ln 2 / 2 and seven terms of the series: within two units in
+// the last place. Arguments are held where the result is a normal number; NaN stays NaN.
+inline vec exponential(vec x) {
+    x = min(splat(88.0f), max(splat(-87.0f), x));  // in this order NaN passes on every machine
+    const vec round = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves no room for a fraction
+    vec n = (x * splat(1.44269504f) + round) - round;
+    vec r = fma(n, splat(-0.693359375f), x);  // ln 2 in two pieces, the first exact times n
+    r = fma(n, splat(2.12194440e-4f), r);
+    vec series = splat(1.0f / 5040);
+    for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) {
+        series = fma(series, r, splat(term));
+    }
+    return series * power_of_two(n);
 }
 
 // An fp16 number at any address.

@@ -1,6 +1,7 @@
-// Work shared among threads: chunks handed out one after another to whoever is free.
+// Work shared among threads: chunks handed out one after another to whoever is free; and memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace qk {
@@ -20,5 +21,9 @@ void parallel(int64_t chunks, int threads, Function&& function) {
         },
         &function);
 }
+
+// At least so many numbers, aligned to a cache line, that the calling thread keeps for its next
+// calls; null when there is no memory to be had.
+float* scratch(size_t floats);
 
 }  // namespace qk

@@ -1,0 +1,96 @@
+"""Normalisation, gate and rotation as Python functions."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+
+from qwenkit.kernels.cpu.library import Kernel, function, refuse
+from qwenkit.kernels.ops.rms_norm import rms_norm
+from qwenkit.kernels.ops.rotary import rotary
+from qwenkit.kernels.ops.silu_mul import silu_mul
+
+
+def bind_rms_norm(library: ctypes.CDLL) -> Kernel:
+    arguments = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int)
+    call = function(library, "qk_rms_norm", arguments, None)
+    float32, empty_like, get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
+    reference = rms_norm.reference
+
+    def run(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        count = x.numel()
+        if x.dtype is not float32 or weight.dtype is not float32 or not count:
+            return reference(x, weight, eps)  # type: ignore[no-any-return]
+        width = x.shape[-1]
+        if weight.shape != (width,) or not weight.is_cpu:
+            raise refuse("rms_norm", x=x, weight=weight)
+        x, weight = x.contiguous(), weight.contiguous()
+        y = empty_like(x)
+        call(
+            x.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            count // width,
+            width,
+            eps,
+            get_num_threads(),
+        )
+        return y
+
+    return run
+
+
+def bind_silu_mul(library: ctypes.CDLL) -> Kernel:
+    arguments = (c_void_p, c_void_p, c_void_p, c_int64, c_int)
+    call = function(library, "qk_silu_mul", arguments, None)
+    float32, empty_like, get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
+    reference = silu_mul.reference
+
+    def run(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if gate.dtype is not float32 or up.dtype is not float32 or gate.shape != up.shape:
+            return reference(gate, up)  # type: ignore[no-any-return]
+        if not up.is_cpu:
+            raise refuse("silu_mul", gate=gate, up=up)
+        gate, up = gate.contiguous(), up.contiguous()
+        y = empty_like(gate)
+        call(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), get_num_threads())
+        return y
+
+    return run
+
+
+def bind_rotary(library: ctypes.CDLL) -> Kernel:
+    call = function(library, "qk_rotary", ((c_void_p,) * 4 + (c_int64,) * 5 + (c_int,)), None)
+    float32, get_num_threads = torch.float32, torch.get_num_threads
+    reference = rotary.reference
+
+    def run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if not (x.dtype is cos.dtype is sin.dtype is float32 and x.numel()):
+            return reference(x, cos, sin)  # type: ignore[no-any-return]
+        if x.dim() != 3 or not cos.is_cpu or not sin.is_cpu:
+            raise refuse("rotary", x=x, cos=cos, sin=sin)
+        tokens, heads, head_dim = x.shape
+        half = head_dim // 2
+        if head_dim % 2 or cos.shape != (tokens, half) or sin.shape != (tokens, half):
+            raise refuse("rotary", x=x, cos=cos, sin=sin)
+        if x.stride(2) != 1:
+            x = x.contiguous()
+        cos, sin = cos.contiguous(), sin.contiguous()
+        y = x.new_empty((tokens, heads, head_dim))
+        call(
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            heads,
+            half,
+            x.stride(0),
+            x.stride(1),
+            get_num_threads(),
+        )
+        return y
+
+    return run

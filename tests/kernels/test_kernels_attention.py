@@ -1,0 +1,176 @@
+"""What the native attention promises beyond its contract: a token's result is the same bits in any
+batch, any cut of the prompt into chunks, any place in the cache and on any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from qwenkit.errors import KernelError
+from qwenkit.kernels import build
+from qwenkit.kernels.cpu.bind import cpu_features, load_kernels
+from qwenkit.kernels.cpu.library import Kernel
+from qwenkit.kernels.ops.paged_attention import paged_attention
+
+BLOCK_TOKENS = 16
+
+
+@cache
+def _load(variant: build.Variant) -> dict[str, Kernel]:
+    try:
+        if not variant.features <= set(cpu_features()):
+            pytest.skip(f"this processor does not run the variant {variant.name}")
+        return load_kernels(build.build_variant(variant))
+    except KernelError as error:
+        pytest.skip(f"no native kernels here: {error}")
+
+
+@pytest.fixture(params=[pytest.param(v, id=v.name) for v in build.VARIANTS])
+def kernels(request: pytest.FixtureRequest) -> dict[str, Kernel]:
+    return _load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Story:
+    """One sequence of random queries, keys and values, and its keys and values in a cache."""
+
+    def __init__(self, tokens: int, heads: int, kv_heads: int, head_dim: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.q = torch.randn(tokens, heads, head_dim, generator=generator)
+        self.k = torch.randn(tokens, kv_heads, head_dim, generator=generator)
+        self.v = torch.randn(tokens, kv_heads, head_dim, generator=generator)
+        self.count = -(-tokens // BLOCK_TOKENS)
+        self.table = torch.randperm(self.count + 2, generator=generator)[: self.count]
+        shape = (self.count + 2, BLOCK_TOKENS, kv_heads, head_dim)
+        self.keys, self.values = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+
+    def fill(self, kernels: dict[str, Kernel]) -> None:
+        places = torch.arange(len(self.k))
+        slots = self.table[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS
+        kernels["kv_write"](self.k, self.v, self.keys, self.values, slots)
+
+    def attend(self, kernels: dict[str, Kernel], first: int, last: int) -> torch.Tensor:
+        """Queries first … last - 1, alone in a call."""
+        result: torch.Tensor = kernels["paged_attention"](
+            self.q[first:last],
+            self.keys,
+            self.values,
+            self.table[None],
+            torch.tensor([last - first]),
+            torch.tensor([last]),
+        )
+        return result
+
+
+SHAPES = [(9, 3, 64), (14, 2, 64), (4, 4, 10), (5, 1, 128), (2, 1, 2)]
+_every_shape = pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+
+
+@_every_shape
+def test_chunks_of_a_prompt_give_the_same_bits(
+    kernels: dict[str, Kernel], heads: int, kv_heads: int, head_dim: int
+) -> None:
+    story = Story(75, heads, kv_heads, head_dim, seed=1)
+    story.fill(kernels)
+    whole = story.attend(kernels, 0, 75)
+    assert not whole.isnan().any()
+    for cut in ([1, 75], [7, 8, 24, 75], [16, 32, 48, 64, 75], list(range(1, 76))):
+        pieces = [story.attend(kernels, a, b) for a, b in zip([0, *cut], cut, strict=False)]
+        assert torch.equal(torch.cat(pieces), whole)
+    torch.set_num_threads(1)
+    assert torch.equal(story.attend(kernels, 0, 75), whole)
+
+
+@_every_shape
+def test_a_sequence_has_the_same_result_beside_others(
+    kernels: dict[str, Kernel], heads: int, kv_heads: int, head_dim: int
+) -> None:
+    plan = [(70, 70), (1, 300), (5, 33), (1, 1), (17, 96)]  # queries and keys of each sequence
+    stories = [Story(n, heads, kv_heads, head_dim, seed=i) for i, (_, n) in enumerate(plan)]
+    keys, values, tables, offset = [], [], torch.zeros(len(plan), 19, dtype=torch.int64), 0
+    for row, story in zip(tables, stories, strict=True):
+        story.fill(kernels)
+        row[: story.count] = story.table + offset
+        keys.append(story.keys)
+        values.append(story.values)
+        offset += len(story.keys)
+    chunks = [s.q[n - m :] for s, (m, n) in zip(stories, plan, strict=True)]
+    lengths = torch.tensor(plan)
+    together = kernels["paged_attention"](
+        torch.cat(chunks), torch.cat(keys), torch.cat(values), tables, lengths[:, 0], lengths[:, 1]
+    )
+    alone = [s.attend(kernels, n - m, n) for s, (m, n) in zip(stories, plan, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_long_sequences_stay_near_the_reference(kernels: dict[str, Kernel]) -> None:
+    story = Story(1500, 6, 2, 64, seed=3)
+    story.fill(kernels)
+    got = story.attend(kernels, 1400, 1500)
+    want = story.attend({"paged_attention": paged_attention.reference}, 1400, 1500)
+    assert (got - want).abs().max() < 1e-6
+
+
+def test_queries_may_be_part_of_something_wider(kernels: dict[str, Kernel]) -> None:
+    story = Story(20, 6, 2, 64, seed=4)
+    story.fill(kernels)
+    want = story.attend(kernels, 0, 20)
+    story.q = torch.cat((story.k, story.q, story.v), 1)[:, 2:8]
+    assert not story.q.is_contiguous()
+    assert torch.equal(story.attend(kernels, 0, 20), want)
+
+
+def test_a_broken_query_shows(kernels: dict[str, Kernel]) -> None:
+    story = Story(20, 6, 2, 64, seed=5)
+    story.fill(kernels)
+    story.q[19, 3, 7] = torch.nan
+    got = story.attend(kernels, 0, 20)
+    assert got[19, 3].isnan().all()
+    got[19, 3] = 0
+    assert not got.isnan().any()
+
+
+def test_addresses_outside_the_cache_are_refused(kernels: dict[str, Kernel]) -> None:
+    story = Story(20, 6, 2, 64, seed=6)
+    story.fill(kernels)
+    for wrong in (-1, len(story.keys)):
+        story.table[1] = wrong
+        with pytest.raises(KernelError, match="block table"):
+            story.attend(kernels, 0, 20)
+        slots = torch.tensor([0, wrong * BLOCK_TOKENS])
+        before = story.keys.clone()
+        with pytest.raises(KernelError, match="slots"):
+            kernels["kv_write"](story.k[:2], story.v[:2], story.keys, story.values, slots)
+        assert torch.equal(story.keys.nan_to_num(), before.nan_to_num())
+
+
+def test_lengths_that_do_not_fit_are_refused(kernels: dict[str, Kernel]) -> None:
+    story = Story(20, 6, 2, 64, seed=7)
+    story.fill(kernels)
+    table = story.table[None]
+    run = kernels["paged_attention"]
+    for queries, keys in ((19, 20), (20, 19), (20, 33), (0, 20)):
+        lengths = torch.tensor([queries]), torch.tensor([keys])
+        with pytest.raises(KernelError, match="lengths"):
+            run(story.q, story.keys, story.values, table, *lengths)
+    lengths = torch.tensor([20]), torch.tensor([20])
+    with pytest.raises(KernelError, match=r"q \[20, 5, 64\]"):
+        run(story.q[:, :5], story.keys, story.values, table, *lengths)
+    with pytest.raises(KernelError, match="int32"):
+        run(story.q, story.keys, story.values, table.int(), *lengths)
+    with pytest.raises(KernelError, match=r"values \[4, 16, 1, 64\]"):
+        run(story.q, story.keys, story.values[:, :, :1], table, *lengths)
+    slots = torch.arange(2)
+    with pytest.raises(KernelError, match=r"v \[2, 1, 64\]"):
+        kernels["kv_write"](story.k[:2], story.v[:2, :1], story.keys, story.values, slots)
