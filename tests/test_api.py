@@ -109,6 +109,8 @@ def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None
         LLM(folder, compute="fast")
     with pytest.raises(UsageError, match="threads"):
         LLM(folder, threads=0)
+    with pytest.raises(UsageError, match=r"threads: got 100000; allowed: 1 to \d+"):
+        LLM(folder, threads=100_000)
     with pytest.raises(UsageError, match="context_tokens"):
         LLM(folder, context_tokens=1000)
     with pytest.raises(ModelNotFoundError, match="default"):

@@ -7,6 +7,7 @@ print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,8 +113,9 @@ class _Session:
         """
         if compute not in COMPUTE:
             raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads: expected at least 1, got {threads}.")
+        cores = os.cpu_count() or 1
+        if threads is not None and not 1 <= threads <= cores:
+            raise UsageError(f"threads: got {threads}; allowed: 1 to {cores}, the cores here.")
         self.path = resolve(str(model), offline=offline, revision=revision)
         cpu.register(threads=threads)
         if threads is not None:
