@@ -15,7 +15,7 @@ from torch import nn
 
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
-from qwenkit.errors import CheckpointError, UsageError, suggest
+from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
 from qwenkit.formats.spec import Format, claim
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
@@ -60,8 +60,7 @@ def load(
     """
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint)
-    architecture = find(str(checkpoint.config.get("model_type")))
-    config = architecture.config(checkpoint.config)
+    architecture, config = read_architecture(checkpoint)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             checkpoint.path,
@@ -78,10 +77,26 @@ def load(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> BytePairTokenizer:
-    """The tokenizer that a checkpoint carries. Raises TokenizerError."""
-    if checkpoint.folder is None:
-        return from_gguf(checkpoint.gguf_metadata)
-    return from_folder(checkpoint.folder)
+    """The tokenizer that a checkpoint carries. Raises TokenizerError naming file and field."""
+    try:
+        if checkpoint.folder is None:
+            return from_gguf(checkpoint.gguf_metadata)
+        return from_folder(checkpoint.folder)
+    except TokenizerError as error:
+        if str(checkpoint.path) in str(error):  # a folder's reader knows which of its files it is
+            raise
+        raise TokenizerError(f"{checkpoint.path}: {error}") from error
+
+
+def read_architecture(checkpoint: Checkpoint) -> tuple[Architecture, ModelConfig]:
+    """The architecture of a checkpoint and its config. Raises ConfigError naming file and key."""
+    try:
+        architecture = find(str(checkpoint.config.get("model_type")))
+        return architecture, architecture.config(checkpoint.config)
+    except ConfigError as error:
+        folder = checkpoint.folder
+        file = checkpoint.path if folder is None else folder / "config.json"
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def fill(
