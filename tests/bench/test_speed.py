@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from qwenkit.bench.speed import (
     Turn,
     measure_speed,
 )
+from qwenkit.bench.workers import prompt_ids
 from qwenkit.cli.bench import _peers
 from qwenkit.errors import QwenkitError, UsageError
 
@@ -60,18 +62,28 @@ def test_calibration_reads_positive_rates() -> None:
     assert reading.compute_gflop_per_s > 0
 
 
-def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
     path = tmp_path / "random.gguf"
     small = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64}
-    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 2000}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300}
     write_random_gguf(path, shape("qwen2-0.5b") | small)
+    return path
+
+
+def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path, model: Path) -> None:
     blocked = tmp_path / "peer-python"
     blocked.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # a Python without packages
     blocked.chmod(0o755)
     seen: list[str] = []
     result = measure_speed(
         SpeedSettings(
-            model=path, prompt_tokens=8, decode_tokens=3, turns=2, peer_python=str(blocked)
+            model=model,
+            threads=1,
+            prompt_tokens=8,
+            decode_tokens=3,
+            turns=2,
+            peer_python=str(blocked),
         ),
         progress=lambda what, share: seen.append(what),
     )
@@ -81,6 +93,79 @@ def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path) -> N
     assert "llama_cpp" in str(llama.error)
     assert transformers.error is not None
     assert "decode, qwenkit" in seen
+
+
+# A peer that answers so many requests and then ends.
+FAILING = """
+import json, sys
+print(json.dumps({{"version": "1"}}), flush=True)
+for _ in range({answers}):
+    sys.stdin.readline()
+    print(json.dumps({{"seconds": 1.0, "peak_bytes": 5}}), flush=True)
+{end}
+"""
+
+
+def failing_peer(folder: Path, answers: int, end: str) -> str:
+    script = folder / "peer.py"
+    script.write_text(FAILING.format(answers=answers, end=end))
+    python = folder / "peer-python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -S {script}\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.parametrize(
+    ("answers", "complete"),
+    [(2, []), (3, ["prefill"]), (5, ["prefill"])],
+)
+def test_a_peer_that_fails_in_a_turn_leaves_the_others_their_figures(
+    answers: int, complete: list[str], tmp_path: Path, model: Path
+) -> None:
+    peer = failing_peer(tmp_path, answers, "raise RuntimeError('out of luck')")
+    result = measure_speed(
+        SpeedSettings(
+            model=model,
+            threads=1,
+            prompt_tokens=4,
+            decode_tokens=2,
+            turns=2,
+            peers=("llama.cpp",),
+            peer_python=peer,
+        )
+    )
+    ours, theirs = result.engines
+    assert ours.error is None
+    assert [len(ours.turns[m]) for m in ("prefill", "decode")] == [2, 2]
+    assert theirs.version == "1"
+    assert theirs.error == "llama.cpp: RuntimeError: out of luck"
+    assert {m: len(t) for m, t in theirs.turns.items()} == dict.fromkeys(complete, 2)
+    assert (result.ratio(theirs, "prefill") is not None) == bool(complete)
+    assert result.ratio(theirs, "decode") is None
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_a_peer_that_ends_without_a_word_or_never_starts_is_named(
+    tmp_path: Path, model: Path
+) -> None:
+    settings = SpeedSettings(
+        model=model, threads=1, prompt_tokens=4, decode_tokens=2, turns=1, peers=("llama.cpp",)
+    )
+    silent = failing_peer(tmp_path, 0, "raise SystemExit(3)")
+    _, theirs = measure_speed(replace(settings, peer_python=silent)).engines
+    assert theirs.error == "llama.cpp: ended with status 3"
+    absent = str(tmp_path / "absent")
+    ours, theirs = measure_speed(replace(settings, peer_python=absent)).engines
+    assert theirs.version is None
+    assert absent in str(theirs.error)
+    assert ours.median("decode") is not None
+
+
+@pytest.mark.parametrize("vocab_size", [5, 300, 2000, 151936])
+def test_prompt_ids_stay_inside_the_vocabulary(vocab_size: int) -> None:
+    ids = prompt_ids(2100, vocab_size)
+    assert len(ids) == 2100
+    assert 0 <= min(ids) <= max(ids) < vocab_size
 
 
 def test_our_own_failure_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The published shapes that random weights are made of (features.md, table 1.0)."""
+"""The shapes that random weights are made of, from the models' published config.json files."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,7 +58,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """One engine: turns by measure ("prefill", "decode"), or why there are none."""
+    """One engine: turns by measure ("prefill", "decode").
+
+    `error` is why the engine could not start (`version` is None) or what ended it: the measure
+    that it ended in is left out, what was complete before stays.
+    """
 
     engine: str
     version: str | None = None
@@ -140,24 +145,36 @@ class WorkerProcess:
 
     def __init__(self, engine: str, settings: SpeedSettings) -> None:
         python = sys.executable if engine == OURS else settings.peer_python
-        options = {"compute": settings.compute} if engine == OURS else {"config": settings.config}
+        options: dict[str, Any] = {
+            "prompt_tokens": settings.prompt_tokens,
+            "decode_tokens": settings.decode_tokens,
+        }
+        options |= {"compute": settings.compute} if engine == OURS else {"config": settings.config}
         command = [python, str(Path(workers.__file__)), engine, str(settings.model)]
         command += ["--threads", str(settings.threads), "--settings", json.dumps(options)]
         self._engine = engine
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # A file: a pipe that nobody reads would fill up. It is closed where the process ends.
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._messages,
+                text=True,
+            )
+        except OSError as error:
+            self._messages.close()
+            raise QwenkitError(f"{engine}: cannot start {python}: {error.strerror}") from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._process.kill()
-        self._process.communicate()
+        with suppress(BrokenPipeError):  # a request that a dead process never took
+            self._process.communicate()
+        self._messages.close()
 
     def version(self) -> str:
         """The engine's version: its first line, once the model is loaded."""
@@ -166,82 +183,86 @@ class WorkerProcess:
     def measure(self, measure: str, tokens: int) -> dict[str, Any]:
         """One measurement: {"seconds": …, "peak_bytes": …}."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"measure": measure, "tokens": tokens}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has died: reading says why
+            self._process.stdin.write(json.dumps({"measure": measure, "tokens": tokens}) + "\n")
+            self._process.stdin.flush()
         return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        assert self._process.stderr is not None
         for line in self._process.stdout:
             if line.startswith("{"):
                 message: dict[str, Any] = json.loads(line)
                 return message
-        lines = self._process.stderr.read().strip().splitlines() or ["no message"]
+        status = self._process.wait()
+        self._messages.seek(0)
+        lines = self._messages.read().strip().splitlines() or [f"ended with status {status}"]
         raise QwenkitError(f"{self._engine}: {lines[-1]}")
 
 
 def measure_speed(
     settings: SpeedSettings, *, progress: Callable[[str, float], None] | None = None
 ) -> SpeedReport:
-    """Measure ours and every peer in turns. A peer that cannot run is reported with its reason.
+    """Measure ours and every peer in turns. A peer that fails is reported with its reason.
 
     `progress` is called with what is being measured and the share done. Raises QwenkitError when
     our own engine fails.
     """
     calibrator = Calibrator(settings.threads)
-    results: list[EngineResult] = []
+    results: dict[str, EngineResult] = {}
     running: dict[str, WorkerProcess] = {}
     with ExitStack() as stack:
         for engine in (OURS, *settings.peers):
             _report(progress, f"loading {engine}", 0.0)
             try:
                 worker = stack.enter_context(WorkerProcess(engine, settings))
-                results.append(EngineResult(engine, version=worker.version()))
+                results[engine] = EngineResult(engine, version=worker.version())
                 running[engine] = worker
             except QwenkitError as error:
                 if engine == OURS:
                     raise
-                results.append(EngineResult(engine, error=str(error)))
-        names = list(running)
+                results[engine] = EngineResult(engine, error=str(error))
         plan = [("prefill", settings.prompt_tokens), ("decode", settings.decode_tokens)]
-        turns, peaks = _take_turns(running, plan, settings.turns, calibrator, progress)
+        _take_turns(running, results, plan, settings.turns, calibrator, progress)
     return SpeedReport(
         settings=settings,
         machine=machine(),
         version=qwenkit.__version__,
-        engines=[
-            EngineResult(r.engine, r.version, r.error, peaks[r.engine], turns[r.engine])
-            if r.engine in names
-            else r
-            for r in results
-        ],
+        engines=list(results.values()),
     )
 
 
 def _take_turns(
     running: dict[str, WorkerProcess],
+    results: dict[str, EngineResult],
     plan: Sequence[tuple[str, int]],
     count: int,
     calibrator: Calibrator,
     progress: Callable[[str, float], None] | None,
-) -> tuple[dict[str, dict[str, list[Turn]]], dict[str, int]]:
-    turns: dict[str, dict[str, list[Turn]]] = {e: {m: [] for m, _ in plan} for e in running}
-    peaks = dict.fromkeys(running, 0)
+) -> None:
+    """Fill `results`. A peer that fails gets its reason and takes no further turn."""
     total, done = len(plan) * (count + 1) * len(running), 0
     for measure, tokens in plan:
         for turn in range(count + 1):
-            for engine, worker in running.items():
+            for engine in list(running):
                 _report(progress, f"{measure}, {engine}", done / total)
-                before = calibrator.read()
-                answer = worker.measure(measure, tokens)
-                after = calibrator.read()
                 done += 1
-                peaks[engine] = max(peaks[engine], answer["peak_bytes"])
+                result = results[engine]
+                before = calibrator.read()
+                try:
+                    answer = running[engine].measure(measure, tokens)
+                except QwenkitError as error:
+                    if engine == OURS:
+                        raise
+                    del running[engine]
+                    kept = {m: t for m, t in result.turns.items() if m != measure}
+                    results[engine] = replace(result, error=str(error), turns=kept)
+                    continue
+                peak = max(result.peak_bytes, answer["peak_bytes"])
+                results[engine] = replace(result, peak_bytes=peak)
                 if turn > 0:  # the first one warms caches and threads
-                    speed = tokens / answer["seconds"]
-                    turns[engine][measure].append(Turn(speed, before, after))
-    return turns, peaks
+                    taken = Turn(tokens / answer["seconds"], before, calibrator.read())
+                    result.turns.setdefault(measure, []).append(taken)
 
 
 def _report(progress: Callable[[str, float], None] | None, what: str, share: float) -> None:

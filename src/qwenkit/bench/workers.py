@@ -1,6 +1,7 @@
-"""One engine in a process of its own, told over standard input what to measure.
+r"""One engine in a process of its own, told over standard input what to measure.
 
-    python -m qwenkit.bench.workers qwenkit MODEL --threads 2
+    python workers.py llama.cpp MODEL --threads 2 \
+        --settings '{"prompt_tokens": 512, "decode_tokens": 48}'
 
 A request is a line of JSON, {"measure": "prefill", "tokens": 512} or {"measure": "decode",
 "tokens": 48}; the answer is a line {"seconds": …, "peak_bytes": …}. Separate processes keep one
@@ -20,11 +21,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 PROMPT_TOKENS = 8  # before a decode measurement
-_FIRST_ID = 1000  # ordinary tokens of every vocabulary measured here
+_FIRST_ID = 1000  # past bytes and control tokens, in a vocabulary that is large enough
+
+
+def prompt_ids(tokens: int, vocab_size: int) -> list[int]:
+    """`tokens` ids below `vocab_size`, round and round from an ordinary one."""
+    return [(_FIRST_ID + i) % vocab_size for i in range(tokens)]
 
 
 class Engine(Protocol):
-    """What is measured: seconds for a prompt of `tokens`, and for `tokens` decoded one by one."""
+    """What is measured: seconds for a prompt of `tokens`, and for `tokens` decoded one by one.
+
+    `settings` of an engine name the most that will be asked: "prompt_tokens", "decode_tokens".
+    """
 
     version: str
 
@@ -42,10 +51,11 @@ class Qwenkit:
         self.version = qwenkit.__version__
         self._params = SamplingParams
         self._llm = LLM(model, threads=threads, compute=settings.get("compute", "auto"))
+        self._vocab_size = self._llm.tokenizer.vocab_size
 
     def _run(self, prompt_tokens: int, tokens: int) -> Any:
         sampling = self._params(temperature=0.0, max_tokens=tokens, ignore_eos=True, seed=0)
-        prompt = list(range(_FIRST_ID, _FIRST_ID + prompt_tokens))
+        prompt = prompt_ids(prompt_tokens, self._vocab_size)
         return self._llm.generate([prompt], sampling)[0].timing
 
     def prefill(self, tokens: int) -> float:
@@ -70,11 +80,17 @@ class LlamaCpp:
         self._model = llama.llama_model_load_from_file(
             model.encode(), llama.llama_model_default_params()
         )
+        if not self._model:
+            raise RuntimeError("llama.cpp cannot load this model")
+        longest = max(settings["prompt_tokens"], PROMPT_TOKENS)
+        positions = max(longest, PROMPT_TOKENS + settings["decode_tokens"])
         params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = 4096, 2048, 512
+        params.n_ctx, params.n_batch, params.n_ubatch = positions, longest, min(longest, 512)
         params.n_threads = params.n_threads_batch = threads
         self._context = llama.llama_init_from_model(self._model, params)
-        self._batch = llama.llama_batch_init(2048, 0, 1)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp made no context of {positions} tokens")
+        self._batch = llama.llama_batch_init(longest, 0, 1)
         vocab = llama.llama_model_get_vocab(self._model)
         self._vocab_size = int(llama.llama_vocab_n_tokens(vocab))
 
@@ -86,9 +102,12 @@ class LlamaCpp:
             batch.token[i], batch.pos[i] = token_id, start + i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             batch.logits[i] = i == len(ids) - 1
-        if self._llama.llama_decode(self._context, batch) != 0:
-            raise RuntimeError("llama_decode failed")
+        status = self._llama.llama_decode(self._context, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode of {len(ids)} tokens at {start} gave {status}")
         logits = self._llama.llama_get_logits_ith(self._context, len(ids) - 1)
+        if not logits:
+            raise RuntimeError("llama.cpp gave no logits")
         import numpy
 
         return int(numpy.ctypeslib.as_array(logits, shape=(self._vocab_size,)).argmax())
@@ -99,14 +118,15 @@ class LlamaCpp:
     def prefill(self, tokens: int) -> float:
         """One call for the whole prompt."""
         self._clear()
+        prompt = prompt_ids(tokens, self._vocab_size)
         start_s = time.perf_counter()
-        self._submit(list(range(_FIRST_ID, _FIRST_ID + tokens)), 0)
+        self._submit(prompt, 0)
         return time.perf_counter() - start_s
 
     def decode(self, tokens: int) -> float:
         """Greedy, one token a call."""
         self._clear()
-        token_id = self._submit(list(range(_FIRST_ID, _FIRST_ID + PROMPT_TOKENS)), 0)
+        token_id = self._submit(prompt_ids(PROMPT_TOKENS, self._vocab_size), 0)
         start_s = time.perf_counter()
         for i in range(tokens):
             token_id = self._submit([token_id], PROMPT_TOKENS + i)
@@ -145,6 +165,7 @@ class Transformers:
         else:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
         self._model = loaded.eval()
+        self._vocab_size = int(loaded.config.vocab_size)
 
     def _forward(self, ids: list[int], cache: Any) -> tuple[int, Any]:
         with self._torch.inference_mode():
@@ -155,13 +176,14 @@ class Transformers:
 
     def prefill(self, tokens: int) -> float:
         """One forward, logits of the last token only."""
+        prompt = prompt_ids(tokens, self._vocab_size)
         start_s = time.perf_counter()
-        self._forward(list(range(_FIRST_ID, _FIRST_ID + tokens)), None)
+        self._forward(prompt, None)
         return time.perf_counter() - start_s
 
     def decode(self, tokens: int) -> float:
         """Greedy, one token a forward."""
-        prompt = list(range(_FIRST_ID, _FIRST_ID + PROMPT_TOKENS))
+        prompt = prompt_ids(PROMPT_TOKENS, self._vocab_size)
         token_id, cache = self._forward(prompt, None)
         start_s = time.perf_counter()
         for _ in range(tokens):
@@ -194,6 +216,7 @@ def serve(engine: Engine) -> None:
 
 
 def _answer(message: dict[str, Any]) -> None:
+    # Standard output is this process's line to the bench that started it: a protocol, no message.
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
@@ -203,6 +226,6 @@ if __name__ == "__main__":
     parser.add_argument("engine", choices=sorted(ENGINES))
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--settings", type=json.loads, required=True)
     arguments = parser.parse_args()
     serve(ENGINES[arguments.engine](arguments.model, arguments.threads, arguments.settings))

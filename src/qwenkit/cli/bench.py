@@ -166,8 +166,10 @@ def _show(report: SpeedReport) -> None:
     terminal.print(table)
     for engine in report.engines:
         if engine.error is not None:
-            terminal.print(f"{engine.engine} was left out: {engine.error}", style="yellow")
-            terminal.print("Peers are installed by: pip install 'qwenkit[bench]'", markup=False)
+            what = "was left out" if engine.version is None else "failed while it was measured"
+            terminal.print(f"{engine.engine} {what}: {engine.error}", style="yellow", markup=False)
+    if any(engine.version is None for engine in report.engines):
+        terminal.print("Peers are installed by: pip install 'qwenkit[bench]'", markup=False)
     unsteady = report.unsteady_turns()
     if unsteady:
         terminal.print(
