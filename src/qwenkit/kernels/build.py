@@ -9,6 +9,7 @@ something else. Knows no op.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from qwenkit.errors import KernelError, suggest
+
+_log = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent / "cpu"
 KERNEL_CHOICES = ("auto", "native", "reference")
@@ -95,6 +98,7 @@ def _build(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     library = folder / f"{name}.so"
     if library.exists():
         return library
+    _log.info("Compiling the native kernels (%s), once, into %s", name, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as workplace:

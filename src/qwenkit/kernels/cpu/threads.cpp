@@ -3,13 +3,13 @@
 // Helpers join a job while there is work left and the caller waits only for those that did. On a
 // busy machine, where a helper may not run for milliseconds, the caller does its work itself
 // meanwhile; a team that must be complete (OpenMP) was measured 40 times slower there. Between
-// jobs helpers stay awake for some tens of microseconds, the pause between two ops of a model,
-// then sleep.
+// jobs helpers stay awake for as long as a model may pause between two large ops, then sleep.
 #include "threads.h"
 
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -38,6 +38,8 @@ void take_part(Job& job) {
         job.body(job.context, chunk, slot);
     }
 }
+
+constexpr std::chrono::microseconds awake{200};
 
 void pause() {
 #if defined(__x86_64__)
@@ -85,8 +87,7 @@ class Pool {
 
     void help() {
         for (uint64_t seen = 0;;) {
-            for (int spins = 0; spins < 2000 && generation_.load() == seen; spins++) pause();
-            if (generation_.load() == seen) {
+            if (!called_while_awake(seen)) {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return generation_.load() != seen; });
             }
@@ -95,6 +96,17 @@ class Pool {
             if (Job* job = job_.load()) take_part(*job);
             inside_.fetch_sub(1);
         }
+    }
+
+    bool called_while_awake(uint64_t seen) const {
+        auto bedtime = std::chrono::steady_clock::now() + awake;
+        do {  // how long a pause takes differs tenfold among processors: the clock decides
+            for (int i = 0; i < 64; i++) {
+                if (generation_.load() != seen) return true;
+                pause();
+            }
+        } while (std::chrono::steady_clock::now() < bedtime);
+        return false;
     }
 
     std::mutex turn_, mutex_;
