@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from qwenkit import LLM, AsyncLLM, SamplingParams
 from qwenkit.errors import ModelNotFoundError, RequestError, UsageError
@@ -99,6 +102,37 @@ def test_requests_that_cannot_be_served_name_the_field(llm: LLM) -> None:
         llm.chat([])
 
 
+@pytest.mark.parametrize("prompts", [None, 5, b"hi", {"a": 1}, {"a"}, ["ok", 5], [None], [["x"]]])
+def test_prompts_of_the_wrong_kind_are_our_errors(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="prompt"):
+        llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    "sampling", [[], [{"max_tokens": 3}], "greedy", {1: 2}, {"stop": None}, {"stop": 5}]
+)
+def test_sampling_of_the_wrong_kind_is_our_error(llm: LLM, sampling: Any) -> None:
+    with pytest.raises(RequestError, match=r"sampling|stop"):
+        llm.generate("abc", sampling)
+
+
+def test_numbers_and_ids_of_numpy_are_taken(llm: LLM) -> None:
+    sampling = {"max_tokens": numpy.int64(3), "temperature": numpy.float32(0)}
+    expected = llm.generate("abc", {"max_tokens": 3, "temperature": 0}).token_ids
+    assert llm.generate([numpy.array([97, 98, 99])], sampling)[0].token_ids == expected
+    assert llm.generate([torch.tensor([97, 98, 99])], sampling)[0].token_ids == expected
+    prompts: Any = iter(["abc"])
+    assert [c.token_ids for c in llm.generate(prompts, sampling)] == [expected]
+
+
+def test_one_stop_text_needs_no_list(llm: LLM) -> None:
+    text = llm.generate("abc", {"max_tokens": 30, "temperature": 0, "ignore_eos": True}).text
+    stop = text[3:5]
+    stopped = llm.generate("abc", {"temperature": 0, "ignore_eos": True, "stop": stop})
+    assert stopped.text == text[: text.index(stop)]
+    assert stopped.matched_stop == stop
+
+
 def test_an_explicit_sampling_is_used_as_it_is(llm: LLM) -> None:
     exact = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     assert len(llm.generate("abc", exact).token_ids) == 2
@@ -137,6 +171,8 @@ def test_async_answers_run_together(folder: Path, llm: LLM) -> None:
             assert [a.token_ids for a in answers] == [
                 llm.generate(p, GREEDY).token_ids for p in prompts
             ]
+            listed = await model.generate(prompts, GREEDY)
+            assert [a.token_ids for a in listed] == [a.token_ids for a in answers]
             events = [event async for event in model.stream("abc", GREEDY)]
             assert isinstance(events[-1], FinishEvent)
             chat = await model.chat(HELLO, GREEDY)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from qwenkit.compat import AutoModelForCausalLM as AutoModelForCausalLM
     from qwenkit.compat import AutoTokenizer as AutoTokenizer
     from qwenkit.compat import GenerationConfig as GenerationConfig
+    from qwenkit.compat import TextIteratorStreamer as TextIteratorStreamer
+    from qwenkit.compat import TextStreamer as TextStreamer
+    from qwenkit.compat import decode_tokens as decode_tokens
+    from qwenkit.compat import get_stop_words_ids as get_stop_words_ids
+    from qwenkit.compat import make_context as make_context
+    from qwenkit.compat import snapshot_download as snapshot_download
     from qwenkit.errors import QwenkitError as QwenkitError
     from qwenkit.types.messages import Message as Message
     from qwenkit.types.sampling import SamplingParams as SamplingParams
@@ -28,6 +34,12 @@ _PUBLIC = {
     "AutoModelForCausalLM": "qwenkit.compat",
     "AutoTokenizer": "qwenkit.compat",
     "GenerationConfig": "qwenkit.compat",
+    "TextIteratorStreamer": "qwenkit.compat",
+    "TextStreamer": "qwenkit.compat",
+    "decode_tokens": "qwenkit.compat",
+    "get_stop_words_ids": "qwenkit.compat",
+    "make_context": "qwenkit.compat",
+    "snapshot_download": "qwenkit.compat",
     "QwenkitError": "qwenkit.errors",
     "Message": "qwenkit.types.messages",
     "SamplingParams": "qwenkit.types.sampling",

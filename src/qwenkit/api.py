@@ -7,11 +7,12 @@ print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).
 
 from __future__ import annotations
 
+import asyncio
+import numbers
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -25,7 +26,8 @@ from qwenkit.engine.service import EngineService
 from qwenkit.errors import RequestError, UsageError, suggest
 from qwenkit.kernels import cpu
 from qwenkit.load import load
-from qwenkit.types.events import Event, FinishEvent, FinishReason, TokenEvent, Usage
+from qwenkit.types.completion import Completion, Timing, TokenLogprob
+from qwenkit.types.events import Event, FinishEvent, TokenEvent
 from qwenkit.types.messages import Message, Tool, parse_messages, parse_tools
 from qwenkit.types.sampling import SamplingParams
 
@@ -35,52 +37,6 @@ Messages = Iterable[Message | Mapping[str, Any]]
 Tools = Iterable[Tool | Mapping[str, Any]]
 Prompt = str | Sequence[int]
 Prompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A sampled token's natural log-probability, and the most likely alternatives (id, logprob)."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Wall times of one request, seconds from its submission."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    first_token_s: float
-    total_s: float
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens per second until the first token came."""
-        return self.prompt_tokens / self.first_token_s if self.first_token_s > 0 else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens per second after the first one; 0 when there was at most one."""
-        span_s = self.total_s - self.first_token_s
-        return (self.completion_tokens - 1) / span_s if self.completion_tokens > 1 and span_s else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """The whole answer to one request. `text` leaves out control tokens and the matched stop."""
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    seed: int
-    timing: Timing
-    matched_stop: str | int | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    error: str | None = None
 
 
 class _Session:
@@ -113,9 +69,12 @@ class _Session:
         """
         if compute not in COMPUTE:
             raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
+        if not isinstance(model, str | Path):
+            raise UsageError(f"model: expected a name or a path, got {model!r}.")
+        _check_device(device)
         cores = os.cpu_count() or 1
-        if threads is not None and not 1 <= threads <= cores:
-            raise UsageError(f"threads: got {threads}; allowed: 1 to {cores}, the cores here.")
+        if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= cores):
+            raise UsageError(f"threads: got {threads!r}; allowed: 1 to {cores}, the cores here.")
         self.path = resolve(str(model), offline=offline, revision=revision)
         cpu.register(threads=threads)
         if threads is not None:
@@ -147,6 +106,9 @@ class _Session:
             )
         )
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.record.name!r} at {str(self.path)!r}>"
+
     def render(
         self,
         messages: Messages,
@@ -174,13 +136,7 @@ class _Session:
         if isinstance(given, SamplingParams):
             chosen = given
         else:
-            try:
-                changes = dict(given or {})
-            except (TypeError, ValueError):
-                kind = type(given).__name__
-                message = f"expected SamplingParams or a mapping, got {kind}."
-                raise RequestError("sampling", message) from None
-            chosen = self.record.sampling.replace(**changes)
+            chosen = self.record.sampling.replace(**_changes(given))
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
@@ -190,7 +146,7 @@ class _Session:
             if self.record.add_bos_token and bos is not None:
                 ids.insert(0, bos)
         else:
-            ids = list(prompt)
+            ids = _prompt_ids(prompt)
         return Request(secrets.token_hex(8), tuple(ids), self.sampling(sampling))
 
     def _chat_request(
@@ -232,9 +188,8 @@ class LLM(_Session):
         """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
         if isinstance(prompts, str):
             return self._complete([self._request(prompts, sampling)])[0]
-        if any(isinstance(prompt, int) for prompt in prompts):
-            raise RequestError("prompts", "a list of ids must be inside a list: [[1, 2, 3]].")
-        return self._complete([self._request(prompt, sampling) for prompt in prompts])
+        several = _several(prompts)
+        return self._complete([self._request(prompt, sampling) for prompt in several])
 
     def chat(
         self,
@@ -284,9 +239,18 @@ class AsyncLLM(_Session):
         request = self._chat_request(messages, sampling, tools, continue_final_message)
         return self._service.astream(request)
 
-    async def generate(self, prompt: Prompt, sampling: Sampling = None) -> Completion:
-        """Complete one text or id list; gather several calls to run them in one batch."""
-        return await self._complete(self._request(prompt, sampling))
+    @overload
+    async def generate(self, prompts: str, sampling: Sampling = None) -> Completion: ...
+    @overload
+    async def generate(self, prompts: Prompts, sampling: Sampling = None) -> list[Completion]: ...
+    async def generate(
+        self, prompts: str | Prompts, sampling: Sampling = None
+    ) -> Completion | list[Completion]:
+        """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
+        if isinstance(prompts, str):
+            return await self._complete(self._request(prompts, sampling))
+        requests = [self._request(prompt, sampling) for prompt in _several(prompts)]
+        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
 
     async def chat(
         self,
@@ -315,6 +279,55 @@ class AsyncLLM(_Session):
         async for event in self._service.astream(request):
             collector.add(event)
         return collector.completion()
+
+
+def _changes(given: object) -> dict[str, Any]:
+    """Changes of single sampling fields. Raises RequestError for what is no mapping of names."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        kind = type(given).__name__
+        message = f"expected SamplingParams or a mapping of option names, got {kind} {given!r}."
+        raise RequestError("sampling", message)
+    return dict(given)
+
+
+def _several(prompts: object) -> list[Any]:
+    """A list of prompts as a list. Raises RequestError for anything else."""
+    if isinstance(prompts, bytes | Mapping | Set) or not isinstance(prompts, Iterable):
+        kind = type(prompts).__name__
+        raise RequestError("prompts", f"expected a text or a list of texts or ids, got {kind}.")
+    several = list(prompts)
+    if any(isinstance(prompt, numbers.Integral) for prompt in several):
+        raise RequestError("prompts", "a list of ids must be inside a list: [[1, 2, 3]].")
+    return several
+
+
+def _prompt_ids(prompt: object) -> list[int]:
+    """Ids as plain integers. Raises RequestError for anything else."""
+    if isinstance(prompt, torch.Tensor):
+        prompt = prompt.tolist()
+    if isinstance(prompt, bytes | Mapping | Set) or not isinstance(prompt, Iterable):
+        kind = type(prompt).__name__
+        raise RequestError("prompt", f"expected a text or a list of ids, got {kind}.")
+    ids = list(prompt)
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral):
+            raise RequestError("prompt", f"expected whole numbers as ids, got {token_id!r}.")
+    return [int(token_id) for token_id in ids]
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    found = kind == "cpu"
+    if not found and kind:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        found = accelerator is not None and accelerator.type == kind
+    if not found:
+        raise UsageError(f"device: {device!r} is not there. 'cpu' always is.")
 
 
 class _Collector:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from qwenkit import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from qwenkit.compat import (
-    CompatModel,
-    CompatTokenizer,
+from qwenkit import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
     TextIteratorStreamer,
     TextStreamer,
     decode_tokens,
     get_stop_words_ids,
     make_context,
+    snapshot_download,
 )
+from qwenkit.compat import CompatModel, CompatTokenizer
 from qwenkit.errors import QwenkitError, TokenizerError, UsageError
 from qwenkit.layers.attention import PackedCausal
 from tiny import CONFIG, ENDOFTEXT, IM_END, IM_START, tiny_tensors, write_tiny_checkpoint
@@ -244,3 +247,89 @@ def test_a_base_model_refuses_to_chat(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(QwenkitError, match="Chat"):
         model.chat(AutoTokenizer.from_pretrained(folder), "hi", history=None)
+
+
+def test_the_generation_config_of_a_gguf_is_the_models_own(default_model_path: Path) -> None:
+    config = GenerationConfig.from_pretrained(default_model_path)
+    assert (config.do_sample, config.temperature, config.top_p) == (True, 0.2, 0.9)
+    assert config.eos_token_id
+
+
+def test_an_engine_error_is_raised_not_swallowed(tmp_path: Path) -> None:
+    tensors = tiny_tensors(CONFIG)
+    tensors["model.norm.weight"][3] = float("nan")
+    folder = write_tiny_checkpoint(tmp_path, tensors=tensors)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[65, 66]])
+    with pytest.raises(QwenkitError, match="NaN or infinite"):
+        model.generate(ids, max_new_tokens=3)
+    with pytest.raises(QwenkitError, match="NaN or infinite"):
+        model.generate(ids, max_new_tokens=3, streamer=TextStreamer(tokenizer))
+    with pytest.raises(QwenkitError, match="NaN or infinite"):
+        model.chat(tokenizer, "hi", history=None)
+
+
+def test_the_history_window_of_the_config_takes_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = {"chat_format": "chatml", "max_window_size": 6144}
+    folder = write_tiny_checkpoint(tmp_path, generation=generation, template=None)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    history = [("q" * 60, "a" * 60), ("r" * 9, "b" * 9)]
+    seen: list[bytes] = []
+    stream = model.llm.stream
+
+    def watched(ids: tuple[int, ...], sampling: Any) -> Any:
+        seen.append(bytes(i for i in ids if i < 256))
+        return stream(ids, sampling)
+
+    monkeypatch.setattr(model.llm, "stream", watched)
+    model.chat(tokenizer, "hi", history, max_new_tokens=1)
+    model.generation_config.max_window_size = 120
+    model.chat(tokenizer, "hi", history, max_new_tokens=1)
+    assert b"qqq" in seen[0]
+    assert b"qqq" not in seen[1]
+    assert b"rrr" in seen[1]
+
+
+def test_names_of_other_hubs_snippets(folder: Path) -> None:
+    assert snapshot_download(str(folder), revision="main", ignore_patterns=["*.h5"]) == str(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<|extra_0|>"
+    inputs = tokenizer("Q: What is the biggest animal?\nA:", return_tensors="pt").to(model.device)
+    pred = model.to("cpu").generate(**inputs, max_new_tokens=32, use_cache=True)
+    assert pred.shape[1] <= inputs.input_ids.shape[1] + 32
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_a_device_that_is_not_there_is_said(folder: Path, tokenizer: CompatTokenizer) -> None:
+    with pytest.raises(UsageError, match="device"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map="cuda:0")
+    with pytest.raises(UsageError, match="device"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map="gpu")
+    with pytest.raises(UsageError, match="device"):
+        tokenizer("a", return_tensors="pt").to("cuda")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, tokenizer: model.chat(tokenizer, None, history=None),
+        lambda model, tokenizer: model.chat(tokenizer, "hi", history="x"),
+        lambda model, tokenizer: model.chat(tokenizer, "hi", history=[("a",)]),
+        lambda model, tokenizer: model.generate("hi"),
+        lambda model, tokenizer: model.generate(torch.tensor([[65]]), num_beams=4),
+        lambda model, tokenizer: tokenizer(None),
+        lambda model, tokenizer: tokenizer([5]),
+        lambda model, tokenizer: tokenizer.decode("a"),
+        lambda model, tokenizer: tokenizer.decode(None),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_our_errors(
+    call: Any, model: CompatModel, tokenizer: CompatTokenizer
+) -> None:
+    with pytest.raises(QwenkitError):
+        call(model, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,8 @@ from qwenkit.errors import QwenkitError, UsageError
 from qwenkit.types.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from qwenkit.api import LLM, Completion
+    from qwenkit.api import LLM
+    from qwenkit.types.completion import Completion
 
 MAX_TOKENS = 128  # a base model seldom ends by itself, and a context may be long
 
@@ -95,7 +97,8 @@ def command(
 
     The text comes from --prompt, --prompt-file or standard input. The continuation goes to
     standard output as it is made, everything else to standard error. Control characters are made
-    visible and a last newline is added; --json keeps the text exactly.
+    visible and a last newline is added; --json keeps the text exactly. A character that the token
+    limit cuts in two is shown as U+FFFD.
 
     \b
     Examples:
@@ -119,7 +122,7 @@ def command(
         logprobs=logprobs,
     )
     name = options.one_of({"MODEL": model, "--model_name_or_path": model_name_or_path})
-    name = options.check_model_name(options.DEFAULT_MODEL if name is None else name)
+    name = options.check_model_name(name, takes_prompt=True)
     text = _prompt(prompt, prompt_file)
     with loading.load_model(
         name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
@@ -155,23 +158,45 @@ def _write_text(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) 
 
 def _write_json(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) -> None:
     done = llm.generate(prompt, sampling)
-    console.say_json(as_dictionary(done, model=llm.record.name, prompt=prompt, echo=echo))
+    entries = logprob_entries(done, llm.tokenizer.token_bytes)
+    console.say_json(
+        as_dictionary(done, model=llm.record.name, prompt=prompt, echo=echo, logprobs=entries)
+    )
     if done.finish_reason == "error":
         raise QwenkitError(f"The completion failed: {done.error}")
 
 
-def as_dictionary(done: Completion, *, model: str, prompt: str, echo: bool) -> dict[str, Any]:
+def logprob_entries(
+    done: Completion, token_bytes: Callable[[int], bytes]
+) -> list[dict[str, Any]] | None:
+    """The tokens' log-probabilities as JSON-ready data, each with the token's text.
+
+    A token that is no UTF-8 by itself, a part of a character, has its "bytes" too.
+    """
+    if done.logprobs is None:
+        return None
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        data = token_bytes(token_id)
+        text = data.decode(errors="replace")
+        told = {"token_id": token_id, "text": text, "logprob": _finite(logprob)}
+        return told if text.encode() == data else {**told, "bytes": list(data)}
+
+    return [
+        {**entry(token.token_id, token.logprob), "top": [entry(*pair) for pair in token.top]}
+        for token in done.logprobs
+    ]
+
+
+def as_dictionary(
+    done: Completion,
+    *,
+    model: str,
+    prompt: str,
+    echo: bool,
+    logprobs: list[dict[str, Any]] | None,
+) -> dict[str, Any]:
     """A completion as JSON-ready data; a number that is not finite becomes null."""
-    logprobs = None
-    if done.logprobs is not None:
-        logprobs = [
-            {
-                "token_id": token.token_id,
-                "logprob": _finite(token.logprob),
-                "top": [{"token_id": i, "logprob": _finite(value)} for i, value in token.top],
-            }
-            for token in done.logprobs
-        ]
     return {
         "model": model,
         "prompt": prompt,

@@ -7,6 +7,7 @@ Everything here stands on the same loader, renderer and engine as `qwenkit.LLM`.
 
 from __future__ import annotations
 
+from qwenkit.compat.download import snapshot_download
 from qwenkit.compat.generation import GenerationConfig
 from qwenkit.compat.model import AutoModelForCausalLM, CompatModel
 from qwenkit.compat.prompts import decode_tokens, get_stop_words_ids, make_context
@@ -24,4 +25,5 @@ __all__ = [
     "decode_tokens",
     "get_stop_words_ids",
     "make_context",
+    "snapshot_download",
 ]

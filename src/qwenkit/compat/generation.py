@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.hub import resolve
-from qwenkit.errors import CheckpointError, UsageError, suggest
+from qwenkit.errors import UsageError, suggest
+from qwenkit.load import load_tokenizer
+from qwenkit.models.spec import find
+from qwenkit.record import read_record
 from qwenkit.types.record import ModelRecord
 from qwenkit.types.sampling import SamplingParams
 
@@ -23,7 +26,8 @@ class GenerationConfig:
     """How `generate` and `chat` choose and stop; changed by assignment, as in the snippets.
 
     `do_sample` False is greedy whatever the other fields say. An unknown field is an error naming
-    the nearest known one. `max_new_tokens` None means: to the end of the context.
+    the nearest known one. `max_new_tokens` None means: to the end of the context. `use_cache`,
+    `num_return_sequences` and `num_beams` are there for snippets that state their defaults.
     """
 
     max_new_tokens: int | None = None
@@ -41,6 +45,14 @@ class GenerationConfig:
     max_window_size: int | None = None
     stop_words_ids: list[list[int]] | None = None
     seed: int | None = None
+    use_cache: bool = True
+    num_return_sequences: int = 1
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        for name, supported in (("use_cache", True), ("num_return_sequences", 1), ("num_beams", 1)):
+            if getattr(self, name) != supported:
+                raise UsageError(f"{name}: only {supported} is supported so far.")
 
     @classmethod
     def from_pretrained(
@@ -51,25 +63,23 @@ class GenerationConfig:
         revision: str | None = None,
         **overrides: Any,
     ) -> Self:
-        """Read a model's generation_config.json; keyword arguments override single fields.
+        """The model's own defaults, which its generation_config.json overrides where it has one;
+        keyword arguments override single fields.
 
         Fields that the file has and nothing here uses are logged. `trust_remote_code` is accepted
         and not needed: no remote code is ever run. Raises UsageError for an unknown override.
         """
-        path = resolve(str(pretrained_model_name_or_path), revision=revision)
-        file = (path if path.is_dir() else path.parent) / "generation_config.json"
-        given: Mapping[str, Any] = {}
-        if path.is_dir() and file.is_file():
-            try:
-                given = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(file, "JSON", f"cannot be read: {error}.") from error
+        checkpoint = open_checkpoint(resolve(str(pretrained_model_name_or_path), revision=revision))
+        given = checkpoint.generation_config
         known = set(_names())
         unused = sorted(set(given) - known - {"transformers_version", "_from_model_config"})
         if unused:
-            log.info("%s: fields without effect here: %s", file, ", ".join(unused))
-        config = cls(**{k: v for k, v in given.items() if k in known})
-        return config.updated(overrides)
+            log.info("%s: fields without effect here: %s", checkpoint.path, ", ".join(unused))
+        core = load_tokenizer(checkpoint)
+        architecture = find(str(checkpoint.config.get("model_type")))
+        record = read_record(checkpoint, core, architecture.config(checkpoint.config))
+        fields = {name: value for name, value in given.items() if name in known}
+        return dataclasses.replace(cls.from_record(record), **fields).updated(overrides)
 
     @classmethod
     def from_record(cls, record: ModelRecord) -> Self:

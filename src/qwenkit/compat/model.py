@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ import torch
 from qwenkit.api import LLM
 from qwenkit.chat.render import render
 from qwenkit.compat.generation import GenerationConfig
+from qwenkit.compat.prompts import History, conversation
 from qwenkit.compat.streamers import TextStreamer
 from qwenkit.compat.tokenizer import CompatTokenizer
-from qwenkit.errors import RequestError, UsageError
+from qwenkit.errors import QwenkitError, UsageError
 from qwenkit.layers.attention import PackedCausal
-from qwenkit.types.events import FinishEvent, TokenEvent
-from qwenkit.types.messages import Message
+from qwenkit.types.events import FinishEvent, FinishReason
 
-History = list[tuple[str, str]]
 DEFAULT_SYSTEM = "You are a helpful assistant."
 _STREAM_REFUSED = (
     "stream: call chat_stream(…) for streaming. / 流式对话请改用 chat_stream(…)，"
@@ -60,6 +60,21 @@ class CompatModel:
     def eval(self) -> Self:
         """Nothing to do: a loaded model is always in evaluation mode."""
         return self
+
+    def to(self, device: torch.device | str) -> Self:
+        """The model itself, if it is there already; choose a device when loading it.
+
+        Raises UsageError for another device.
+        """
+        if torch.device(device).type != self.device.type:
+            raise UsageError(
+                f"to: the model is on {self.device}; load it with device_map={device!r}."
+            )
+        return self
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The plain parameters; weights in a quantized format are not among them."""
+        return self.llm.model.parameters()
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -103,13 +118,16 @@ class CompatModel:
         if return_dict_in_generate:
             raise UsageError("return_dict_in_generate: only False is supported.")
         ids = inputs if inputs is not None else input_ids
-        if ids is None:
-            raise UsageError("input_ids: nothing to continue; pass ids of shape [batch, length].")
+        if not isinstance(ids, torch.Tensor):
+            kind = type(ids).__name__
+            raise UsageError(f"input_ids: expected a tensor [batch, length], got {kind}.")
         config = (generation_config or self.generation_config).updated(options)
         rows = self._unpadded(ids, attention_mask, config)
         if streamer is not None:
             return self._generate_streaming(ids, rows, config, streamer)
         completions = self.llm.generate(rows, self._sampling(config))
+        for completion in completions:
+            _raise_if_failed(completion.finish_reason, completion.error)
         return self._join(ids, [c.token_ids for c in completions], config)
 
     def _unpadded(
@@ -157,7 +175,9 @@ class CompatModel:
         output: list[int] = []
         try:
             for event in self.llm.stream(rows[0], self._sampling(config)):
-                if isinstance(event, TokenEvent):
+                if isinstance(event, FinishEvent):
+                    _raise_if_failed(event.reason, event.error)
+                else:
                     output.append(event.token_id)
                     streamer.put(event.token_id)
         finally:
@@ -175,7 +195,7 @@ class CompatModel:
         generation_config: GenerationConfig | None = None,
         stream: bool | None = None,
         **options: Any,
-    ) -> tuple[str, History]:
+    ) -> tuple[str, list[tuple[str, str]]]:
         """One turn: (reply, history with this turn added). The given history is not changed."""
         if stream is not None:
             raise UsageError(_STREAM_REFUSED)
@@ -208,18 +228,23 @@ class CompatModel:
             config = config.updated(
                 {"stop_words_ids": [*(config.stop_words_ids or []), *stop_words_ids]}
             )
-        messages = [Message("system", system)] if system else []
-        for past_query, past_reply in history or []:
-            messages += [Message("user", past_query), Message("assistant", past_reply)]
-        messages.append(Message("user", query))
-        rendered = render(tuple(messages), tokenizer=tokenizer.core, record=self.llm.record)
+        messages = conversation(query, history, system)
+        record = self.llm.record
+        if config.max_window_size is not None:
+            record = dataclasses.replace(record, history_window_tokens=config.max_window_size)
+        rendered = render(tuple(messages), tokenizer=tokenizer.core, record=record)
         text = ""
         for event in self.llm.stream(rendered.ids, self._sampling(config)):
-            if isinstance(event, FinishEvent) and event.reason == "error":
-                raise RequestError("chat", event.error or "the engine ended this request.")
+            if isinstance(event, FinishEvent):
+                _raise_if_failed(event.reason, event.error)
             if event.text:
                 text += event.text
                 yield text
+
+
+def _raise_if_failed(reason: FinishReason, error: str | None) -> None:
+    if reason == "error":
+        raise QwenkitError(error or "the engine ended this request.")
 
 
 class AutoModelForCausalLM:

@@ -8,7 +8,7 @@ from typing import Any
 from qwenkit.chat.chatml import render_chatml
 from qwenkit.compat.tokenizer import CompatTokenizer
 from qwenkit.errors import UsageError
-from qwenkit.types.messages import Message
+from qwenkit.types.messages import Message, parse_messages
 
 History = Sequence[tuple[str, str]]
 
@@ -31,15 +31,28 @@ def make_context(
         return query, tokenizer.core.encode(query)
     if chat_format != "chatml":
         raise UsageError(f"chat_format: got {chat_format!r}; allowed: 'chatml', 'raw'.")
-    messages = [Message("system", system)]
-    for past_query, past_reply in history or []:
-        messages += [Message("user", past_query), Message("assistant", past_reply)]
     prompt = render_chatml(
-        [*messages, Message("user", query)],
+        [Message("system", system), *conversation(query, history, "")],
         tokenizer=tokenizer.core,
         history_window_tokens=max_window_size,
     )
     return "".join(p.text for p in prompt.pieces), [i for p in prompt.pieces for i in p.ids]
+
+
+def conversation(query: str, history: History | None, system: str) -> tuple[Message, ...]:
+    """A history of (query, reply) pairs and a new query as messages; no system message if empty.
+
+    Raises UsageError for anything else.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in history or ():
+        if not isinstance(turn, tuple | list) or len(turn) != 2:
+            raise UsageError(f"history: expected (query, reply) pairs, got {turn!r}.")
+        messages += [
+            {"role": "user", "content": turn[0]},
+            {"role": "assistant", "content": turn[1]},
+        ]
+    return parse_messages([*messages, {"role": "user", "content": query}])
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: CompatTokenizer) -> list[list[int]]:

@@ -35,10 +35,13 @@ class BatchEncoding(dict[str, Any]):
             raise AttributeError(name) from None
 
     def to(self, device: Any) -> Self:
-        """Move every tensor, in place."""
+        """Move every tensor, in place. Raises UsageError when the device is not there."""
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
-                self[name] = value.to(device)
+                try:
+                    self[name] = value.to(device)
+                except (AssertionError, RuntimeError) as error:  # how torch says there is none
+                    raise UsageError(f"device: {device!r} is not there: {error}") from error
         return self
 
 
@@ -73,6 +76,9 @@ class CompatTokenizer:
     def _vocab(self) -> dict[bytes | str, int]:
         return self.core.get_vocab()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.record.name!r}, {len(self)} ids>"
+
     def __len__(self) -> int:
         return self.core.vocab_size
 
@@ -83,8 +89,12 @@ class CompatTokenizer:
 
     @property
     def pad_token(self) -> str | None:
-        """Text of the padding token."""
+        """Text of the padding token; assign another control token's text to change it."""
         return self._text(self.pad_token_id)
+
+    @pad_token.setter
+    def pad_token(self, text: str) -> None:
+        self.pad_token_id = self.core.control_id(text)
 
     @property
     def eos_token(self) -> str | None:
@@ -149,7 +159,7 @@ class CompatTokenizer:
         self, token_ids: Ids, skip_special_tokens: bool = False, errors: str = "replace"
     ) -> str:
         """Ids (a list, a tensor or one id) to text."""
-        ids = [token_ids] if isinstance(token_ids, int) else [int(i) for i in token_ids]
+        ids = _plain_ids(token_ids)
         return self.core.decode(ids, skip_special=skip_special_tokens, errors=errors)
 
     def batch_decode(
@@ -176,6 +186,10 @@ class CompatTokenizer:
         """
         if return_tensors not in (None, "pt"):
             raise UsageError(f"return_tensors: got {return_tensors!r}; allowed: None, 'pt'.")
+        if not isinstance(text, str | list | tuple) or not all(isinstance(t, str) for t in text):
+            raise UsageError(
+                f"text: expected a text or a list of texts, got {type(text).__name__}."
+            )
         texts = [text] if isinstance(text, str) else list(text)
         rows = [
             self.encode(t, allowed_special=allowed_special, disallowed_special=disallowed_special)
@@ -242,6 +256,15 @@ class CompatTokenizer:
         if return_tensors == "pt":
             ids, mask = torch.tensor([ids]), torch.tensor([mask])  # [1, length]
         return BatchEncoding(input_ids=ids, attention_mask=mask) if return_dict else ids
+
+
+def _plain_ids(token_ids: object) -> list[int]:
+    if isinstance(token_ids, int):
+        return [token_ids]
+    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Iterable):
+        kind = type(token_ids).__name__
+        raise TokenizerError(f"token_ids: expected ids, got {kind}.")
+    return [int(token_id) for token_id in token_ids]
 
 
 class AutoTokenizer:

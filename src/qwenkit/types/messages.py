@@ -51,7 +51,7 @@ def parse_messages(items: Iterable[Message | Mapping[str, Any]]) -> tuple[Messag
 
     Raises RequestError naming the message and key that cannot be used.
     """
-    if isinstance(items, str | bytes | Mapping):
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         kind = type(items).__name__
         raise RequestError(
             "messages", f"expected a list of messages, got one {kind}. Write [{{'role': …}}]."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -22,6 +23,7 @@ class SamplingParams:
     original's `stop_words_ids`). `logprobs` None reports none, k reports the chosen token and the k
     most likely ones.
 
+    Numbers of any kind are taken, `stop` as one text or a list, and kept as plain Python values.
     Raises RequestError naming the field on construction.
     """
 
@@ -42,38 +44,22 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for field, low, high in _RANGES:
+        for field, low, high in _NUMBERS:
+            self._set(field, _number(field, getattr(self, field), low, high))
+        for field, minimum in _WHOLE_NUMBERS:
             value = getattr(self, field)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-            ):
-                raise RequestError(field, f"expected a finite number, got {value!r}.")
-            if not low <= value <= high:
-                raise RequestError(field, f"got {value!r}; allowed: {low} to {high}.")
-        for field, minimum in (
-            ("max_tokens", 1),
-            ("min_tokens", 0),
-            ("top_k", 0),
-            ("logprobs", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, field)
-            if value is None and field not in ("min_tokens", "top_k"):
-                continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or not minimum <= value < 2**63
-            ):
-                raise RequestError(
-                    field, f"expected a whole number of at least {minimum}, got {value!r}."
-                )
+            if value is not None or field in ("min_tokens", "top_k"):
+                self._set(field, _whole(field, value, minimum))
+        self._set("stop", _texts("stop", self.stop))
+        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        sequences = _items("stop_token_sequences", self.stop_token_sequences)
+        self._set(
+            "stop_token_sequences", tuple(_ids("stop_token_sequences", ids) for ids in sequences)
+        )
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("ignore_eos", f"expected true or false, got {self.ignore_eos!r}.")
         if self.repetition_penalty == 0:
             raise RequestError("repetition_penalty", "must be above 0 (1.0 switches it off).")
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise RequestError("stop", f"expected non-empty strings, got {self.stop!r}.")
         if any(not sequence for sequence in self.stop_token_sequences):
             raise RequestError(
                 "stop_token_sequences", "an empty sequence of ids would stop every output at once."
@@ -82,6 +68,9 @@ class SamplingParams:
             raise RequestError(
                 "min_tokens", f"{self.min_tokens} is above max_tokens {self.max_tokens}."
             )
+
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)  # the normalised value of a frozen field
 
     @property
     def greedy(self) -> bool:
@@ -99,10 +88,13 @@ class SamplingParams:
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """Build from a dictionary; an unknown key is an error naming the nearest one."""
+        for name in options:
+            if not isinstance(name, str):
+                raise RequestError("sampling", f"option names are text, got {name!r}.")
         return cls().replace(**options)
 
 
-_RANGES: tuple[tuple[str, float, float], ...] = (
+_NUMBERS: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
@@ -110,3 +102,48 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("presence_penalty", -100.0, 100.0),
     ("frequency_penalty", -100.0, 100.0),
 )
+_WHOLE_NUMBERS = (
+    ("max_tokens", 1),
+    ("min_tokens", 0),
+    ("top_k", 0),
+    ("logprobs", 0),
+    ("seed", 0),
+)
+
+
+def _number(field: str, value: object, low: float, high: float) -> float:
+    """A number of any kind (numpy's too) as a Python float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise RequestError(field, f"expected a finite number, got {value!r}.")
+    number = float(value)
+    if not low <= number <= high:
+        raise RequestError(field, f"got {value!r}; allowed: {low} to {high}.")
+    return number
+
+
+def _whole(field: str, value: object, minimum: int) -> int:
+    """A whole number of any kind (numpy's too) as a Python int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise RequestError(field, f"expected a whole number, got {value!r}.")
+    number = int(value)
+    if not minimum <= number < 2**63:
+        raise RequestError(field, f"got {number}; allowed: {minimum} to 2^63 - 1.")
+    return number
+
+
+def _items(field: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise RequestError(field, f"expected a list, got {value!r}.")
+    return tuple(value)
+
+
+def _texts(field: str, value: object) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else _items(field, value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise RequestError(field, f"expected texts that are not empty, got {text!r}.")
+    return texts
+
+
+def _ids(field: str, value: object) -> tuple[int, ...]:
+    return tuple(_whole(field, item, 0) for item in _items(field, value))
