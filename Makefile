@@ -50,7 +50,10 @@ chat: $(ENV)/.installed
 test: $(ENV)/.installed-for-tests
 	OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -m "not oracle" -n $(WORKERS) -q $(TESTS)
 
+# First what would otherwise only be skipped: the other implementations and the default model.
 oracles: $(ORACLE_ENV)/.installed
+	$(ORACLE_ENV)/bin/python -c "import gguf, llama_cpp, safetensors, tokenizers, transformers"
+	$(ORACLE_ENV)/bin/qwenkit pull default
 	OMP_NUM_THREADS=1 $(ORACLE_ENV)/bin/python -m pytest -m oracle -n $(WORKERS) -q $(TESTS)
 
 check: $(ENV)/.installed-for-tests
