@@ -224,6 +224,14 @@ def test_every_cut_of_a_model_is_refused(tmp_path: Path) -> None:
     assert len(read_gguf(file).tensors) == 7
 
 
+@pytest.mark.parametrize("kept_bytes", [40, 120])
+def test_a_header_cut_short_says_what_to_do(kept_bytes: int, tmp_path: Path) -> None:
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(model_gguf().build()[:kept_bytes])
+    with pytest.raises(CheckpointError, match="probably cut short, fetch it again"):
+        read_gguf(file)
+
+
 def test_array_items_of_a_file_are_bounded_together(tmp_path: Path) -> None:
     half = MAX_ARRAY_ITEMS // 2 + 1
     keys: list[Key] = [(k, ARRAY, head(U8, half) + bytes(half)) for k in "ab"]

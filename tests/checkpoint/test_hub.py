@@ -261,8 +261,9 @@ def test_listed_files_that_could_leave_the_cache_are_left_out(
 def test_a_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(FakeHub()) as gone:
         pass
-    with pytest.raises(NetworkError, match=r"cannot be reached.*qwenkit chat default"):
+    with pytest.raises(NetworkError, match=r"cannot be reached.*qwenkit chat default") as caught:
         fetch(gone, tmp_path)
+    assert "is kept" not in str(caught.value), "nothing was downloaded"
 
 
 def test_a_redirect_never_leaves_encryption_for_a_file_or_another_scheme(

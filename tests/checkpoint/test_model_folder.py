@@ -318,3 +318,11 @@ def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
             inside.symlink_to("real")
         elif name == "config.json":
             put(folder, config__json={})
+
+
+def test_what_is_neither_file_nor_folder_is_called_so(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelNotFoundError, match="pipe: is not a regular file"):
+        open_checkpoint(tmp_path / "pipe")
+    with pytest.raises(ModelNotFoundError, match="no such file or folder"):
+        open_checkpoint(tmp_path / "nothing")

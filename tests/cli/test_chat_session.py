@@ -96,6 +96,7 @@ def test_conf_reads_values_by_their_type(
         ("stop_token_ids=[true]", "token ids"),
         (f"stop_token_sequences={'[' * 100000}", "id lists"),
         ("temperature", "name=value"),
+        ("=", "conf: write name=value"),
     ],
 )
 def test_conf_refuses_by_name_and_changes_nothing(
@@ -144,7 +145,8 @@ def test_unknown_command_names_the_nearest(session: ChatSession) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "is_one"), [(":help", True), (":)", False), (" :help", False), (":", False)]
+    ("line", "is_one"),
+    [(":help", True), (":)", False), (" :help", False), (":", True), (": a", False)],
 )
 def test_what_is_a_command(line: str, is_one: bool) -> None:
     assert is_command(line) is is_one
@@ -248,3 +250,33 @@ def test_closing_line_gives_tokens_speed_and_first_token_time() -> None:
     assert reply.summary() == (
         "3 tokens · 2.0 tokens/s · first token after 0.50 s · cut at the token limit"
     )
+
+
+def test_system_prompt_is_shown_and_set_for_the_next_turn(session: ChatSession, model: Any) -> None:
+    assert "model's own" in command(session, ":system")
+    assert command(session, ":system Speak  Latin.") == 'system = "Speak  Latin."'
+    talk(session, "q")
+    assert model.sent[0] == (Message("system", "Speak  Latin."), Message("user", "q"))
+    assert command(session, ':system ""') == 'system = ""'
+
+
+def test_settings_for_programs_are_listed_only_when_changed(session: ChatSession) -> None:
+    assert "ignore_eos" not in command(session, ":conf")
+    command(session, ":conf ignore_eos=true")
+    assert "* ignore_eos = true" in command(session, ":conf")
+    assert "logprobs" not in command(session, ":conf")
+
+
+def test_a_lone_colon_is_no_message(session: ChatSession) -> None:
+    with pytest.raises(UsageError, match=":help lists"):
+        run_command(session, ":")
+
+
+def test_a_context_made_small_is_named_as_the_reason(session: ChatSession, model: Any) -> None:
+    kind = type(model)
+    session.model = kind(context_tokens=16)
+    record = kind(context_tokens=500).record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "record", record)
+        with pytest.raises(RequestError, match="--context, up to 500"):
+            session.ask("x" * 20)

@@ -110,8 +110,12 @@ def test_json_holds_everything_and_no_nan(
         "logprobs": [
             {
                 "token_id": 1,
+                "text": "one",
                 "logprob": -0.5,
-                "top": [{"token_id": 1, "logprob": -0.5}, {"token_id": 2, "logprob": None}],
+                "top": [
+                    {"token_id": 1, "text": "one", "logprob": -0.5},
+                    {"token_id": 2, "text": "\ufffd", "logprob": None, "bytes": [0xE6, 0x96]},
+                ],
             }
         ],
         "seed": 99,
@@ -145,7 +149,11 @@ def test_failed_completion_exits_with_1(
         (("--prompt", ""), None, "empty"),
         ((), "", "empty"),
         (("--prompt", "p", "--prompt-file", "f"), None, "give one"),
-        (("--prompt-file", "/nowhere/at/all"), None, "cannot be read"),
+        (
+            ("--prompt-file", "/nowhere/at/all"),
+            None,
+            "at/all' cannot be read: No such file or dir",
+        ),
         (("--prompt", "p", "--logprobs", "3"), None, "--json"),
         (("--prompt", "p", "--json", "--logprobs", "-1"), None, "logprobs"),
         (("--prompt", "p", "--top-p", "2"), None, "top_p"),
@@ -162,3 +170,10 @@ def test_misuse_is_one_clear_line_and_exit_code_2(
     assert result.exit_code == 2
     assert said in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_file_that_is_no_text(loaded: Any, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(b"ab\xff")
+    result = run("--prompt-file", str(tmp_path / "p"))
+    assert result.exit_code == 2
+    assert result.stderr.endswith("is not UTF-8 text (byte 3).\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from qwenkit.cli import console
 from qwenkit.cli.main import app
 
 
@@ -17,10 +18,20 @@ def run() -> CliRunner:
     return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
-def test_the_table_says_it_all(run: CliRunner, default_model_path: Path) -> None:
+def test_a_terminal_gets_a_table(
+    run: CliRunner, default_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "is_watched", lambda: True)
+    done = run.invoke(app, ["info", str(default_model_path)])
+    rows = dict(re.findall(r"│ +([\w ]+?) +│ (.*?) +│", done.stdout))
+    assert rows["architecture"] == "llama, gguf"
+
+
+def test_a_pipe_gets_a_line_for_each_fact(run: CliRunner, default_model_path: Path) -> None:
     done = run.invoke(app, ["info", str(default_model_path)])
     assert done.exit_code == 0
-    rows = dict(re.findall(r"│ +([\w ]+?) +│ (.*?) +│", done.stdout))
+    rows = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert rows["path"] == str(default_model_path)
     assert rows["architecture"] == "llama, gguf"
     assert rows["hidden_size"] == "576"
     assert rows["tie_word_embeddings"] == "yes"
@@ -48,6 +59,8 @@ def test_json_holds_the_same(run: CliRunner, default_model_path: Path) -> None:
     assert told["stops"][0] == {"token_id": 2, "text": "<|im_end|>"}
     assert told["sampling"]["temperature"] == 0.2
     assert told["licence"] == "apache-2.0"
+    assert "template" not in told
+    assert len(told["record"]["chat_template"]) > 200
     assert sum(p["stored_bytes"] for p in told["parts"]) == told["stored_bytes"]
 
 

@@ -54,3 +54,28 @@ def test_a_path_needs_no_download_and_no_claim(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout == f"{tmp_path}\n"
     assert "verified" not in done.stderr
+
+
+def test_a_relative_path_is_no_download_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    done = CliRunner().invoke(app, ["pull", "./model"])
+    assert done.exit_code == 0
+    assert "nothing to download" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["default", "/"])
+def test_options_of_a_hub_are_refused_where_none_is_asked(name: str) -> None:
+    done = CliRunner().invoke(app, ["pull", name, "--revision", "x", "--endpoint", "https://y"])
+    assert done.exit_code == 2
+    assert "--revision and --endpoint" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["", "foo bar"])
+def test_what_is_no_name_is_told_without_an_option_that_is_not_there(name: str) -> None:
+    done = CliRunner().invoke(app, ["pull", name])
+    assert done.exit_code == 2
+    assert "hub name" in done.stderr
+    assert "--prompt" not in done.stderr

@@ -321,7 +321,7 @@ def test_what_is_refused_leaves_no_trace() -> None:
     for wrong, message in (
         (request("a", ()), "empty"),
         (request("a", (258,)), "outside the vocabulary"),
-        (request("a", "x" * 256), "256 tokens, the model's context 256"),
+        (request("a", "x" * 256), "256 tokens, the context 256"),
         (request("a", min_tokens=1, stop_token_ids=tuple(range(258))), "every token"),
     ):
         with pytest.raises(RequestError, match=message):

@@ -43,13 +43,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     something is missing, malformed or contradictory. No tensor data is read.
     """
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_there, is_folder, is_file = path.exists(), path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"{str(path)!r} cannot be opened: {error}.") from error
     if is_folder:
         return _open_folder(path)
     if not is_file:
-        raise ModelNotFoundError(f"{path}: there is no such file or folder.")
+        what = "is not a regular file" if is_there else "there is no such file or folder"
+        raise ModelNotFoundError(f"{path}: {what}. Give a model folder or a .gguf file.")
     if path.suffix == ".safetensors":
         return _assemble(path.parent, path.stem, "safetensors", read_safetensors(path))
     if path.suffix == ".bin":

@@ -83,6 +83,9 @@ def read_gguf(file: Path) -> GgufFile:
     return GgufFile(metadata, _lay_out(mapped, entries, data_start, alignment))
 
 
+_CUT_SHORT = "it was probably cut short, fetch it again"
+
+
 class _Cursor:
     """Reads the header from front to back; `at` is the place of the next byte."""
 
@@ -98,7 +101,8 @@ class _Cursor:
         start = self.at
         if count > self.end - start:
             raise self.error(
-                field, f"needs {count:,} bytes at {start:,}, the file ends at {self.end:,}"
+                field,
+                f"needs {count:,} bytes at {start:,}, the file ends at {self.end:,}; {_CUT_SHORT}",
             )
         self.at = start + count
         return start
@@ -136,11 +140,10 @@ def _check_start(cursor: _Cursor) -> None:
 def _count(cursor: _Cursor, field: str, min_bytes: int) -> int:
     count = cursor.number(_U64, field)
     room = (cursor.end - cursor.at) // min_bytes
-    if count > min(room, MAX_ENTRIES):
-        raise cursor.error(
-            field,
-            f"{count:,}, but the file has room for {room:,} (and {MAX_ENTRIES:,} is the most)",
-        )
+    if count > MAX_ENTRIES:
+        raise cursor.error(field, f"{count:,}; at most {MAX_ENTRIES:,} are read")
+    if count > room:
+        raise cursor.error(field, f"{count:,}, but the file has room for {room:,}; {_CUT_SHORT}")
     return count
 
 
@@ -172,11 +175,13 @@ def _array(cursor: _Cursor, field: str, *, depth: int) -> list[Any]:
         raise cursor.error(field, f"has the unknown item type {kind}")
     least = struct.calcsize(SCALARS[kind]) if kind in SCALARS else 8 if kind == STRING else 12
     room = (cursor.end - cursor.at) // least
-    if count > min(room, cursor.items_left):
+    if count > cursor.items_left:
         raise cursor.error(
-            field,
-            f"has {count:,} items, but the file has room for {room:,} "
-            f"(and {MAX_ARRAY_ITEMS:,} in all arrays is the most)",
+            field, f"has {count:,} items; at most {MAX_ARRAY_ITEMS:,} in all arrays are read"
+        )
+    if count > room:
+        raise cursor.error(
+            field, f"has {count:,} items, but the file has room for {room:,}; {_CUT_SHORT}"
         )
     cursor.items_left -= count
     if kind == STRING:

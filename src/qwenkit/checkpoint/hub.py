@@ -333,9 +333,13 @@ def _refuse(error: Exception, hub: _Hub, name: HubName, revision: str) -> NoRetu
         if cached_snapshot(name, revision, hub.cache) is not None:
             advice = f"What is cached in {hub.cache} can be used as it is."
         else:
+            blobs = repository_folder(name, hub.cache) / "blobs"
+            begun = blobs.is_dir() and any(bytes_of(blob) for blob in blobs.iterdir())
+            state = "not whole" if begun else "not"
+            kept = "; what was downloaded is kept" if begun else ""
             advice = (
-                f"{name} is not whole in the cache {hub.cache}; what was downloaded is kept. Try "
-                f"'qwenkit pull {name}' again, or set HF_ENDPOINT to a mirror. {_ALWAYS_THERE}"
+                f"{name} is {state} in the cache {hub.cache}{kept}. Try 'qwenkit pull {name}' "
+                f"again, or set HF_ENDPOINT to a mirror. {_ALWAYS_THERE}"
             )
         raise NetworkError(f"{hub.endpoint} cannot be reached ({reason}). {advice}") from error
     kind = error.headers.get("X-Error-Code", "")

@@ -95,7 +95,7 @@ def command(
         seed=seed,
     )
     name = options.one_of({"MODEL": model, "--checkpoint-path": checkpoint_path})
-    name = options.check_model_name(options.DEFAULT_MODEL if name is None else name)
+    name = options.check_model_name(name, takes_prompt=True)
     system = _system_prompt(system, system_file)
     asked = _question(options.one_of({"PROMPT": question, "--prompt": prompt}))
     with loading.load_model(

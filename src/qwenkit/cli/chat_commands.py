@@ -38,7 +38,11 @@ class Command:
 
 
 def is_command(line: str) -> bool:
-    """True for ":" and a letter at the very start; ":)" and a line after a space are messages."""
+    """True for ":" alone or with a letter, at the very start; ":)" and a line after a space are
+    messages.
+    """
+    if line.rstrip() == ":":
+        return True
     return len(line) > 1 and line[0] == ":" and line[1].isascii() and line[1].isalpha()
 
 
@@ -103,10 +107,18 @@ def _configure(session: ChatSession, argument: str) -> Outcome:
     if not argument:
         return Outcome(_settings(session))
     name, equals, text = (part.strip() for part in argument.partition("="))
-    if not equals:
-        raise RequestError(name, "write name=value, for example :conf temperature=0.7")
+    if not equals or not name:
+        raise RequestError(name or "conf", "write name=value, for example :conf temperature=0.7")
     session.set_sampling(**{name: parse_setting(name, text)})
     return Outcome(f"{name} = {_show(getattr(session.sampling, name))}")
+
+
+def _system(session: ChatSession, argument: str) -> Outcome:
+    if argument:
+        session.system = "" if argument == '""' else argument
+    if session.system is None:
+        return Outcome("system = the model's own / 使用模型默认设定")
+    return Outcome(f"system = {_show(session.system)}")
 
 
 def _reset(session: ChatSession, argument: str) -> Outcome:
@@ -119,11 +131,16 @@ def _continue(session: ChatSession, argument: str) -> Outcome:
 
 
 def _settings(session: ChatSession) -> str:
-    """Every setting of generation; a star marks what differs from the start."""
+    """The settings of generation; a star marks what differs from the start.
+
+    Those for programs are listed only where they differ.
+    """
     lines = []
     for field in dataclasses.fields(session.sampling):
         value = getattr(session.sampling, field.name)
         changed = value != getattr(session.start_sampling, field.name)
+        if field.name in _FOR_PROGRAMS and not changed:
+            continue
         lines.append(f"{'*' if changed else ' '} {field.name} = {_show(value)}")
     return "\n".join(lines)
 
@@ -133,6 +150,7 @@ def _show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value is not None else "none"
 
 
+_FOR_PROGRAMS = ("stop_token_sequences", "ignore_eos", "logprobs")
 _END_MARKS = {"abort": " [stopped / 已中断]", "length": " [cut at the token limit / 达到长度上限]"}
 _KEYS = (
     ("Ctrl-C", "stop the reply, or empty the line / 中断回答或清空输入"),
@@ -147,6 +165,7 @@ COMMANDS = (
     Command(("clear", "cl"), "", "clear the screen", "清屏", _clear),
     Command(("clear-his", "clh"), "", "forget the conversation", "清除对话历史", _clear_history),
     Command(("history", "his"), "", "show the conversation", "显示对话历史", _history),
+    Command(("system",), "[TEXT]", "show or set the system prompt", "查看或设置系统提示", _system),
     Command(("seed",), "[N]", "show or set the seed", "查看或设置随机种子", _seed),
     Command(("conf",), "[k=v]", "show or set generation", "查看或修改生成设置", _configure),
     Command(("reset-conf",), "", "generation as at the start", "恢复生成设置", _reset),

@@ -154,9 +154,15 @@ class ChatSession:
             raise RequestError(
                 "message",
                 f"it has {length} tokens with its template, the context only {context}. "
-                "Shorten it.",
+                + self._remedy(context),
             )
         return messages, self._report(unseen, rendered.dropped_messages)
+
+    def _remedy(self, context_tokens: int) -> str:
+        longest = self.model.record.context_tokens
+        if context_tokens < longest:
+            return f"Allow a longer context (--context, up to {longest}), or shorten it."
+        return "Shorten it."
 
     def _head(self) -> list[Message]:
         return [] if self.system is None else [Message("system", self.system)]

@@ -56,6 +56,11 @@ def is_typed() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()  # None: the program began with it closed
 
 
+def is_watched() -> bool:
+    """Standard output is a terminal that a person reads."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def say(text: str, *, end: str = "\n") -> None:
     """Write to standard output at once."""
     typer.echo(visible(text) + end, nl=False)

@@ -1,4 +1,4 @@
-"""`qwenkit info`: what a model is, as a table for people or one JSON object for programs."""
+"""`qwenkit info`: what a model is, as a table, plain lines (in a pipe) or one JSON object."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def command(
 
     Reads the headers only: a model of any size answers at once when it is on this machine.
     Parameters are counted from the shapes; "without embeddings" leaves out the embedding and an
-    untied head. One token's keys and values are given at two bytes a number.
+    untied head. One token's keys and values are given at two bytes a number. A terminal gets a
+    table, a pipe one "name: value" a line.
 
     \b
     Examples:
@@ -34,7 +35,8 @@ def command(
       qwenkit info Qwen/Qwen2-0.5B-Instruct
       qwenkit info ./my-model --json
     """
-    name = options.check_model_name(options.DEFAULT_MODEL if model is None else model)
+    name = options.check_model_name(model)
+    options.check_names_a_hub(name, {"--revision": revision})
     with download.bars() as show:
         path = resolve(name, offline=offline, revision=revision, progress=show)
     from qwenkit.survey.info import inspect  # torch takes seconds: bad names are refused first
@@ -42,14 +44,18 @@ def command(
     info = inspect(path)
     if as_json:
         console.say_json(as_dictionary(info, name))
-    else:
+    elif console.is_watched():
         _show(info, name)
+    else:
+        for title, value in [("model", name), *rows(info)]:
+            console.say(f"{title.strip()}: {' '.join(value.splitlines())}")
 
 
 def as_dictionary(info: ModelInfo, name: str) -> dict[str, Any]:
     """Everything known as JSON-ready data."""
     values = dataclasses.asdict(info)
     record = values.pop("record")
+    del values["template"]  # the record has it whole, as chat_template
     return {
         "model": name,
         **values,

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenkit.cli import console, download
+from qwenkit.cli import console, download, options
+from qwenkit.errors import UsageError
 
 if TYPE_CHECKING:
     from qwenkit.api import LLM
+
+_OPTIONS = {
+    "context_tokens": "--context",
+    "kv_cache_tokens": "--context",
+    "threads": "--threads",
+    "dtype": "--dtype",
+    "compute": "--compute",
+}
 
 
 def load_model(
@@ -19,7 +28,12 @@ def load_model(
     context: int | None = None,
     offline: bool = False,
 ) -> LLM:
-    """Find (or download) and load a model. Raises what `qwenkit.api.LLM` raises."""
+    """Find (or download) and load a model.
+
+    Raises what `qwenkit.api.LLM` raises, with the names of the command line's options.
+    """
+    options.check_name("--dtype", dtype, options.DTYPES)
+    options.check_name("--compute", compute, options.COMPUTE)
     from qwenkit.checkpoint.hub import resolve  # a tenth of a second that --help does without
 
     with download.bars() as progress:
@@ -27,11 +41,17 @@ def load_model(
     with console.busy(f"Loading {name} / 正在加载模型 …"):
         from qwenkit.api import LLM  # torch takes seconds; the spinner already turns
 
-        return LLM(
-            name,
-            dtype=dtype,
-            compute=compute,
-            threads=threads,
-            context_tokens=context,
-            offline=offline,
-        )
+        try:
+            return LLM(
+                name,
+                dtype=dtype,
+                compute=compute,
+                threads=threads,
+                context_tokens=context,
+                offline=offline,
+            )
+        except UsageError as error:
+            setting, _, message = str(error).partition(":")
+            if setting not in _OPTIONS:
+                raise
+            raise UsageError(f"{_OPTIONS[setting]}:{message}") from error

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from qwenkit import __version__
 from qwenkit.cli import console
-from qwenkit.errors import QwenkitError, UsageError
+from qwenkit.errors import QwenkitError, RequestError, UsageError
 
 COMMANDS = {
     "chat": "Talk with a model in the terminal, or ask it one question.",
@@ -49,7 +49,7 @@ class CommandGroup(TyperGroup):
         except QwenkitError as error:
             if ctx.params.get("debug"):
                 raise
-            console.error(str(error))
+            console.error(_for_people(error))
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
         except BrokenPipeError:
             raise  # `| head` closed the pipe: typer ends the program without a word
@@ -58,6 +58,12 @@ class CommandGroup(TyperGroup):
                 raise
             console.error(str(error))
             raise typer.Exit(1) from error
+
+
+def _for_people(error: QwenkitError) -> str:
+    """The message; without the name of the field where that is the library's and says nothing."""
+    internal = isinstance(error, RequestError) and error.field == "prompt_ids"
+    return str(error).removeprefix("prompt_ids: ") if internal else str(error)
 
 
 def load_command(name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -18,6 +18,8 @@ from qwenkit.errors import RequestError, UsageError, suggest
 from qwenkit.types.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
+DTYPES = ("auto", "float32", "bfloat16")
+COMPUTE = ("auto", "reference")
 _SAMPLING = "[default: the model's own]"
 
 ModelName = Annotated[
@@ -208,13 +210,50 @@ def one_of(given: Mapping[str, str | None]) -> str | None:
     return next(iter(values.values()), None)
 
 
-def check_model_name(name: str) -> str:
-    """Catch the slip of giving the prompt where the model is expected. Raises UsageError."""
+def check_model_name(name: str | None, *, takes_prompt: bool = False) -> str:
+    """The name given, or the default model's for None.
+
+    Catches the slip of giving the prompt where the model is expected: raises UsageError.
+    """
+    if name is None:
+        return DEFAULT_MODEL
     if not name or (any(c.isspace() for c in name) and not Path(name).exists()):
-        raise UsageError(
-            f"{name!r} is no model name. Give the model first, or the question by --prompt."
+        advice = (
+            "Give the model first, or the question by --prompt."
+            if takes_prompt
+            else "Give a folder, a .gguf file or a hub name such as 'Qwen/Qwen2-0.5B-Instruct'."
         )
+        raise UsageError(f"{name!r} is no model name. {advice}")
     return name
+
+
+def check_names_a_hub(name: str, given: Mapping[str, object]) -> None:
+    """Refuse options of a hub (option → value or None) for a model that comes from none.
+
+    Raises UsageError.
+    """
+    options = " and ".join(option for option, value in given.items() if value is not None)
+    if not options:
+        return
+    if name == DEFAULT_MODEL:
+        raise UsageError(f"{options}: the embedded model comes from no hub. Leave it out.")
+    if is_local(name):
+        raise UsageError(f"{options}: {name!r} is on this machine, no hub is asked. Leave it out.")
+
+
+def is_local(name: str) -> bool:
+    """True for the path of something that exists."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, or a NUL in it
+        return False
+
+
+def check_name(option: str, name: str, allowed: Iterable[str]) -> None:
+    """Raises UsageError, with the nearest allowed name, unless `name` is one of them."""
+    allowed = tuple(allowed)
+    if name not in allowed:
+        raise UsageError(f"{option}: got {name!r}. {suggest(name, allowed)}")
 
 
 def check_text(source: str, text: str) -> str:
@@ -233,8 +272,13 @@ def read_text_file(source: str, path: Path) -> str:
     """The whole of a UTF-8 text file. Raises UsageError naming its `source`."""
     try:
         return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{source} {str(path)!r} is not UTF-8 text (byte {error.start + 1})."
+        ) from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"{source} {str(path)!r} cannot be read: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{source} {str(path)!r} cannot be read: {reason}.") from error
 
 
 def read_standard_input() -> str:

@@ -41,10 +41,12 @@ def command(
       qwenkit pull Qwen/Qwen2-0.5B-Instruct
       qwenkit pull Qwen/Qwen2-0.5B-Instruct-GGUF:qwen2-0_5b-instruct-q4_0.gguf
     """
-    name = options.check_model_name(options.DEFAULT_MODEL if model is None else model)
+    name = options.check_model_name(model)
+    options.check_names_a_hub(name, {"--revision": revision, "--endpoint": endpoint})
+    is_local = options.is_local(name)
     with download.bars() as show:
         path = pull(name, revision=revision, progress=show, cache_dir=cache_dir, endpoint=endpoint)
-    if str(path) == name:
+    if is_local:
         console.note("A path on this machine: there is nothing to download.")
     else:
         console.note(f"{name} is here, its checksums verified:")

@@ -31,7 +31,8 @@ class EngineSettings:
     """Sizes of one engine.
 
     `block_tokens` is the number of tokens in one block of the KV cache, `kv_cache_tokens` the size
-    of the whole cache (None: one sequence of the full context, or many shorter ones).
+    of the whole cache, rounded up to whole blocks (None: one sequence of the full context, or many
+    shorter ones).
     `max_batch_tokens` bounds the tokens computed in one step, so a longer prompt is computed in
     chunks of that size; `max_sequences` bounds the requests that run at the same time.
     `reference_ops` runs every op's torch reference, whatever backends are registered.
@@ -57,17 +58,11 @@ class EngineSettings:
                 f"max_sequences: {self.max_sequences} is above max_batch_tokens "
                 f"{self.max_batch_tokens}; every running sequence needs a token in each step."
             )
-        if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.block_tokens:
-            raise UsageError(
-                f"kv_cache_tokens: {self.kv_cache_tokens} is less than one block of "
-                f"{self.block_tokens} tokens."
-            )
 
     def num_blocks(self, context_tokens: int) -> int:
         """Blocks of the cache, for a model whose sequences have at most `context_tokens`."""
-        if self.kv_cache_tokens is None:
-            return -(-context_tokens // self.block_tokens)
-        return self.kv_cache_tokens // self.block_tokens
+        tokens = context_tokens if self.kv_cache_tokens is None else self.kv_cache_tokens
+        return -(-tokens // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)

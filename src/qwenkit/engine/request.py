@@ -106,7 +106,7 @@ def _check_length(prompt_tokens: int, limits: Limits) -> None:
     if limits.cache_tokens < limits.context_tokens:
         place, remedy = "KV cache", "Shorten the prompt or raise kv_cache_tokens."
     else:
-        place, remedy = "model's context", "Shorten the prompt or use a model with a longer one."
+        place, remedy = "context", "Shorten the prompt or allow a longer context."
     raise RequestError(
         "prompt_ids",
         f"the prompt has {prompt_tokens} tokens, the {place} {limits.sequence_tokens}, of which at "
