@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qwenkit.errors import CheckpointError, ConfigError, UsageError
+from qwenkit.bench.random_model import write_random_gguf
+from qwenkit.checkpoint import open_checkpoint
+from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.weight import QuantWeight
-from qwenkit.load import load
+from qwenkit.load import load, load_tokenizer
 from qwenkit.types.sampling import SamplingParams
 from tiny import CONFIG, ENDOFTEXT, IM_END, tiny_tensors, write_tiny_checkpoint
 
@@ -172,3 +179,71 @@ def test_the_default_model_stays_quantized_and_mapped(default_model_path: Path) 
     assert len(weights) == 211  # seven matrices in each of 30 layers, and the tied embedding
     assert sum(w.size_bytes for w in weights) < default_model_path.stat().st_size
     assert plain < 1 << 20  # the norms
+
+
+# Before the model is loaded everything that computing needs is imported, and is not counted.
+_GROWTH = """
+import sys
+from pathlib import Path
+import torch
+from qwenkit.layers.attention import PackedCausal
+from qwenkit.load import load
+
+def anonymous_bytes():
+    line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+before = anonymous_bytes()
+loaded = load(Path(sys.argv[1]))
+with torch.inference_mode():
+    logits = loaded.model(torch.arange(4), PackedCausal([4]))
+assert logits.isfinite().all()
+print(anonymous_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its own memory from /proc")
+def test_computing_with_the_default_model_does_not_expand_it(default_model_path: Path) -> None:
+    command = [sys.executable, "-c", _GROWTH, str(default_model_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 250 * 2**20  # the model in fp32 is 540 MB
+
+
+def _set_in_config(folder: Path, key: str, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+
+
+def test_a_wrong_config_key_names_the_file(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    _set_in_config(tmp_path, "hidden_size", 33)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'config.json'}: num_att")):
+        load(tmp_path)
+    _set_in_config(tmp_path, "model_type", "gpt_neox")
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'config.json'}: model_type")):
+        load(tmp_path)
+
+
+def test_a_wrong_tokenizer_key_names_the_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_random_gguf(path, CONFIG | {"vocab_size": 264}, storage="F32")
+    checkpoint = open_checkpoint(path)
+    types = [0, *checkpoint.gguf_metadata["tokenizer.ggml.token_type"][1:]]
+    metadata = {**checkpoint.gguf_metadata, "tokenizer.ggml.token_type": types}
+    damaged = dataclasses.replace(checkpoint, gguf_metadata=metadata)
+    field = r": GGUF metadata: tokenizer\.ggml\.token_type\[0\]: got 0"
+    with pytest.raises(TokenizerError, match=re.escape(str(path)) + field):
+        load_tokenizer(damaged)
+    folder = write_tiny_checkpoint(tmp_path / "folder")
+    (folder / "qwen.tiktoken").write_text("no base64\n")
+    with pytest.raises(TokenizerError, match=r"qwen\.tiktoken: line 1") as caught:
+        load(folder)
+    assert str(caught.value).count(str(folder)) == 1
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path)
+    _set_in_config(folder, "num_hidden_layers", 10**6)
+    with pytest.raises(CheckpointError, match="num_hidden_layers: got 1000000"):
+        load(folder)

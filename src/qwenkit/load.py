@@ -68,6 +68,13 @@ def load(
             f"the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
             f"{config.vocab_size} rows; these files do not belong together.",
         )
+    layers, stored = config.num_hidden_layers, len(checkpoint.tensors)
+    if layers > stored:  # a damaged count must not be built: modules alone fill the memory
+        raise CheckpointError(
+            checkpoint.path,
+            "num_hidden_layers",
+            f"got {layers}, but there are only {stored} tensors, and every layer has some.",
+        )
     with torch.device("meta"):
         model = architecture.build(config)
     model.dtype = _compute_dtype(checkpoint, dtype, device)

@@ -3,6 +3,8 @@
     python mutate.py {safetensors|gguf} COUNT SEED FOLDER
 
 Every copy must be refused with CheckpointError, or hold exactly what another reader finds in it.
+Every fourth GGUF is a whole tiny model and goes through loading: it must load, or be refused with
+an error of qwenkit that names the file.
 A hang ends the process by SIGALRM; memory is capped. Prints one JSON line.
 """
 
@@ -23,12 +25,28 @@ from typing import Any
 
 import safetensors
 import torch
-from crafted import F32, NaiveGguf, Piece, entry, model_gguf, peak_memory_growth, safetensors_bytes
+from crafted import (
+    ARRAY,
+    F32,
+    I32,
+    STRING,
+    Gguf,
+    NaiveGguf,
+    Piece,
+    array,
+    entry,
+    model_gguf,
+    peak_memory_growth,
+    safetensors_bytes,
+    scalar,
+)
 
+from qwenkit.bench.random_model import write_random_gguf
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.storages import GGML_NUMBERS
-from qwenkit.errors import CheckpointError
+from qwenkit.errors import CheckpointError, QwenkitError
+from qwenkit.load import load
 
 HANG_S = 20
 HEADROOM_BYTES = 2**30
@@ -48,6 +66,34 @@ NUMBERS = [
     2**63,
     2**64 - 1,
 ]
+
+LOADABLE = {
+    "model_type": "llama",
+    "vocab_size": 262,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def loadable_pieces(path: Path) -> list[Piece]:
+    """A GGUF of a whole model with its tokenizer, of random weights; `path` is written over."""
+    write_random_gguf(path, LOADABLE, storage="Q8_0")
+    naive = NaiveGguf(path.read_bytes())
+    gguf = Gguf()
+    for key, (kind, value) in naive.metadata.items():
+        inner = STRING if kind == ARRAY and isinstance(value[0], str) else I32
+        raw = array(inner, value) if kind == ARRAY else scalar(kind, value)
+        gguf.keys.append((key, kind, raw))
+    for name, (shape, kind, data) in naive.tensors.items():
+        gguf.tensors.append((name, shape[::-1], kind, None, data))
+    return gguf.pieces()
 
 
 def safetensors_pieces() -> list[Piece]:
@@ -184,15 +230,36 @@ def stricter_than_library(raw: bytes, error: CheckpointError) -> bool:
     return not any(reason in str(error) for reason in stands)
 
 
+def fault_of_refusal(error: QwenkitError, path: Path, raw: bytes) -> str | None:
+    """What is wrong with how a damaged file was refused, if anything is."""
+    if isinstance(error, CheckpointError):
+        if error.file != str(path) or not error.field:
+            return f"file or field not named: {error}"
+        if path.suffix == ".safetensors" and stricter_than_library(raw, error):
+            return f"refused, but well-formed: {error}"
+    elif str(path) not in str(error):
+        return f"file not named: {type(error).__name__}: {error}"
+    return None
+
+
+def check_loading(checkpoint: Checkpoint, raw: bytes) -> None:
+    check_gguf(checkpoint, raw)
+    load(checkpoint.path)
+
+
 def main(kind: str, count: int, seed: int, folder: Path) -> None:
     is_gguf = kind == "gguf"
     path = folder / ("m.gguf" if is_gguf else "model.safetensors")
-    pieces = model_gguf().pieces() if is_gguf else safetensors_pieces()
-    check: Callable[[Checkpoint, bytes], None] = check_gguf if is_gguf else check_safetensors
     (folder / "config.json").write_text("{}")
     target = path if is_gguf else folder
-    path.write_bytes(b"".join(p.raw for p in pieces))
-    check(open_checkpoint(target), path.read_bytes())  # undamaged, it loads
+    subjects: list[tuple[list[Piece], Callable[[Checkpoint, bytes], None]]] = (
+        [(loadable_pieces(path), check_loading), *[(model_gguf().pieces(), check_gguf)] * 3]
+        if is_gguf
+        else [(safetensors_pieces(), check_safetensors)]
+    )
+    for pieces, check in subjects:  # undamaged, they load
+        path.write_bytes(b"".join(p.raw for p in pieces))
+        check(open_checkpoint(target), path.read_bytes())
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM_BYTES, used + HEADROOM_BYTES))
     tally: Counter[str] = Counter()
@@ -200,19 +267,18 @@ def main(kind: str, count: int, seed: int, folder: Path) -> None:
     kinds: set[str] = set()
     with peak_memory_growth() as growth:
         for number in range(count):
+            pieces, check = subjects[number % len(subjects)]
             raw = mutate(pieces, random.Random(f"{kind} {seed} {number}"), relength=not is_gguf)
             path.write_bytes(raw)
             signal.alarm(HANG_S)
             try:
                 check(open_checkpoint(target), raw)
-                tally["loaded"] += 1
-            except CheckpointError as error:
-                tally["refused"] += 1
+                tally[f"loaded {check.__name__}"] += 1
+            except QwenkitError as error:
+                tally[f"refused {type(error).__name__}"] += 1
                 kinds.add(re.sub(r"'[^']*'|[\d,]+|\[.*?\]", "", str(error)))
-                if error.file != str(path) or not error.field:
-                    faults.append(f"{number}: file or field not named: {error}")
-                elif not is_gguf and stricter_than_library(raw, error):
-                    faults.append(f"{number}: refused, but well-formed: {error}")
+                if fault := fault_of_refusal(error, path, raw):
+                    faults.append(f"{number}: {fault}")
             except Exception as error:  # anything else is a fault of ours
                 faults.append(f"{number}: {type(error).__name__}: {error}")
             signal.alarm(0)

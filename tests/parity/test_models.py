@@ -75,9 +75,12 @@ def test_logits_agree(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
 @pytest.mark.parametrize("old_layout", [False, True])
-def test_sharded_files_and_old_config_layout(old_layout: bool, tmp_path: Path) -> None:
-    variant = {"model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 3e5}
+def test_sharded_files_and_old_config_layout(
+    old_layout: bool, model_type: str, tmp_path: Path
+) -> None:
+    variant = {"model_type": model_type, "tie_word_embeddings": False, "rope_theta": 3e5}
     theirs, ours = make_pair(variant, tmp_path, shard="20KB", old_layout=old_layout)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = torch.randint(0, TINY["vocab_size"], (17,))
