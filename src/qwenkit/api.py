@@ -67,14 +67,7 @@ class _Session:
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
         """
-        if compute not in COMPUTE:
-            raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
-        if not isinstance(model, str | Path):
-            raise UsageError(f"model: expected a name or a path, got {model!r}.")
-        _check_device(device)
-        cores = os.cpu_count() or 1
-        if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= cores):
-            raise UsageError(f"threads: got {threads!r}; allowed: 1 to {cores}, the cores here.")
+        _check_arguments(model, compute, device, threads)
         self.path = resolve(str(model), offline=offline, revision=revision)
         cpu.register(threads=threads)
         if threads is not None:
@@ -315,6 +308,17 @@ def _prompt_ids(prompt: object) -> list[int]:
         if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral):
             raise RequestError("prompt", f"expected whole numbers as ids, got {token_id!r}.")
     return [int(token_id) for token_id in ids]
+
+
+def _check_arguments(model: object, compute: str, device: str, threads: object) -> None:
+    if not isinstance(model, str | Path):
+        raise UsageError(f"model: expected a name or a path, got {model!r}.")
+    if compute not in COMPUTE:
+        raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
+    cores = os.cpu_count() or 1
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= cores):
+        raise UsageError(f"threads: got {threads!r}; allowed: 1 to {cores}, the cores here.")
+    _check_device(device)
 
 
 def _check_device(device: str) -> None:
