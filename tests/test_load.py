@@ -172,6 +172,12 @@ def test_a_wrong_token_id_names_file_and_key(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_wrong_sampling_defaults_name_file_and_key(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, generation={"do_sample": True, "top_p": 8})
+    with pytest.raises(CheckpointError, match=r"generation_config\.json.*top_p"):
+        load(folder)
+
+
 def test_the_default_model_stays_quantized_and_mapped(default_model_path: Path) -> None:
     loaded = load(default_model_path)
     weights = [m for m in loaded.model.modules() if isinstance(m, QuantWeight)]

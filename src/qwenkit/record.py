@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwenkit.checkpoint.spec import Checkpoint
-from qwenkit.errors import CheckpointError
+from qwenkit.errors import CheckpointError, RequestError
 from qwenkit.models.spec import ModelConfig, find
 from qwenkit.types.protocols import Tokenizer
 from qwenkit.types.record import ChatFormat, ModelRecord
@@ -113,7 +113,11 @@ def _sampling(checkpoint: Checkpoint) -> SamplingParams:
     values = {name: given[name] for name in names if given.get(name) is not None}
     if given.get("max_new_tokens") is not None:
         values["max_tokens"] = given["max_new_tokens"]
-    return SamplingParams.from_mapping(values)
+    try:
+        return SamplingParams.from_mapping(values)
+    except RequestError as error:
+        where = f"{checkpoint.path} (generation_config.json)"
+        raise CheckpointError(where, error.field, str(error)) from error
 
 
 def _family(checkpoint: Checkpoint) -> str | None:

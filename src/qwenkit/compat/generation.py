@@ -12,8 +12,7 @@ from typing import Any, Self
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.errors import UsageError, suggest
-from qwenkit.load import load_tokenizer
-from qwenkit.models.spec import find
+from qwenkit.load import load_tokenizer, read_architecture
 from qwenkit.record import read_record
 from qwenkit.types.record import ModelRecord
 from qwenkit.types.sampling import SamplingParams
@@ -76,8 +75,7 @@ class GenerationConfig:
         if unused:
             log.info("%s: fields without effect here: %s", checkpoint.path, ", ".join(unused))
         core = load_tokenizer(checkpoint)
-        architecture = find(str(checkpoint.config.get("model_type")))
-        record = read_record(checkpoint, core, architecture.config(checkpoint.config))
+        record = read_record(checkpoint, core, read_architecture(checkpoint)[1])
         fields = {name: value for name, value in given.items() if name in known}
         return dataclasses.replace(cls.from_record(record), **fields).updated(overrides)
 

@@ -13,8 +13,7 @@ from qwenkit.chat.render import render
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.errors import TokenizerError, UsageError
-from qwenkit.load import load_tokenizer
-from qwenkit.models.spec import find
+from qwenkit.load import load_tokenizer, read_architecture
 from qwenkit.record import read_record
 from qwenkit.tokenizer import BytePairTokenizer
 from qwenkit.types.messages import Message, Tool, parse_messages, parse_tools
@@ -289,7 +288,7 @@ class AutoTokenizer:
         path = resolve(str(pretrained_model_name_or_path), revision=revision)
         checkpoint = open_checkpoint(path)
         core = load_tokenizer(checkpoint)
-        config = find(str(checkpoint.config.get("model_type"))).config(checkpoint.config)
+        config = read_architecture(checkpoint)[1]
         return CompatTokenizer(
             core,
             read_record(checkpoint, core, config),

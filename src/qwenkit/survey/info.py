@@ -20,8 +20,8 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, Container
 from qwenkit.layers.linear import Embedding
 from qwenkit.layers.norm import RMSNorm
-from qwenkit.load import load_tokenizer, tensors_by_our_names
-from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
+from qwenkit.load import load_tokenizer, read_architecture, tensors_by_our_names
+from qwenkit.models.spec import Architecture, CausalModel, ModelConfig
 from qwenkit.record import read_record
 from qwenkit.types.record import ModelRecord
 
@@ -72,8 +72,7 @@ def inspect(path: Path) -> ModelInfo:
     """
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint)
-    architecture = find(str(checkpoint.config.get("model_type")))
-    config = architecture.config(checkpoint.config)
+    architecture, config = read_architecture(checkpoint)
     record = read_record(checkpoint, tokenizer, config)
     counted = count_parameters(architecture, config)
     stored = _stored_bytes(architecture, config, checkpoint)
