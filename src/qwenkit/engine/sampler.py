@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from qwenkit.errors import NonFiniteError
@@ -69,9 +70,8 @@ class Sampler:
         Raises NonFiniteError when one of them is no finite number: nothing sensible can be chosen.
         """
         logits = logits.to(torch.float32)  # [vocab_rows]
-        finite = torch.isfinite(logits)  # [vocab_rows]
-        if not finite.all():
-            bad = logits.numel() - int(finite.sum())
+        if not _all_finite(logits):
+            bad = logits.numel() - int(torch.isfinite(logits).sum())
             raise NonFiniteError(
                 f"{bad} of the model's {logits.numel()} logits for output token {self._length} are "
                 "NaN or infinite, so no token was chosen. Weights that overflow the compute dtype "
@@ -79,7 +79,7 @@ class Sampler:
             )
         scores = self._adjust(logits[: self._vocab_size])  # [vocab_size]
         if self._sampling.greedy:
-            token_id = int(scores.argmax())
+            token_id = _argmax(scores)
         else:
             ids, weights = candidates(scores, self._sampling)
             token_id = int(ids[draw(weights, uniform(self._seed, self._length))])
@@ -113,6 +113,18 @@ class Sampler:
         best = (logits[: self._vocab_size] - total).topk(count)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return Choice(token_id, float(logits[token_id] - total), tuple(pairs))
+
+
+# torch works on more than 32,768 numbers with all its threads, and waking those takes longer than
+# this does; numpy stays in the thread it is called from.
+def _all_finite(logits: torch.Tensor) -> bool:
+    if logits.device.type != "cpu":
+        return bool(torch.isfinite(logits).all())
+    return bool(numpy.isfinite(logits.numpy()).all())
+
+
+def _argmax(scores: torch.Tensor) -> int:
+    return int(scores.argmax() if scores.device.type != "cpu" else scores.numpy().argmax())
 
 
 def penalize_repetition(scores: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.Tensor:
