@@ -53,3 +53,14 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         shape("qwen2-0.5")
     with pytest.raises(UsageError, match="Q4_0"):
         write_random_gguf(tmp_path / "x", SHAPES["qwen2-0.5b"], storage="Q4")
+
+
+@pytest.mark.parametrize("rows", [300, 2_000, 49_152, 151_936])
+def test_every_row_of_the_vocabulary_is_a_token(rows: int, tmp_path: Path) -> None:
+    small = TINY | {"vocab_size": rows, "hidden_size": 32, "num_attention_heads": 1}
+    small |= {"num_key_value_heads": 1, "num_hidden_layers": 1, "intermediate_size": 32}
+    write_random_gguf(tmp_path / "random.gguf", shape("qwen2-0.5b") | small)
+    tokenizer = load(tmp_path / "random.gguf").tokenizer
+    assert tokenizer.vocab_size == rows
+    assert tokenizer.control_tokens == {"<|endoftext|>": rows - 1}
+    assert tokenizer.decode(tokenizer.encode("any text, 任何文字")) == "any text, 任何文字"

@@ -1,6 +1,6 @@
 """Writes a GGUF file with random weights of a published shape, to measure speed without weights.
 
-The vocabulary is the 256 bytes and numbered filler: the text means nothing, the sizes are real.
+The vocabulary is the 256 bytes and merges of them: the text means nothing, the sizes are real.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwenkit.models.spec import CausalModel, find
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STD = 0.02  # the published initialisation
-_UNUSED_TOKEN, _NORMAL_TOKEN, _CONTROL_TOKEN = 5, 1, 3  # token types of GGUF
+_NORMAL_TOKEN, _CONTROL_TOKEN = 1, 3  # token types of GGUF
 
 
 def write_random_gguf(
@@ -105,7 +105,7 @@ class _Tensors:
 
 
 def _metadata(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    tokens, types = _vocabulary(int(config["vocab_size"]))
+    tokens, merges, types = _vocabulary(int(config["vocab_size"]))
     head_dim = int(config["hidden_size"]) // int(config["num_attention_heads"])
     return {
         "general.architecture": arch,
@@ -123,19 +123,24 @@ def _metadata(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": ("i32", types),
-        "tokenizer.ggml.merges": ("str", [f"{tokens[0]} {tokens[1]}"]),
+        "tokenizer.ggml.merges": ("str", merges),
         "tokenizer.ggml.eos_token_id": len(tokens) - 1,
     }
 
 
-def _vocabulary(size: int) -> tuple[list[str], list[int]]:
-    """The byte alphabet, one merge of its first two letters, filler, and an end token."""
+def _vocabulary(size: int) -> tuple[list[str], list[str], list[int]]:
+    """Tokens, merges and token types: the byte alphabet, its pairs, triples …, and an end token."""
     alphabet = [chr(b if _printable(b) else 256 + n) for b, n in _byte_order()]
-    tokens = [*alphabet, alphabet[0] + alphabet[1]]
+    tokens, merges = list(alphabet), []
+    for left in tokens:  # grows while it is read: pairs are followed by triples
+        room = max(0, size - 1 - len(tokens))
+        for right in alphabet[:room]:
+            merges.append(f"{left} {right}")
+            tokens.append(left + right)
+        if room <= len(alphabet):
+            break
     types = [_NORMAL_TOKEN] * len(tokens)
-    filler = size - len(tokens) - 1
-    tokens += [f"[unused_{i}]" for i in range(filler)] + ["<|endoftext|>"]
-    return tokens, types + [_UNUSED_TOKEN] * filler + [_CONTROL_TOKEN]
+    return [*tokens, "<|endoftext|>"], merges, [*types, _CONTROL_TOKEN]
 
 
 def _printable(byte: int) -> bool:
