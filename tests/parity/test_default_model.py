@@ -19,7 +19,7 @@ from qwenkit.layers.attention import PackedCausal
 pytestmark = pytest.mark.oracle
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 WINDOW_TOKENS = 512
-WINDOWS = 24  # of the text's 446; the whole text's figures stand in docs/log.md
+WINDOWS = 24  # of the text's 396; docs/log.md has the figure over 100
 
 
 @pytest.fixture(scope="module")
