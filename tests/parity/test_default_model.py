@@ -19,7 +19,7 @@ from qwenkit.layers.attention import PackedCausal
 pytestmark = pytest.mark.oracle
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 WINDOW_TOKENS = 512
-WINDOWS = 24  # of the text's 396; docs/log.md has the figure over 100
+WINDOWS = 24  # of the text's 396; docs/log.md has a longer comparison
 
 
 @pytest.fixture(scope="module")
