@@ -25,7 +25,8 @@ for i in range(0, count, 97):
 
 def run(threads):
     y = Numbers()
-    library.qk_silu_mul(gate, up, y, ctypes.c_int64(count), threads)
+    pointers = (ctypes.addressof(numbers) for numbers in (gate, up, y))
+    library.qk_silu_mul((ctypes.c_int64 * 5)(*pointers, count, threads))
     return bytes(y)
 
 def tasks():

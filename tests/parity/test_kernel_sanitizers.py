@@ -25,8 +25,8 @@ from qwenkit.kernels.registry import OPS
 path = Path(sys.argv[1])
 if sys.argv[2] == "overrun":
     x = torch.ones(8)
-    address, count = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(9)
-    ctypes.CDLL(str(path)).qk_silu_mul(address, address, address, count, 1)
+    arguments = (ctypes.c_int64 * 5)(*[x.data_ptr()] * 3, 9, 1)
+    ctypes.CDLL(str(path)).qk_silu_mul(arguments)
 
 def exact(value):
     # In memory of its own, without a byte to spare, so that reading beyond the end is noticed.

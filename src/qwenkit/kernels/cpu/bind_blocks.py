@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 
 import torch
 
 from qwenkit.errors import KernelError
 from qwenkit.kernels.blocks import block_layout
-from qwenkit.kernels.cpu.library import Kernel, function, refuse
+from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.block_dequantize import block_dequantize
 from qwenkit.kernels.ops.block_matmul import block_matmul
 
@@ -29,9 +29,23 @@ _BLOCK_TYPES = {
 }
 
 
+class _BlockMatmul(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "blocks", "y")),
+        *((name, c_int64) for name in ("tokens", "rows", "columns", "row_stride", "type")),
+        ("threads", c_int64),
+    )
+
+
+class _BlockDequantize(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("blocks", "y")),
+        *((name, c_int64) for name in ("rows", "columns", "row_stride", "type", "threads")),
+    )
+
+
 def bind_block_matmul(library: ctypes.CDLL) -> Kernel:
-    pointers, sizes = (c_void_p,) * 3, (c_int64,) * 4
-    call = function(library, "qk_block_matmul", (*pointers, *sizes, c_int, c_int), c_int)
+    call = kernel(library, "qk_block_matmul", _BlockMatmul)
     float32, uint8, get_num_threads = torch.float32, torch.uint8, torch.get_num_threads
     reference = block_matmul.reference
 
@@ -49,18 +63,9 @@ def bind_block_matmul(library: ctypes.CDLL) -> Kernel:
             raise refuse(f"block_matmul of {block_type}", x=x, blocks=blocks)
         x, blocks = x.contiguous(), _with_whole_rows(blocks)
         y = x.new_empty((tokens, rows))
-        status = call(
-            x.data_ptr(),
-            blocks.data_ptr(),
-            y.data_ptr(),
-            tokens,
-            rows,
-            columns,
-            blocks.stride(0),
-            number,
-            get_num_threads(),
-        )
-        if status:
+        pointers = x.data_ptr(), blocks.data_ptr(), y.data_ptr()
+        sizes = tokens, rows, columns, blocks.stride(0)
+        if call(_BlockMatmul(*pointers, *sizes, number, get_num_threads())):
             raise KernelError(f"block_matmul: no memory for rows of {columns} columns.")
         return y
 
@@ -68,10 +73,7 @@ def bind_block_matmul(library: ctypes.CDLL) -> Kernel:
 
 
 def bind_block_dequantize(library: ctypes.CDLL) -> Kernel:
-    sizes = (c_int64,) * 3
-    call = function(
-        library, "qk_block_dequantize", (c_void_p, c_void_p, *sizes, c_int, c_int), None
-    )
+    call = kernel(library, "qk_block_dequantize", _BlockDequantize)
     reference = block_dequantize.reference
 
     def run(blocks: torch.Tensor, block_type: str, dtype: torch.dtype) -> torch.Tensor:
@@ -83,15 +85,9 @@ def bind_block_dequantize(library: ctypes.CDLL) -> Kernel:
         columns = block_layout(block_type).columns(blocks.shape[-1])
         rows = _with_whole_rows(blocks.reshape(-1, blocks.shape[-1]))
         y = blocks.new_empty((*blocks.shape[:-1], columns), dtype=torch.float32)
-        call(
-            rows.data_ptr(),
-            y.data_ptr(),
-            rows.shape[0],
-            columns,
-            rows.stride(0),
-            number,
-            torch.get_num_threads(),
-        )
+        sizes = rows.shape[0], columns, rows.stride(0)
+        threads = torch.get_num_threads()
+        call(_BlockDequantize(rows.data_ptr(), y.data_ptr(), *sizes, number, threads))
         return y.to(dtype)
 
     return run

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
-from qwenkit.kernels.cpu.library import Kernel, function, refuse
+from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.rms_norm import rms_norm
 from qwenkit.kernels.ops.rotary import rotary
 from qwenkit.kernels.ops.silu_mul import silu_mul
 
 
+class _RmsNorm(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "y")),
+        *((name, c_int64) for name in ("rows", "width", "threads")),
+        ("eps", c_float),
+    )
+
+
+class _SiluMul(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("gate", "up", "y")),
+        *((name, c_int64) for name in ("count", "threads")),
+    )
+
+
+class _Rotary(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "cos", "sin", "y")),
+        *((name, c_int64) for name in ("tokens", "heads", "half", "token_stride", "head_stride")),
+        ("threads", c_int64),
+    )
+
+
 def bind_rms_norm(library: ctypes.CDLL) -> Kernel:
-    arguments = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int)
-    call = function(library, "qk_rms_norm", arguments, None)
+    call = kernel(library, "qk_rms_norm", _RmsNorm)
     float32, empty_like, get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
     reference = rms_norm.reference
 
@@ -28,23 +50,15 @@ def bind_rms_norm(library: ctypes.CDLL) -> Kernel:
             raise refuse("rms_norm", x=x, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         y = empty_like(x)
-        call(
-            x.data_ptr(),
-            weight.data_ptr(),
-            y.data_ptr(),
-            count // width,
-            width,
-            eps,
-            get_num_threads(),
-        )
+        pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+        call(_RmsNorm(*pointers, count // width, width, get_num_threads(), eps))
         return y
 
     return run
 
 
 def bind_silu_mul(library: ctypes.CDLL) -> Kernel:
-    arguments = (c_void_p, c_void_p, c_void_p, c_int64, c_int)
-    call = function(library, "qk_silu_mul", arguments, None)
+    call = kernel(library, "qk_silu_mul", _SiluMul)
     float32, empty_like, get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
     reference = silu_mul.reference
 
@@ -55,14 +69,15 @@ def bind_silu_mul(library: ctypes.CDLL) -> Kernel:
             raise refuse("silu_mul", gate=gate, up=up)
         gate, up = gate.contiguous(), up.contiguous()
         y = empty_like(gate)
-        call(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), get_num_threads())
+        pointers = gate.data_ptr(), up.data_ptr(), y.data_ptr()
+        call(_SiluMul(*pointers, gate.numel(), get_num_threads()))
         return y
 
     return run
 
 
 def bind_rotary(library: ctypes.CDLL) -> Kernel:
-    call = function(library, "qk_rotary", ((c_void_p,) * 4 + (c_int64,) * 5 + (c_int,)), None)
+    call = kernel(library, "qk_rotary", _Rotary)
     float32, get_num_threads = torch.float32, torch.get_num_threads
     reference = rotary.reference
 
@@ -79,18 +94,9 @@ def bind_rotary(library: ctypes.CDLL) -> Kernel:
             x = x.contiguous()
         cos, sin = cos.contiguous(), sin.contiguous()
         y = x.new_empty((tokens, heads, head_dim))
-        call(
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            y.data_ptr(),
-            tokens,
-            heads,
-            half,
-            x.stride(0),
-            x.stride(1),
-            get_num_threads(),
-        )
+        pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()
+        strides = x.stride(0), x.stride(1)
+        call(_Rotary(*pointers, tokens, heads, half, *strides, get_num_threads()))
         return y
 
     return run

@@ -235,18 +235,20 @@ bool multiply_many(const Product& p, int threads) {
 
 // Rows of `blocks` start every `row_stride` bytes; x and y are contiguous. 0, 1 for an unknown
 // type, 2 when there is no memory for scratch.
-QK_EXPORT int qk_block_matmul(
-    const float* x, const uint8_t* blocks, float* y, int64_t tokens, int64_t rows, int64_t columns,
-    int64_t row_stride, int type, int threads) {
+struct BlockMatmulArguments {
+    qk::Product product;
+    int64_t type, threads;
+};
+
+QK_EXPORT int qk_block_matmul(const BlockMatmulArguments* a) {
     using namespace qk;
-    Product product{x, blocks, y, tokens, rows, columns, row_stride};
     bool enough_memory = true;
-    bool known = with_block_type(type, [&](auto of_type) {
+    bool known = with_block_type(a->type, [&](auto of_type) {
         using Type = decltype(of_type);
-        if (tokens == 1) {
-            multiply_one<Type>(product, threads);
+        if (a->product.tokens == 1) {
+            multiply_one<Type>(a->product, a->threads);
         } else {
-            enough_memory = multiply_many<Type>(product, threads);
+            enough_memory = multiply_many<Type>(a->product, a->threads);
         }
     });
     return !known ? 1 : enough_memory ? 0 : 2;

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,49 @@ def function(
     function.argtypes = arguments
     function.restype = result
     return function  # type: ignore[no-any-return]
+
+
+_recording: ContextVar[list[Call] | None] = ContextVar("qwenkit_recording", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a native kernel: its address and its arguments, whose pointers may be read again
+    for as long as the tensors behind them live.
+    """
+
+    kernel: int
+    arguments: ctypes.Structure
+
+
+@contextmanager
+def record_calls() -> Iterator[list[Call]]:
+    """Collects the kernel calls that this thread makes inside the block, in their order."""
+    calls: list[Call] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
+
+
+def kernel(
+    library: ctypes.CDLL, name: str, arguments: type[ctypes.Structure]
+) -> Callable[[ctypes.Structure], int]:
+    """The kernel of that name: a C function of one pointer to `arguments` that returns a status,
+    0 when all went well. A kernel keeps nothing between calls, so a call can be repeated.
+    """
+    call = function(library, name, (ctypes.POINTER(arguments),), ctypes.c_int)
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+    recording = _recording.get
+
+    def run(given: ctypes.Structure) -> int:
+        calls = recording()
+        if calls is not None:
+            calls.append(Call(address, given))
+        return call(given)  # type: ignore[no-any-return]
+
+    return run
 
 
 def refuse(op: str, **given: torch.Tensor) -> KernelError:

@@ -28,14 +28,22 @@ void normalise(const float* x, const float* weight, float* y, int64_t width, flo
 }  // namespace
 }  // namespace qk
 
-QK_EXPORT void qk_rms_norm(const float* x, const float* weight, float* y, int64_t rows,
-                           int64_t width, float eps, int threads) {
+struct RmsNormArguments {
+    const float *x, *weight;
+    float* y;
+    int64_t rows, width, threads;
+    float eps;
+};
+
+QK_EXPORT int qk_rms_norm(const RmsNormArguments* a) {
     using namespace qk;
+    int64_t rows = a->rows, width = a->width;
     int64_t per_chunk = std::max<int64_t>(1, 16384 / width);
-    parallel((rows + per_chunk - 1) / per_chunk, threads, [&](int64_t chunk, int) {
+    parallel((rows + per_chunk - 1) / per_chunk, a->threads, [&](int64_t chunk, int) {
         int64_t end = std::min(rows, (chunk + 1) * per_chunk);
         for (int64_t row = chunk * per_chunk; row < end; row++) {
-            normalise(x + row * width, weight, y + row * width, width, eps);
+            normalise(a->x + row * width, a->weight, a->y + row * width, width, a->eps);
         }
     });
+    return 0;
 }

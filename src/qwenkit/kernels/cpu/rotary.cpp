@@ -23,18 +23,25 @@ void rotate(const float* x, const float* cos, const float* sin, float* y, int64_
 
 // Tokens and heads of x lie `token_stride` and `head_stride` numbers apart; cos, sin
 // [tokens, half] and y are contiguous.
-QK_EXPORT void qk_rotary(const float* x, const float* cos, const float* sin, float* y,
-                         int64_t tokens, int64_t heads, int64_t half, int64_t token_stride,
-                         int64_t head_stride, int threads) {
+struct RotaryArguments {
+    const float *x, *cos, *sin;
+    float* y;
+    int64_t tokens, heads, half, token_stride, head_stride, threads;
+};
+
+QK_EXPORT int qk_rotary(const RotaryArguments* a) {
     using namespace qk;
+    int64_t heads = a->heads, half = a->half;
     int64_t per_chunk = std::max<int64_t>(1, 16384 / (heads * half * 2));
-    parallel((tokens + per_chunk - 1) / per_chunk, threads, [&](int64_t chunk, int) {
-        int64_t end = std::min(tokens, (chunk + 1) * per_chunk);
+    parallel((a->tokens + per_chunk - 1) / per_chunk, a->threads, [&](int64_t chunk, int) {
+        int64_t end = std::min(a->tokens, (chunk + 1) * per_chunk);
         for (int64_t token = chunk * per_chunk; token < end; token++) {
             for (int64_t head = 0; head < heads; head++) {
-                rotate(x + token * token_stride + head * head_stride, cos + token * half,
-                       sin + token * half, y + (token * heads + head) * half * 2, half);
+                rotate(a->x + token * a->token_stride + head * a->head_stride,
+                       a->cos + token * half, a->sin + token * half,
+                       a->y + (token * heads + head) * half * 2, half);
             }
         }
     });
+    return 0;
 }
