@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -170,48 +171,72 @@ def test_untouched_blocks_cost_no_memory_but_are_counted() -> None:
 
 
 def softmax_attention(
-    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], group: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """One query [heads, head_dim] over all of keys and values, written out in float64."""
+    """One query [heads, head_dim] over k and v [keys, kv_heads, head_dim] in float64; bias [heads,
+    keys].
+    """
     rows = []
-    for head, query in enumerate(q.double()):
-        k = torch.stack([key[head // group] for key in keys]).double()  # [kv_length, head_dim]
-        v = torch.stack(
-            [value[head // group] for value in values]
-        ).double()  # [kv_length, head_dim]
-        rows.append(torch.softmax(k @ query / len(query) ** 0.5, 0) @ v)
-    return torch.stack(rows).float()
+    for head, query in enumerate(q):
+        kv_head = head // (len(q) // k.shape[1])
+        weights = torch.softmax(k[:, kv_head] @ query * scale + bias[head], 0)  # [keys]
+        rows.append(weights @ v[:, kv_head])
+    return torch.stack(rows)
+
+
+def stands_for(cache: torch.Tensor, scales: torch.Tensor | None, slots: list[int]) -> torch.Tensor:
+    """What the cache's slots hold, in float64: [slots, kv_heads, head_dim]."""
+    rows = cache.flatten(0, 1)[slots].double()
+    return rows if scales is None else rows * scales.flatten(0, 1)[slots, :, None].double()
 
 
 @pytest.mark.parametrize("case", list(paged_attention.cases()))
-def test_paged_attention_is_attention_written_out(case: tuple[torch.Tensor, ...]) -> None:
-    q, key_cache, value_cache, tables, query_lengths, kv_lengths = case
+def test_paged_attention_is_attention_written_out(case: tuple[Any, ...]) -> None:
+    q, key_cache, value_cache, tables, query_lengths, kv_lengths, scale, *rest = case
+    window, slopes, key_scales, value_scales = rest or (0, None, None, None)
     output = paged_attention(*case)
     assert output.shape == q.shape
     assert output.is_contiguous()
-    block_tokens, group = key_cache.shape[1], q.shape[1] // key_cache.shape[2]
-    row = 0
+    block_tokens, row = key_cache.shape[1], 0
+    if slopes is None:
+        slopes = torch.zeros(q.shape[1])
     for table, length, kv_length in zip(
         tables.tolist(), query_lengths.tolist(), kv_lengths.tolist(), strict=True
     ):
+        slots = [
+            table[p // block_tokens] * block_tokens + p % block_tokens for p in range(kv_length)
+        ]
+        keys = stands_for(key_cache, key_scales, slots)
+        values = stands_for(value_cache, value_scales, slots)
         for position in range(kv_length - length, kv_length):
-            places = [(table[p // block_tokens], p % block_tokens) for p in range(position + 1)]
-            expected = softmax_attention(
-                q[row],
-                [key_cache[place] for place in places],
-                [value_cache[place] for place in places],
-                group,
+            seen = range(max(0, position + 1 - window) if window else 0, position + 1)
+            distance = torch.tensor(seen).double() - position
+            bias = slopes.double()[:, None] * distance
+            part = slice(seen.start, seen.stop)
+            expected = softmax_attention(q[row].double(), keys[part], values[part], bias, scale)
+            torch.testing.assert_close(
+                output[row].double(), expected, rtol=1e-4, atol=2e-5 * values.abs().max().item()
             )
-            torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=2e-5)
             row += 1
 
 
 def test_kv_write_changes_its_slots_and_nothing_else() -> None:
-    for k, v, key_cache, value_cache, slots in kv_write.cases():
+    for k, v, key_cache, value_cache, slots, *scales in kv_write.cases():
         before = key_cache.clone(), value_cache.clone()
-        assert kv_write(k, v, key_cache, value_cache, slots) is None
-        for cache, old, new in zip((key_cache, value_cache), before, (k, v), strict=True):
+        assert kv_write(k, v, key_cache, value_cache, slots, *scales) is None
+        pairs = zip((key_cache, value_cache), before, (k, v), strict=True)
+        for index, (cache, old, new) in enumerate(pairs):
             kept = torch.ones(cache.shape[0] * cache.shape[1], dtype=torch.bool)
             kept[slots] = False
-            assert torch.equal(cache.flatten(0, 1)[slots], new)
             assert torch.equal(cache.flatten(0, 1)[kept], old.flatten(0, 1)[kept])
+            got = cache.flatten(0, 1)[slots]
+            if scales:
+                factors = scales[index].flatten(0, 1)[slots]
+                finite = new.isfinite().all(-1)
+                assert torch.equal(factors.isfinite(), finite)
+                error = (got.float() * factors[..., None] - new)[finite]
+                assert (error.abs() <= factors[finite][..., None] * 0.5001 + 1e-43).all()
+                assert got.abs().max() <= 127
+            else:
+                want = new.to(cache.dtype)
+                torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

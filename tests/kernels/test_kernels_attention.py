@@ -69,6 +69,7 @@ class Story:
             self.table[None],
             torch.tensor([last - first]),
             torch.tensor([last]),
+            self.q.shape[2] ** -0.5,
         )
         return result
 
@@ -108,7 +109,13 @@ def test_a_sequence_has_the_same_result_beside_others(
     chunks = [s.q[n - m :] for s, (m, n) in zip(stories, plan, strict=True)]
     lengths = torch.tensor(plan)
     together = kernels["paged_attention"](
-        torch.cat(chunks), torch.cat(keys), torch.cat(values), tables, lengths[:, 0], lengths[:, 1]
+        torch.cat(chunks),
+        torch.cat(keys),
+        torch.cat(values),
+        tables,
+        lengths[:, 0],
+        lengths[:, 1],
+        head_dim**-0.5,
     )
     alone = [s.attend(kernels, n - m, n) for s, (m, n) in zip(stories, plan, strict=True)]
     assert torch.equal(together, torch.cat(alone))
@@ -163,14 +170,14 @@ def test_lengths_that_do_not_fit_are_refused(kernels: dict[str, Kernel]) -> None
     for queries, keys in ((19, 20), (20, 19), (20, 33), (0, 20)):
         lengths = torch.tensor([queries]), torch.tensor([keys])
         with pytest.raises(KernelError, match="lengths"):
-            run(story.q, story.keys, story.values, table, *lengths)
+            run(story.q, story.keys, story.values, table, *lengths, 0.125)
     lengths = torch.tensor([20]), torch.tensor([20])
     with pytest.raises(KernelError, match=r"q \[20, 5, 64\]"):
-        run(story.q[:, :5], story.keys, story.values, table, *lengths)
+        run(story.q[:, :5], story.keys, story.values, table, *lengths, 0.125)
     with pytest.raises(KernelError, match="int32"):
-        run(story.q, story.keys, story.values, table.int(), *lengths)
+        run(story.q, story.keys, story.values, table.int(), *lengths, 0.125)
     with pytest.raises(KernelError, match=r"values \[4, 16, 1, 64\]"):
-        run(story.q, story.keys, story.values[:, :, :1], table, *lengths)
+        run(story.q, story.keys, story.values[:, :, :1], table, *lengths, 0.125)
     slots = torch.arange(2)
     with pytest.raises(KernelError, match=r"v \[2, 1, 64\]"):
         kernels["kv_write"](story.k[:2], story.v[:2, :1], story.keys, story.values, slots)

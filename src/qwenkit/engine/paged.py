@@ -38,7 +38,13 @@ class PagedAttention:
         keys, values, batch = self._cache.keys[layer], self._cache.values[layer], self._batch
         kv_write(k, v, keys, values, batch.slots)
         output: torch.Tensor = paged_attention(
-            q, keys, values, batch.block_tables, batch.query_lengths, batch.kv_lengths
+            q,
+            keys,
+            values,
+            batch.block_tables,
+            batch.query_lengths,
+            batch.kv_lengths,
+            q.shape[2] ** -0.5,
         )  # [tokens, heads, head_dim]
         return output
 

@@ -24,9 +24,10 @@ def bind_kv_write(library: ctypes.CDLL) -> Kernel:
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         slots: torch.Tensor,
+        *scales: torch.Tensor | None,
     ) -> None:
         if not (k.dtype is v.dtype is key_cache.dtype is value_cache.dtype is float32):
-            reference(k, v, key_cache, value_cache, slots)
+            reference(k, v, key_cache, value_cache, slots, *scales)
             return
         tokens, row = k.shape[0], k.shape[1:]
         if (
@@ -80,10 +81,15 @@ def bind_paged_attention(library: ctypes.CDLL) -> Kernel:
         block_tables: torch.Tensor,
         query_lengths: torch.Tensor,
         kv_lengths: torch.Tensor,
+        scale: float,
+        window: int = 0,
+        alibi_slopes: torch.Tensor | None = None,
+        *scales: torch.Tensor | None,
     ) -> torch.Tensor:
         given = (q, key_cache, value_cache, block_tables, query_lengths, kv_lengths)
-        if not (q.dtype is key_cache.dtype is value_cache.dtype is float32):
-            return reference(*given)  # type: ignore[no-any-return]
+        plain = scale == q.shape[-1] ** -0.5 and not window and alibi_slopes is None
+        if not (plain and q.dtype is key_cache.dtype is value_cache.dtype is float32):
+            return reference(*given, scale, window, alibi_slopes, *scales)  # type: ignore[no-any-return]
         _check_attention(*given)
         tokens, heads, head_dim = q.shape
         blocks, block_tokens, kv_heads, _ = key_cache.shape
