@@ -75,13 +75,55 @@ def test_the_best_variant_of_the_features_is_used() -> None:
 
 
 def test_every_variant_above_plain_needs_features() -> None:
-    assert build.usable_variants(frozenset())[0].name == "plain"
-    assert build.usable_variants(build.VARIANTS[1].features)[0].name == "avx2"
-    assert [v.name for v in build.usable_variants(build.VARIANTS[0].features)] == [
-        "avx512",
-        "avx2",
-        "plain",
-    ]
+    assert [v.name for v in build.usable_variants(frozenset())] == ["plain"]
+    for variant in build.VARIANTS:
+        usable = build.usable_variants(variant.features)
+        assert usable[0] == variant
+        assert usable[-1].name == "plain"
+        assert {v.machine for v in usable} <= {variant.machine, None}
+
+
+def test_a_platform_has_its_own_variants() -> None:
+    assert [v.name for v in build.machine_variants("aarch64")] == ["neon_dotprod", "plain"]
+    assert build.machine_variants("arm64") == build.machine_variants("aarch64")
+    assert {"avx512", "avx2", "plain"} <= {v.name for v in build.machine_variants("x86_64")}
+    assert "neon_dotprod" not in {v.name for v in build.machine_variants("AMD64")}
+    assert [v.name for v in build.machine_variants("riscv64")] == ["plain"]
+
+
+@needs_compiler
+def test_a_compiler_that_is_too_old_for_a_variant_builds_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    future = build.Variant("future", ("-mno-such-instructions",), frozenset({"future"}))
+    monkeypatch.setattr(build, "VARIANTS", (future, build.VARIANTS[-1]))
+    assert build.build_best(frozenset({"future"}))[0].name == "plain"
+    monkeypatch.setattr(build, "op_sources", build._probe_sources)  # quick to compile
+    built = build.prebuild(tmp_path / "prebuilt")
+    assert [path.name.split("-")[0] for path in built] == ["features", "plain"]
+
+
+@needs_compiler
+def test_what_a_package_carries_is_used_as_long_as_it_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(build.SOURCE_FOLDER, tmp_path / "cpu")
+    monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path / "cpu")
+    monkeypatch.setattr(build, "op_sources", build._probe_sources)  # quick to compile
+    carried = build.prebuild(tmp_path / "cpu" / build.PREBUILT)
+    assert build.build_probe() == carried[0]
+    assert build.build_variant(build.VARIANTS[-1]) == carried[-1]
+    assert bind.open_library(carried[0])
+    assert not (tmp_path / "cache").exists()
+    with monkeypatch.context() as without:  # needs no compiler
+        without.setenv("PATH", str(tmp_path))
+        without.delenv("CXX", raising=False)
+        assert build.build_best(frozenset()) == (build.VARIANTS[-1], carried[-1])
+    assert build.build_variant(build.VARIANTS[-1], extra_flags=("-O1",)) not in carried
+    with (tmp_path / "cpu" / "features.cpp").open("a") as file:
+        file.write("\n// changed\n")
+    assert build.build_probe() not in carried  # of other sources: not used
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -215,7 +257,7 @@ def test_a_damaged_library_is_reported_and_the_reference_runs(
 ) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"\x7fELF")
-    monkeypatch.setattr(build, "build_variant", lambda variant: broken)
+    monkeypatch.setattr(build, "build_best", lambda features: (build.VARIANTS[-1], broken))
     info = cpu.register()
     assert info.variant is None
     assert str(broken) in (info.reason or "")

@@ -42,7 +42,7 @@ print("clean")
 
 
 def _runtime(name: str) -> str:
-    compiler = build._find_compiler()
+    compiler = build.find_compiler()
     done = subprocess.run(
         [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
     )

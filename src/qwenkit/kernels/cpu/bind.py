@@ -86,8 +86,7 @@ def _load() -> tuple[KernelInfo, dict[str, Kernel]]:
         return _without(features, "QWENKIT_KERNELS=reference"), {}
     try:
         features = cpu_features()
-        variant = build.usable_variants(frozenset(features))[0]
-        path = build.build_variant(variant)
+        variant, path = build.build_best(frozenset(features))
         library = open_library(path)
     except KernelError as error:
         if choice == "native":

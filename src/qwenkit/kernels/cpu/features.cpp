@@ -6,6 +6,11 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -26,6 +31,16 @@ uint32_t saved_state() {
     uint32_t low = 0, high = 0;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return low;
+}
+
+// The tile registers are large, and Linux gives them to those only who ask.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
 }
 
 std::string find_features() {
@@ -50,13 +65,24 @@ std::string find_features() {
         add("avx512_vnni", extended.ecx, 11);
         add("avx512_bf16", more.eax, 5);
     }
+    if ((saved & 0x60000) == 0x60000 && (extended.edx >> 24 & 1) && may_use_tiles()) {
+        add("amx_tile", extended.edx, 24);
+        add("amx_int8", extended.edx, 25);
+        add("amx_bf16", extended.edx, 22);
+    }
     return found;
 }
 
 #else
 
 std::string find_features() {
-#if defined(__ARM_NEON)
+#if defined(__aarch64__) && defined(__linux__)
+    std::string found = "neon";
+    if (getauxval(AT_HWCAP) >> 20 & 1) found += " asimddp";  // HWCAP_ASIMDDP: dot products
+    return found;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    return "neon asimddp";  // every one of them has both
+#elif defined(__ARM_NEON)
     return "neon";
 #else
     return "";
