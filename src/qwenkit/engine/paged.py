@@ -9,8 +9,8 @@ from qwenkit.engine.kv import KVCache
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
 from qwenkit.kernels.ops.rotary import rotary
-from qwenkit.layers.attention import Position
-from qwenkit.layers.rope import Rotary, rotary_tables
+from qwenkit.layers.position import Alibi, Position, Rotary
+from qwenkit.layers.rope import Tables, log_n_scale, rotary_tables
 
 
 class PagedAttention:
@@ -19,7 +19,7 @@ class PagedAttention:
     def __init__(self, cache: KVCache, batch: Batch) -> None:
         self._cache = cache
         self._batch = batch
-        self._tables: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[Rotary, Tables] = {}
 
     def attend(
         self,
@@ -28,13 +28,18 @@ class PagedAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         position: Position,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
         """See `AttentionContext.attend`. The keys and values are kept in the cache."""
-        if position is not None:
+        if isinstance(position, Rotary):
             cos, sin = self._rotation(position)
             heads = q.shape[1]
             rotated = rotary(torch.cat((q, k), 1), cos, sin)  # [tokens, heads + kv_heads, head_dim]
             q, k = rotated[:, :heads], rotated[:, heads:]
+            if position.log_n is not None:
+                scale = log_n_scale(position.log_n, self._batch.positions)  # [tokens]
+                q = q * scale[:, None, None].to(q.dtype)
         keys, values, batch = self._cache.keys[layer], self._cache.values[layer], self._batch
         kv_write(k, v, keys, values, batch.slots)
         output: torch.Tensor = paged_attention(
@@ -45,6 +50,8 @@ class PagedAttention:
             batch.query_lengths,
             batch.kv_lengths,
             q.shape[2] ** -0.5,
+            window or 0,
+            self._slopes(position) if isinstance(position, Alibi) else None,
         )  # [tokens, heads, head_dim]
         return output
 
@@ -53,7 +60,11 @@ class PagedAttention:
         rows = self._batch.rows
         return hidden if rows is None else hidden.index_select(0, rows)
 
-    def _rotation(self, spec: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slopes(self, position: Alibi) -> torch.Tensor:
+        device = self._batch.ids.device
+        return torch.tensor(position.slopes, dtype=torch.float32, device=device)  # [heads]
+
+    def _rotation(self, spec: Rotary) -> Tables:
         if spec not in self._tables:
             self._tables[spec] = rotary_tables(spec, self._batch.positions)
         return self._tables[spec]

@@ -1,8 +1,9 @@
 """What a model knows of attention: a context it hands its queries, keys and values to.
 
-A model calls `context.attend(layer, q, k, v, position)` with unrotated q and k; the context rotates
-them by its per-token plan and knows where earlier keys are. Training passes `PackedCausal`, serving
-passes the engine's paged context; the model file is the same.
+A model calls `context.attend(layer, q, k, v, position)` with unrotated q and k and the layer's
+position spec; the context rotates them by what was decided for each sequence and knows where
+earlier keys are. Training passes `PackedCausal`, serving passes the engine's paged context; the
+model file is the same.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ from torch.nn import functional
 
 from qwenkit.errors import UsageError
 from qwenkit.kernels.ops.rotary import rotary
-from qwenkit.layers.rope import Rotary, rotary_tables
+from qwenkit.layers.position import (
+    Alibi,
+    Position,
+    Rotary,
+    choose_extension,
+    extended,
+)
+from qwenkit.layers.rope import Tables, log_n_scale, rotary_tables
+from qwenkit.types.extension import Extension, RopeMode
 
-Position = Rotary | None  # the spec of a layer; None: the layer has no position embedding
+__all__ = ["AttentionContext", "PackedCausal", "Position"]
 
 
 class AttentionContext(Protocol):
@@ -30,11 +39,14 @@ class AttentionContext(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         position: Position,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Causal attention within each sequence.
 
         q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], unrotated; the result is
-        [tokens, heads, head_dim] in q's dtype. Scores are scaled by head_dim^-0.5.
+        [tokens, heads, head_dim] in q's dtype. Scores are scaled by head_dim^-0.5. A query sees the
+        last `window` keys only, its own among them, unless that is None.
         """
         ...
 
@@ -47,8 +59,10 @@ class PackedCausal:
     """Several whole sequences, one after another in the flat tokens: training and plain forwards.
 
     `lengths` are the sequences' token counts and must add up to the number of tokens. Positions
-    start from 0 in each sequence unless `positions` [tokens] says otherwise. All logits are kept.
-    Differentiable.
+    start from 0 in each sequence unless `positions` [tokens] says otherwise. `rope` as for a
+    request of each sequence's length, whose model was trained for `trained_tokens` where its
+    position spec does not say (None: for any length); `training` leaves out what the first Qwen
+    leaves out in training, dynamic NTK and LogN. All logits are kept. Differentiable.
     """
 
     def __init__(
@@ -57,13 +71,19 @@ class PackedCausal:
         *,
         positions: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
+        rope: RopeMode = "as-config",
+        trained_tokens: int | None = None,
+        training: bool = False,
     ) -> None:
         if not lengths or min(lengths) < 1:
             raise UsageError(f"lengths: expected sequences of at least one token, got {lengths}.")
         self.lengths = list(lengths)
         ranges = [torch.arange(n, device=device) for n in lengths]
         self.positions = torch.cat(ranges) if positions is None else positions  # [tokens]
-        self._tables: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rope: RopeMode = rope
+        self._trained_tokens = max(lengths) if trained_tokens is None else trained_tokens
+        self._training = training
+        self._tables: dict[Rotary, Tables] = {}
 
     def attend(
         self,
@@ -72,31 +92,82 @@ class PackedCausal:
         k: torch.Tensor,
         v: torch.Tensor,
         position: Position,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
         """See `AttentionContext.attend`."""
-        if position is not None:
-            cos, sin = self._rotation(position)
-            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        if isinstance(position, Rotary):
+            q, k = self._rotated(q, k, position)
+        slopes = None
+        if isinstance(position, Alibi):
+            slopes = torch.tensor(position.slopes, dtype=torch.float32, device=q.device)  # [heads]
         sequences = zip(*(torch.split(t, self.lengths) for t in (q, k, v)), strict=True)
-        return torch.cat([_causal(*sequence) for sequence in sequences])
+        return torch.cat([_causal(q, k, v, window, slopes) for q, k, v in sequences])
 
     def select(self, hidden: torch.Tensor) -> torch.Tensor:
         """Every row."""
         return hidden
 
-    def _rotation(self, spec: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotated(
+        self, q: torch.Tensor, k: torch.Tensor, spec: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._rotation(spec)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        if spec.log_n is not None and not self._training:
+            q = q * log_n_scale(spec.log_n, self.positions)[:, None, None].to(q.dtype)
+        return q, k
+
+    def _rotation(self, spec: Rotary) -> Tables:
         if spec not in self._tables:
-            self._tables[spec] = rotary_tables(spec, self.positions)
+            chosen = [extended(spec, self._extension(spec, n)) for n in self.lengths]
+            specs = list(dict.fromkeys(chosen))
+            counts = torch.tensor(self.lengths, device=self.positions.device)
+            which = torch.tensor([specs.index(one) for one in chosen], device=counts.device)
+            index = which.repeat_interleave(counts)  # [tokens]
+            self._tables[spec] = rotary_tables(specs, self.positions, index)
         return self._tables[spec]
 
+    def _extension(self, position: Position, length: int) -> Extension:
+        return choose_extension(
+            position,
+            self._rope,
+            trained_tokens=self._trained_tokens,
+            prompt_tokens=length,
+            total_tokens=length,
+            training=self._training,
+        )
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention of one whole sequence: q [length, heads, head_dim], k and v with kv_heads."""
+
+def _causal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of one whole sequence: q [length, heads, head_dim], k and v with kv_heads; `slopes`
+    [heads] are ALiBi's.
+    """
+    bias = None
+    if slopes is not None or (window is not None and window < q.shape[0]):
+        bias = _bias(q, window, slopes)
     output = functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None],  # [1, heads, length, head_dim]
         k.transpose(0, 1)[None],  # [1, kv_heads, length, head_dim]
         v.transpose(0, 1)[None],  # [1, kv_heads, length, head_dim]
-        is_causal=True,
+        attn_mask=bias,
+        is_causal=bias is None,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return output[0].transpose(0, 1)  # [length, heads, head_dim]
+
+
+def _bias(q: torch.Tensor, window: int | None, slopes: torch.Tensor | None) -> torch.Tensor:
+    """What is added to the scores: [length, length], or [heads, length, length] with slopes."""
+    places = torch.arange(q.shape[0], device=q.device)
+    distance = places - places[:, None]  # [length, length], at most 0 for what is seen
+    hidden = distance > 0
+    if window is not None:
+        hidden = hidden | (distance <= -window)
+    bias = distance * 0.0 if slopes is None else slopes[:, None, None] * distance
+    return bias.to(q.dtype).masked_fill(hidden, -torch.inf)
