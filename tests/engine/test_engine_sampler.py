@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenkit.engine.sampler import Choice, Sampler, candidates, draw, uniform
 from qwenkit.errors import NonFiniteError
 from qwenkit.types.sampling import SamplingParams
 
-CPU = torch.device("cpu")
+VOCAB = 151_936  # Qwen2's rows
 PINNED = [0.0870176532990985, 0.7930227924837461, 0.5203931175836789]  # of seed 1234
 
 
@@ -34,8 +37,15 @@ def sampler(
         seed=params.seed or 0,
         vocab_size=vocab_size,
         stop_ids=stops,
-        device=CPU,
     )
+
+
+def normal(size: int, *, seed: int) -> NDArray[numpy.float32]:
+    return numpy.random.default_rng(seed).standard_normal(size, numpy.float32)
+
+
+def listed(ids: NDArray[numpy.int64] | None, size: int) -> list[int]:
+    return list(range(size)) if ids is None else ids.tolist()
 
 
 def reference(
@@ -111,8 +121,8 @@ def test_candidates_are_those_of_the_rules(
 ) -> None:
     logits = [number / 8 for number in eighths]
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
-    ids, weights = candidates(torch.tensor(logits), params)
-    found = dict(zip(ids.tolist(), (weights / weights.sum()).tolist(), strict=True))
+    ids, weights = candidates(numpy.array(logits, numpy.float32), params)
+    found = dict(zip(listed(ids, len(logits)), (weights / weights.sum()).tolist(), strict=True))
     assert max(weights.tolist()) == 1
     # A bound may fall on a weight to within rounding: then either set is right.
     strict, loose = (
@@ -132,15 +142,89 @@ def test_candidates_are_those_of_the_rules(
         assert found == pytest.approx(loose, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("top_p", [0.5, 0.95, 0.999, 1 - 1e-9])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
-def test_a_nucleus_larger_than_the_first_guess_is_found_too(top_p: float, scale: float) -> None:
-    scores = torch.randn(5000, generator=torch.Generator().manual_seed(1)) * scale
-    ids, _ = candidates(scores, SamplingParams(top_p=top_p))
-    probabilities = scores.double().softmax(0).sort(descending=True)
-    count = int((probabilities.values.cumsum(0) - probabilities.values < top_p).sum())
-    assert abs(len(ids) - count) <= 1
-    assert set(ids[: count - 1].tolist()) <= set(probabilities.indices[: count + 1].tolist())
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.95, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 8.0])
+@pytest.mark.parametrize("size", [1, 700, 5000])
+def test_the_nucleus_is_that_of_a_full_sort(top_p: float, scale: float, size: int) -> None:
+    ids, weights = candidates(normal(size, seed=1) * scale, SamplingParams(top_p=top_p))
+    everything = numpy.exp(normal(size, seed=1) * scale, dtype=numpy.float64)
+    order = numpy.argsort(-everything, kind="stable")
+    sums = everything[order].cumsum() / everything.sum()
+    count = 1 + int((sums[:-1] < top_p).sum())  # one is kept of nothing
+    assert ids is not None
+    assert abs(len(ids) - count) <= (1 if 0 < top_p < 0.9999 or scale == 0 else count // 100)
+    assert weights[0] == 1
+    assert (numpy.diff(weights) <= 0).all()
+    assert set(ids[: count - 1].tolist()) <= set(order[: count + 1].tolist())
+
+
+def test_equal_weights_of_a_nucleus_come_in_their_own_order() -> None:
+    scores = numpy.array([1, 2, 1, 2, 1, 2, -9], numpy.float32)
+    ids, _ = candidates(scores, SamplingParams(top_p=0.99))
+    assert listed(ids, 7) == [1, 3, 5, 0, 2, 4]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 63, 64, 65, 255, 256, 257, 319])
+@pytest.mark.parametrize("size", [64, 65, 127, 128, 256, 257, 319, 320])
+@pytest.mark.parametrize("levels", [1, 2, 40, 1 << 20])
+def test_top_k_keeps_what_a_full_sort_keeps(top_k: int, size: int, levels: int) -> None:
+    """Fewer, as many and more than the columns that are looked at first (1 to 5 of them), with and
+    without a remainder, and with many equal scores at the bound.
+    """
+    scores = numpy.random.default_rng(size).integers(0, levels, size).astype(numpy.float32)
+    scores *= numpy.float32(1e-6)
+    for row in (scores, numpy.sort(scores), numpy.sort(scores)[::-1].copy()):
+        ids, weights = candidates(row, SamplingParams(top_k=top_k))
+        bound = numpy.sort(row)[::-1][: min(top_k, size)][-1]
+        assert listed(ids, size) == numpy.flatnonzero(row >= bound).tolist()
+        numpy.testing.assert_array_equal(weights, numpy.exp(row - row.max())[listed(ids, size)])
+
+
+def test_scores_that_temperature_makes_equal_are_equal_at_the_bound_of_top_k() -> None:
+    scores = numpy.full(200, -1.0, numpy.float32)
+    scores[[5, 150]] = 3.0
+    scores[[17, 90]] = [1e-7, 0.0]  # 3.0 apart from the best in fp32, both of them
+    ids, _ = candidates(scores, SamplingParams(top_k=3))
+    assert listed(ids, 200) == [5, 17, 90, 150]
+
+
+@pytest.mark.parametrize("size", [VOCAB, VOCAB - 293])
+def test_equal_logits_of_a_whole_vocabulary(size: int) -> None:
+    scores = numpy.full(size, 7.25, numpy.float32)
+    assert listed(candidates(scores, SamplingParams(top_k=20))[0], size) == list(range(size))
+    ids, weights = candidates(scores, SamplingParams(top_k=20, top_p=0.75))
+    assert listed(ids, size) == list(range(math.ceil(0.75 * size)))
+    assert (weights == 1).all()
+    whole: tuple[dict[str, Any], ...] = ({}, {"top_k": 20, "top_p": 0.8}, {"min_p": 1.0})
+    chosen = {
+        sampler(seed=seed, vocab_size=size, **options).choose(torch.from_numpy(scores)).token_id
+        for seed in range(8)
+        for options in whole
+    }
+    assert min(chosen) < size / 4 < size / 2 < max(chosen) < size
+    best = sampler(vocab_size=size, temperature=0, logprobs=2).choose(torch.from_numpy(scores))
+    assert best.top_logprobs == ((0, best.logprob), (1, best.logprob))
+    assert best.logprob == pytest.approx(-math.log(size), abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 20}, {"top_p": 0.8}, {"top_k": 3000, "top_p": 0.9, "min_p": 0.01}]
+)
+def test_a_whole_vocabulary_is_filtered_as_by_a_full_sort(
+    scale: float, options: dict[str, Any]
+) -> None:
+    scores = normal(VOCAB - 293, seed=5) * scale
+    params = SamplingParams.from_mapping(options)
+    ids, weights = candidates(scores, params)
+    order = numpy.argsort(-scores, kind="stable")[: params.top_k or None]
+    wide = numpy.exp((scores[order] - scores.max()).astype(numpy.float64))
+    before = wide.cumsum() - wide
+    kept = order[(before < params.top_p * wide.sum()) & (wide >= params.min_p)]
+    found = listed(ids, len(scores))
+    assert abs(len(found) - len(kept)) <= 1
+    assert len(set(found) ^ set(kept.tolist())) <= 1
+    numpy.testing.assert_allclose(weights, numpy.exp(scores[ids] - scores.max()), rtol=1e-6)
 
 
 def test_greedy_takes_the_most_likely_after_the_penalties() -> None:
@@ -218,13 +302,38 @@ def test_random_numbers_are_even_and_independent_of_each_other() -> None:
         assert abs(torch.corrcoef(torch.tensor([numbers[1:], numbers[:-1]]))[0, 1]) < 0.04
 
 
+TOP = (2**52 - 1) / 2**52  # the largest number that is drawn with
+
+
 def test_a_draw_never_lands_on_weight_nothing() -> None:
-    weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
-    top = (2**52 - 1) / 2**52
-    assert {draw(weights, number) for number in (0.0, 0.29, 0.31, 0.5, top)} == {1, 3}
+    weights = numpy.array([0.0, 0.3, 0.0, 0.7, 0.0], numpy.float32)
+    assert {draw(weights, number) for number in (0.0, 0.29, 0.31, 0.5, TOP)} == {1, 3}
     assert draw(weights, 0.0) == 1
-    assert draw(weights, top) == 3
-    assert draw(torch.tensor([1e-30]), top) == 0
+    assert draw(weights, TOP) == 3
+    assert draw(numpy.array([1e-30], numpy.float32), TOP) == 0
+    spread = numpy.zeros(VOCAB, numpy.float32)
+    spread[[600, 1500, 1535, 1536, 90_000]] = [0.1, 0.2, 0.2, 0.2, 0.3]
+    found = {draw(spread, number) for number in (0.0, 0.09, 0.2, 0.4, 0.6, 0.71, TOP)}
+    assert found == {600, 1500, 1535, 1536, 90_000}
+
+
+@pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 1024, 5000])
+def test_a_draw_is_where_the_running_sum_passes(size: int) -> None:
+    """Equal to the plain search, around every stretch's ends too, but where rounding decides."""
+    weights = numpy.exp(normal(size, seed=size) * 3)
+    weights[normal(size, seed=1) > 0.8] = 0
+    weights[size // 2] = 1
+    running = weights.cumsum(dtype=numpy.float64)
+    edges = running[:: max(1, size // 100)] / running[-1]
+    numbers = [0.0, TOP, *numpy.linspace(0, 0.999, 200), *edges - 1e-9, *edges + 1e-9]
+    for number in numbers:
+        if 0 <= number <= TOP:
+            expected = int(numpy.searchsorted(running, number * running[-1], side="right"))
+            found = draw(weights, float(number))
+            assert weights[found] > 0
+            assert found == expected or abs(
+                running[min(found, expected)] - number * running[-1]
+            ) < (1e-12 * running[-1])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -257,7 +366,56 @@ def test_extreme_options_still_give_a_token(options: dict[str, Any], scale: floa
     assert all(0 <= chooser.choose(logits).token_id < 10 for _ in range(5))
 
 
-def test_low_precision_logits_are_sampled_in_fp32() -> None:
-    logits = torch.randn(10, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_logits_of_other_dtypes_are_sampled_in_fp32(dtype: torch.dtype) -> None:
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(0)).to(dtype)
     wide = sampler(logprobs=1, seed=3).choose(logits.float())
     assert sampler(logprobs=1, seed=3).choose(logits) == wide
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_seen_in_any_dtype(dtype: torch.dtype, bad: float) -> None:
+    with pytest.raises(NonFiniteError, match="1 of the model's 3 logits"):
+        sampler().choose(torch.tensor([0.5, bad, 1.0], dtype=dtype))
+
+
+def test_the_models_own_row_stays_as_it_was() -> None:
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    chooser = sampler(
+        prompt=range(5),
+        repetition_penalty=1.5,
+        presence_penalty=1.0,
+        top_k=4,
+        top_p=0.9,
+        min_p=0.01,
+        min_tokens=3,
+        stops=(1,),
+        logprobs=2,
+    )
+    for _ in range(3):
+        chooser.choose(logits)
+    assert torch.equal(logits, before)
+
+
+def test_a_whole_vocabulary_is_worked_on_without_torch() -> None:
+    """Any torch op on it would wake a team of threads, which costs more than the work."""
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(  # type: ignore[no-untyped-def]
+            self, func, types, args=(), kwargs=None
+        ):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    logits = torch.from_numpy(normal(VOCAB, seed=0))
+    for row in (logits, logits.to(torch.bfloat16)):
+        for options in ({"temperature": 0}, {"top_k": 20, "top_p": 0.8, "logprobs": 3}, {}):
+            chooser = sampler(
+                vocab_size=VOCAB, prompt=[1], repetition_penalty=1.05, seed=2, **options
+            )
+            with Watch():  # type: ignore[no-untyped-call]
+                chooser.choose(row)
+    assert set(called) <= {"aten.detach.default", "aten.view.dtype", "aten.alias.default"}

@@ -153,7 +153,6 @@ class Engine:
             seed=seed,
             vocab_size=self.limits.vocab_size,
             stop_ids=stops,
-            device=self._device,
         )
         output = Output(
             self._tokenizer.stream(),

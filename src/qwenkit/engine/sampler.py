@@ -7,24 +7,34 @@ top-k, top-p and min-p, with the meaning that transformers gives them.
 Nothing here sees another request: a row is worked on alone, and the random number of an output
 token depends on nothing but the request's seed and the token's place in the output. So a seed gives
 the same tokens in any batch, in any chunking and after any preemption, if the logits are the same.
+
+All of it is numpy in the thread that asks. torch works on more than 32,768 numbers with its whole
+OpenMP team, and a decoding engine whose other threads have such teams too spends longer on waking
+and spinning than on a row of 151,936 logits.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy
 import torch
+from numpy.typing import NDArray
 
 from qwenkit.errors import NonFiniteError
 from qwenkit.types.sampling import SamplingParams
 
-_LARGEST = torch.finfo(torch.float32).max  # so that no penalty makes a score infinite
-_COLDEST = 1e-6  # fp32 scores divided by less could overflow; this is greedy but for exact ties
-_NUCLEUS_GUESS = 1024  # a nucleus is rarely larger; a larger one costs a full sort
+Floats = NDArray[numpy.float32]
+Indices = NDArray[numpy.int64]
+
+_LARGEST = numpy.finfo(numpy.float32).max  # so that no penalty makes a score infinite
+_COLDEST = 1e-6  # this is greedy but for exact ties, and differences stay far from fp32's end
+_COLUMN = 64  # scores whose maximum stands for them in the search of the k-th largest
+_STRETCH = 512  # weights that are summed at a time before a draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,6 @@ class Sampler:
         seed: int,
         vocab_size: int,
         stop_ids: Iterable[int],
-        device: torch.device,
     ) -> None:
         self._sampling = sampling
         self._seed = seed
@@ -59,36 +68,37 @@ class Sampler:
         self._length = 0
         self._output_counts: Counter[int] = Counter()
         self._seen = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
-        self._seen_ids = torch.tensor(sorted(self._seen), dtype=torch.int64, device=device)
+        self._seen_ids = numpy.array(sorted(self._seen), numpy.int64)
         early_stops = sorted(stop_ids) if sampling.min_tokens else []
-        self._early_stops = torch.tensor(early_stops, dtype=torch.int64, device=device)
+        self._early_stops = numpy.array(early_stops, numpy.int64)
 
-    @torch.inference_mode()
     def choose(self, logits: torch.Tensor) -> Choice:
-        """The next token, from logits [vocab_rows] of any float dtype.
+        """The next token, from logits [vocab_rows] of any float dtype on any device.
 
         Raises NonFiniteError when one of them is no finite number: nothing sensible can be chosen.
         """
-        logits = logits.to(torch.float32)  # [vocab_rows]
-        if not _all_finite(logits):
-            bad = logits.numel() - int(torch.isfinite(logits).sum())
+        row = _in_fp32(logits)  # [vocab_rows]
+        finite = numpy.isfinite(row)
+        if not finite.all():
+            bad = len(row) - numpy.count_nonzero(finite)
             raise NonFiniteError(
-                f"{bad} of the model's {logits.numel()} logits for output token {self._length} are "
+                f"{bad} of the model's {len(row)} logits for output token {self._length} are "
                 "NaN or infinite, so no token was chosen. Weights that overflow the compute dtype "
                 "do this: try float32."
             )
-        scores = self._adjust(logits[: self._vocab_size])  # [vocab_size]
+        scores = self._adjust(row[: self._vocab_size])  # [vocab_size]
         if self._sampling.greedy:
-            token_id = _argmax(scores)
+            token_id = int(scores.argmax())
         else:
             ids, weights = candidates(scores, self._sampling)
-            token_id = int(ids[draw(weights, uniform(self._seed, self._length))])
+            place = draw(weights, uniform(self._seed, self._length))
+            token_id = place if ids is None else int(ids[place])
         self._remember(token_id)
         if self._sampling.logprobs is None:
             return Choice(token_id)
-        return self._report(logits, token_id, self._sampling.logprobs)
+        return self._report(row, token_id, self._sampling.logprobs)
 
-    def _adjust(self, scores: torch.Tensor) -> torch.Tensor:
+    def _adjust(self, scores: Floats) -> Floats:
         sampling = self._sampling
         if sampling.repetition_penalty != 1 and self._seen:
             scores = penalize_repetition(scores, self._seen_ids, sampling.repetition_penalty)
@@ -96,8 +106,9 @@ class Sampler:
             scores = penalize_counts(
                 scores, self._output_counts, sampling.presence_penalty, sampling.frequency_penalty
             )
-        if self._length < sampling.min_tokens and self._early_stops.numel():
-            scores = scores.index_fill(0, self._early_stops, -torch.inf)
+        if self._length < sampling.min_tokens and len(self._early_stops):
+            scores = scores.copy()
+            scores[self._early_stops] = -numpy.inf
         return scores
 
     def _remember(self, token_id: int) -> None:
@@ -106,78 +117,136 @@ class Sampler:
             self._output_counts[token_id] += 1
         if self._sampling.repetition_penalty != 1 and token_id not in self._seen:
             self._seen.add(token_id)
-            self._seen_ids = torch.cat((self._seen_ids, self._seen_ids.new_tensor([token_id])))
+            self._seen_ids = numpy.append(self._seen_ids, token_id)
 
-    def _report(self, logits: torch.Tensor, token_id: int, count: int) -> Choice:
-        total = torch.logsumexp(logits, 0)
-        best = (logits[: self._vocab_size] - total).topk(count)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return Choice(token_id, float(logits[token_id] - total), tuple(pairs))
-
-
-# torch works on more than 32,768 numbers with all its threads, and waking those takes longer than
-# this does; numpy stays in the thread it is called from.
-def _all_finite(logits: torch.Tensor) -> bool:
-    if logits.device.type != "cpu":
-        return bool(torch.isfinite(logits).all())
-    return bool(numpy.isfinite(logits.numpy()).all())
+    def _report(self, row: Floats, token_id: int, count: int) -> Choice:
+        largest = row.max()
+        with numpy.errstate(over="ignore"):  # to -inf, whose weight is 0
+            weights = row - largest  # [vocab_rows]
+        numpy.exp(weights, out=weights)
+        total = float(largest) + math.log(weights.sum(dtype=numpy.float64))
+        ids = _largest(row[: self._vocab_size], count)  # [n]
+        ids = ids[numpy.argsort(-row[ids], kind="stable")][:count]  # [count], most likely first
+        pairs = tuple((int(i), float(row[i]) - total) for i in ids)
+        return Choice(token_id, float(row[token_id]) - total, pairs)
 
 
-def _argmax(scores: torch.Tensor) -> int:
-    return int(scores.argmax() if scores.device.type != "cpu" else scores.numpy().argmax())
+def _in_fp32(logits: torch.Tensor) -> Floats:
+    """Logits [vocab_rows] as an array that may share the tensor's memory; not to be written to."""
+    logits = logits.cpu()
+    if logits.dtype == torch.bfloat16:  # unknown to numpy: the upper half of an fp32 number
+        halves = logits.view(torch.int16).numpy().view(numpy.uint16)  # [vocab_rows]
+        return (halves.astype(numpy.uint32) << 16).view(numpy.float32)
+    with numpy.errstate(over="ignore"):  # of fp64, to an infinity that is then refused
+        return logits.numpy().astype(numpy.float32, copy=False)
 
 
-def penalize_repetition(scores: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalize_repetition(scores: Floats, ids: Indices, penalty: float) -> Floats:
     """Scores [vocab_size] with those of `ids` [n] made less likely by a factor: positive ones
     divided by `penalty`, negative ones multiplied.
     """
     chosen = scores[ids]  # [n]
-    chosen = torch.where(chosen > 0, chosen / penalty, chosen * penalty)  # [n]
-    return scores.index_copy(0, ids, chosen.clamp(-_LARGEST, _LARGEST))
+    with numpy.errstate(over="ignore", divide="ignore"):  # the ends of the range are as good
+        changed = chosen * penalty  # [n]
+        numpy.divide(chosen, penalty, out=changed, where=chosen > 0)
+    penalized = scores.copy()  # [vocab_size]
+    penalized[ids] = changed.clip(-_LARGEST, _LARGEST)
+    return penalized
 
 
 def penalize_counts(
-    scores: torch.Tensor, counts: Counter[int], presence: float, frequency: float
-) -> torch.Tensor:
+    scores: Floats, counts: Counter[int], presence: float, frequency: float
+) -> Floats:
     """Scores [vocab_size], minus `presence` for every id of `counts` and `frequency` for every time
     it was used.
     """
-    ids = torch.tensor(list(counts), device=scores.device)  # [n]
-    used = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)  # [n]
-    return scores.index_copy(0, ids, scores[ids] - presence - frequency * used)
+    ids = numpy.array(list(counts), numpy.int64)  # [n]
+    used = numpy.array(list(counts.values()), numpy.float32)  # [n]
+    penalized = scores.copy()  # [vocab_size]
+    penalized[ids] = scores[ids] - presence - frequency * used
+    return penalized
 
 
-def candidates(scores: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """What temperature and filters leave of scores [vocab_size]: ids [n] and their weights [n].
+def candidates(scores: Floats, sampling: SamplingParams) -> tuple[Indices | None, Floats]:
+    """What temperature and filters leave of scores [vocab_size]: ids [n], or None for all of them
+    in their order, and their weights [n].
 
     Weights are fp32 and proportional to probability; the heaviest is 1. At least one id is left.
     """
-    scaled = (scores - scores.max()) / max(sampling.temperature, _COLDEST)  # [vocab_size]
+    ids: Indices | None = None
+    with numpy.errstate(over="ignore"):  # to -inf, whose weight is 0
+        scaled = scores - scores.max()  # [vocab_size]
+        scaled /= max(sampling.temperature, _COLDEST)
     if 0 < sampling.top_k < len(scores):
-        ids = (scaled >= scaled.topk(sampling.top_k).values[-1]).nonzero()[:, 0]  # [n], ties kept
+        ids = _largest(scaled, sampling.top_k)  # [n], ties kept
         scaled = scaled[ids]  # [n]
-    else:
-        ids = torch.arange(len(scores), device=scores.device)  # [n]
-    weights = scaled.exp()  # [n]
+    weights = numpy.exp(scaled, out=scaled)  # [n]
     if sampling.top_p < 1:
         order = _nucleus(weights, sampling.top_p)
-        ids, weights = ids[order], weights[order]  # [n]
+        ids, weights = _of(ids, order), weights[order]  # [n]
     if sampling.min_p > 0:
-        kept = weights >= sampling.min_p * weights.max()
-        ids, weights = ids[kept], weights[kept]  # [n]
+        kept = numpy.flatnonzero(weights >= sampling.min_p * weights.max())
+        ids, weights = _of(ids, kept), weights[kept]  # [n]
     return ids, weights
 
 
-def _nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Indices of the fewest heaviest weights that together have at least `top_p` of the mass."""
-    mass = top_p * weights.sum(dtype=torch.float64)
-    size = min(_NUCLEUS_GUESS, len(weights))
-    while True:
-        heaviest, order = weights.topk(size)  # [size], heaviest first
-        before = heaviest.cumsum(0, dtype=torch.float64) - heaviest  # [size]
-        if size == len(weights) or before[-1] >= mass:
-            return order[: max(1, int((before < mass).sum()))]
-        size = len(weights)
+def _of(ids: Indices | None, places: Indices) -> Indices:
+    return places if ids is None else ids[places]
+
+
+def _largest(values: Floats, count: int) -> Indices:
+    """Indices, in ascending order, of the `count` largest of `values` [n] and of what is equal to
+    the least of these; all of them if there are no more.
+
+    The columns that the values are laid out in have a maximum each, and these are values too: at
+    least `count` values reach the `count`-th largest maximum, so nothing below it is looked for.
+    """
+    if count == 0 or count >= len(values):
+        return numpy.arange(len(values) if count else 0)
+    columns = len(values) // _COLUMN
+    if count <= columns:  # what is left over could only raise the bound
+        table = values[: columns * _COLUMN].reshape(_COLUMN, columns)
+        near = numpy.flatnonzero(values >= _kth_largest(table.max(0), count))
+    else:
+        near = numpy.arange(len(values))
+    found = values[near]
+    return near[found >= _kth_largest(found, count)]
+
+
+def _kth_largest(values: Floats, k: int) -> numpy.float32:
+    place = len(values) - k
+    result: numpy.float32 = numpy.partition(values, place)[place]
+    return result
+
+
+def _nucleus(weights: Floats, top_p: float) -> Indices:
+    """Indices of the fewest heaviest of `weights` [n] that together have at least `top_p` of their
+    sum; the heaviest first, equal ones as they stand.
+
+    What weighs less than (1 - top_p) · sum / n weighs less than (1 - top_p) · sum even if it is
+    nearly everything, so the rest has the nucleus in it, and only that is sorted. The floor lies a
+    little lower for the sake of rounding.
+    """
+    total = float(weights.sum(dtype=numpy.float64))
+    floor = 0.99 * (1 - top_p) * total / len(weights)
+    heavy = numpy.flatnonzero(weights >= floor)  # [m]
+    order = heavy[_heaviest_first(weights[heavy])]  # [m]
+    heaviest = weights[order]  # [m]
+    before = heaviest.cumsum(dtype=numpy.float64) - heaviest  # [m]
+    return order[: max(1, numpy.count_nonzero(before < top_p * total))]
+
+
+def _heaviest_first(weights: Floats) -> Indices:
+    """The stable order of `weights` [n], none of them negative.
+
+    The bits of such numbers have the numbers' order, so one whole number holds a weight and, below
+    it, its place: sorting these is several times faster than numpy's stable sort of floats.
+    """
+    lightness = ~weights.view(numpy.uint32)  # [n]
+    keys = lightness.astype(numpy.uint64) << 32  # [n]
+    keys |= numpy.arange(len(weights), dtype=numpy.uint64)
+    keys.sort()
+    return (keys & 0xFFFFFFFF).astype(numpy.int64)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -187,11 +256,21 @@ def uniform(seed: int, index: int) -> float:
     return (int.from_bytes(digest, "little") >> 12) / 2**52
 
 
-def draw(weights: torch.Tensor, number: float) -> int:
+def draw(weights: Floats, number: float) -> int:
     """The index at which the running sum of `weights` [n] passes `number` times their sum.
 
     An index of weight 0 is never drawn: the running sum does not grow there, and a number of 52
-    bits below 1 leaves the product below the sum.
+    bits below 1 leaves the product below the sum. The sum runs over stretches first and then within
+    the one that it passes in, which is as exact and many times faster than number by number.
     """
-    running = weights.cumsum(0, dtype=torch.float64)  # [n]
-    return int(torch.searchsorted(running, number * running[-1], right=True))
+    starts = numpy.arange(0, len(weights), _STRETCH)  # [stretches]
+    ends = numpy.add.reduceat(weights, starts, dtype=numpy.float64).cumsum()  # [stretches]
+    target = number * float(ends[-1])
+    stretch = int(ends.searchsorted(target, side="right"))
+    if stretch:
+        target -= float(ends[stretch - 1])
+    start = int(starts[stretch])
+    running = weights[start : start + _STRETCH].cumsum(dtype=numpy.float64)  # [at most _STRETCH]
+    # Sums taken in another order may differ in the last bit: what is left stays below this one.
+    target = min(target, float(numpy.nextafter(running[-1], 0)))
+    return start + int(running.searchsorted(target, side="right"))
