@@ -81,7 +81,7 @@ def test_dead_sliding_window_keys_change_nothing() -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarm", "factor": 4.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters"),
     ],
 )

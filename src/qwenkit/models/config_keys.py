@@ -35,26 +35,6 @@ def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def rope_base(config: Mapping[str, Any], default: float) -> float:
-    """The rotary base from `rope_theta` (old layout) or `rope_parameters` (new layout).
-
-    Raises ConfigError for a rope scaling, which would change the numbers at every length.
-    """
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for key, block in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(block, Mapping):
-            raise ConfigError(f"{key}: expected a dictionary, got {block!r}.")
-        kind = block.get("rope_type", block.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(
-                f"{key}: type {kind!r} is not supported yet. Without this block the model works "
-                "up to its trained length."
-            )
-    merged = {"rope_theta": parameters.get("rope_theta", config.get("rope_theta"))}
-    return positive(merged, "rope_theta", default)
-
-
 def only(config: Mapping[str, Any], key: str, supported: object) -> None:
     """Raise ConfigError unless `key` is absent or has the one value that is implemented."""
     value = config.get(key)

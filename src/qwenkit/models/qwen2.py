@@ -18,8 +18,9 @@ from qwenkit.layers.attention import AttentionContext
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
-from qwenkit.layers.rope import Rotary
-from qwenkit.models.config_keys import flag, only, positive, rope_base, whole
+from qwenkit.layers.position import DualChunk, Rotary
+from qwenkit.models.config_keys import flag, only, positive, whole
+from qwenkit.models.config_rope import rotary_position
 from qwenkit.models.spec import Architecture, CausalModel
 
 
@@ -36,7 +37,7 @@ class Config:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    position: Rotary | DualChunk
     tie_word_embeddings: bool
     qkv_bias: bool = True
     output_bias: bool = False
@@ -59,6 +60,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
     head_dim = whole(config, "head_dim", hidden_size // heads)
     if head_dim % 2:
         raise ConfigError(f"head_dim: rotary embedding needs an even number, got {head_dim}.")
+    longest = whole(config, "max_position_embeddings", 32768)
     only(config, "hidden_act", "silu")
     only(config, "use_sliding_window", False)
     return Config(
@@ -69,9 +71,11 @@ def read_config(config: Mapping[str, Any]) -> Config:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=whole(config, "max_position_embeddings", 32768),
+        max_position_embeddings=longest,
         rms_norm_eps=positive(config, "rms_norm_eps", 1e-6),
-        rope_theta=rope_base(config, 10000.0),
+        position=rotary_position(
+            config, head_dim=head_dim, max_position_embeddings=longest, base=10000.0
+        ),
         tie_word_embeddings=flag(config, "tie_word_embeddings", False),
     )
 
@@ -83,7 +87,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.position = Rotary(head_dim=config.head_dim, base=config.rope_theta)
+        self.position = config.position
         hidden_size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         self.q_proj = Linear(hidden_size, q_size, bias=config.qkv_bias)

@@ -19,6 +19,7 @@ from torch import nn
 import qwenkit.models
 from qwenkit.errors import ConfigError, suggest
 from qwenkit.layers.attention import AttentionContext
+from qwenkit.layers.position import Position
 
 
 class ModelConfig(Protocol):
@@ -38,6 +39,8 @@ class ModelConfig(Protocol):
     def head_dim(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
+    @property
+    def position(self) -> Position: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
 
