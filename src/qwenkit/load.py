@@ -15,8 +15,10 @@ from torch import nn
 
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
+from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
 from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
 from qwenkit.formats.spec import Format, claim
+from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
@@ -120,6 +122,7 @@ def fill(
     """
     tensors = tensors_by_our_names(architecture, checkpoint)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
+    _arrange_experts(slots, tensors, checkpoint)
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
     for done, (path, module) in enumerate(slots):
         if module is tied:
@@ -136,6 +139,27 @@ def fill(
         raise CheckpointError(
             checkpoint.path, "tensors", f"{len(left)} belong to no part of the model: {names}."
         )
+
+
+def _arrange_experts(
+    slots: list[tuple[str, nn.Module]], tensors: dict[str, StoredTensor], checkpoint: Checkpoint
+) -> None:
+    """Bring the experts' tensors into the one layout that the modules have."""
+    unfuse(tensors)
+    for path, module in slots:
+        if isinstance(module, GroupedLinear):
+            gather(
+                tensors,
+                path,
+                groups=module.groups,
+                paths=module.published_paths(path),
+                shape=(module.out_features, module.in_features),
+                checkpoint=checkpoint.path,
+            )
+        elif isinstance(module, Linear) and module.out_features == 1:
+            stored = tensors.get(f"{path}.weight")
+            if stored is not None and checkpoint.container == "gguf":  # which drops sizes of one
+                tensors[f"{path}.weight"] = as_matrix(stored)
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -197,7 +221,7 @@ def _fill_module(
     if checkpoint.container == "gguf" and path.endswith(architecture.gguf_interleaved):
         index = _halves_from_pairs(next(iter(module.parameters())).shape[0], model.config.head_dim)
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    if isinstance(module, Linear | Embedding):
+    if isinstance(module, Linear | Embedding | GroupedLinear):
         storage = {part: t.storage for part, t in below.items() if part != "bias"}
         chosen = claim(storage, checkpoint.config.get("quantization_config") or {})
         if chosen is not None:

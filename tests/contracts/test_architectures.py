@@ -27,10 +27,19 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "mlp_only_layers": [0],
+}
 # A config.json for each model type; a new architecture adds its own line.
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "qwen2": SIZES,
+    "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3": SIZES | {"head_dim": 16},
+    "qwen3_moe": SIZES | EXPERTS | {"norm_topk_prob": True},
 }
 # Parameters that no GGUF file of the architecture holds, as patterns of our names.
 WITHOUT_GGUF_NAME: dict[str, str] = {}

@@ -120,6 +120,7 @@ class _Reading:
         if "rms_norm_eps" not in config and "layer_norm_epsilon" not in config:
             key = f"{name}.attention.layer_norm_rms_epsilon"
             raise CheckpointError(self.file, key, "is missing; the model needs it.")
+        config |= self._experts(config)
         config |= self._rope_scaling()
         config["vocab_size"] = self._vocabulary_rows()
         config["tie_word_embeddings"] = "output.weight" not in self.tensors
@@ -128,6 +129,24 @@ class _Reading:
         if config.get("sliding_window"):
             config["use_sliding_window"] = True
         return config
+
+    def _experts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the tensors say of a mixture: which layers have no experts, and sizes that older
+        converters left out.
+        """
+        if not config.get("num_experts"):
+            return {}
+        layers = range(min(config["num_hidden_layers"], len(self.tensors)))  # or it is damaged
+        dense = [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in self.tensors]
+        found: dict[str, Any] = {"mlp_only_layers": dense}
+        first = next((i for i in layers if i not in dense), 0)
+        for key, tensor in (
+            ("moe_intermediate_size", f"blk.{first}.ffn_gate_exps.weight"),
+            ("shared_expert_intermediate_size", f"blk.{first}.ffn_gate_shexp.weight"),
+        ):
+            if key not in config and tensor in self.tensors and len(self.tensors[tensor].shape) > 1:
+                found[key] = self.tensors[tensor].shape[-2]
+        return found
 
     def _rope_scaling(self) -> dict[str, Any]:
         prefix = f"{self.architecture}.rope.scaling"

@@ -93,6 +93,9 @@ class GgmlWeight(QuantWeight):
     def select_rows(self, index: torch.Tensor) -> Self:
         return type(self)(self.blocks.index_select(0, index), self.block_type)
 
+    def row_range(self, start: int, stop: int) -> Self:
+        return type(self)(self.blocks[start:stop], self.block_type)
+
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         taken = self.blocks.index_select(0, ids)  # [tokens, bytes_per_row]
         numbers: torch.Tensor = block_dequantize(taken, self.block_type, dtype)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qwenkit.kernels.ops.grouped_matmul import segments
+
 
 class QuantWeight(nn.Module):
     """A matrix [rows, columns] kept in a storage format.
@@ -64,6 +66,24 @@ class QuantWeight(nn.Module):
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of the given ids [tokens] as [tokens, columns] in `dtype`."""
         return self.select_rows(ids).dequantize(dtype)
+
+    def row_range(self, start: int, stop: int) -> Self:
+        """The weight made of rows `start` to `stop`, still quantized.
+
+        A copy unless the format knows how to take a view.
+        """
+        return self.select_rows(torch.arange(start, stop))
+
+    def grouped_matmul(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """As the op `grouped_matmul`: x [rows, columns] sorted by group, this weight being
+        [groups * out_rows, columns], to [rows, out_rows]. Groups without rows are not read.
+        """
+        out_rows = self.shape[0] // ends.numel()
+        pieces = [
+            self.row_range(group * out_rows, (group + 1) * out_rows).matmul(x[a:b])
+            for group, a, b in segments(ends)
+        ]
+        return torch.cat(pieces) if pieces else x.new_empty((0, out_rows))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         for name, buffer in self.named_buffers(recurse=False):

@@ -1,12 +1,13 @@
 """Qwen1.5, Qwen2 and Qwen2.5 dense models (arXiv 2407.10671).
 
 A pre-norm decoder: RMSNorm, rotary attention with grouped keys and values and biases on q, k and v,
-SwiGLU. Llama is the same skeleton with other biases.
+SwiGLU. Llama is the same skeleton with other biases, Qwen3 with normalised queries and keys; in the
+mixtures some layers have experts in place of the SwiGLU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ class Config:
     tie_word_embeddings: bool
     qkv_bias: bool = True
     output_bias: bool = False
+    qk_norm: bool = False
 
 
 def read_config(config: Mapping[str, Any]) -> Config:
@@ -94,12 +96,18 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(q_size, hidden_size, bias=config.output_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, heads, head_dim]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, kv_heads, head_dim]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, kv_heads, head_dim]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
         output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
         y: torch.Tensor = self.o_proj(output.flatten(-2))
         return y
@@ -108,10 +116,10 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config, layer: int, mlp: nn.Module) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -122,14 +130,19 @@ class DecoderLayer(nn.Module):
         return x
 
 
+def dense_mlp(config: Config) -> SwiGLU:
+    """The feed-forward part of a layer without experts."""
+    return SwiGLU(config.hidden_size, config.intermediate_size)
+
+
 class Decoder(nn.Module):
     """Everything below the head."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mlp: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, i, mlp(i)) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -145,13 +158,16 @@ class Decoder(nn.Module):
 
 
 class Model(CausalModel):
-    """The decoder and its head; a tied head is the embedding's own weight."""
+    """The decoder and its head; a tied head is the embedding's own weight.
 
-    def __init__(self, config: Config) -> None:
+    `mlp` makes the feed-forward part of each layer, given its number; a `SwiGLU` by default.
+    """
+
+    def __init__(self, config: Config, mlp: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         self.config = config
         self.dtype = torch.get_default_dtype()
-        self.model = Decoder(config)
+        self.model = Decoder(config, mlp or (lambda layer: dense_mlp(config)))
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -174,10 +190,16 @@ GGUF_NAMES = {
     "blk.{}.attn_k.bias": "model.layers.{}.self_attn.k_proj.bias",
     "blk.{}.attn_v.bias": "model.layers.{}.self_attn.v_proj.bias",
     "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blk.{}.attn_output.bias": "model.layers.{}.self_attn.o_proj.bias",
     "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
     "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
     "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
     "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
+}
+
+GGUF_QK_NORM = {
+    "blk.{}.attn_q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "blk.{}.attn_k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
 }
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

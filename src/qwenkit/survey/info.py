@@ -154,7 +154,9 @@ def _ancestors(name: str) -> Iterator[str]:
 
 
 def _shapes(config: Any) -> dict[str, int | float | bool]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    """The numbers among the config's fields."""
+    values = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return {name: value for name, value in values if isinstance(value, int | float)}
 
 
 def _first_line(template: str | None) -> str | None:
