@@ -54,6 +54,8 @@ test: $(ENV)/.installed-for-tests
 oracles: $(ORACLE_ENV)/.installed
 	$(ORACLE_ENV)/bin/python -c "import gguf, llama_cpp, safetensors, tokenizers, transformers"
 	$(ORACLE_ENV)/bin/qwenkit pull default
+	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null \
+	|| echo "ARM kernels are not tested: that takes Debian's g++-aarch64-linux-gnu and qemu-user."
 	OMP_NUM_THREADS=1 $(ORACLE_ENV)/bin/python -m pytest -m oracle -n $(WORKERS) -q $(TESTS)
 
 check: $(ENV)/.installed-for-tests
