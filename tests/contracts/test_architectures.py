@@ -35,14 +35,17 @@ EXPERTS: dict[str, Any] = {
 }
 # A config.json for each model type; a new architecture adds its own line.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "baichuan": {k: v for k, v in SIZES.items() if k != "max_position_embeddings"}
+    | {"model_max_length": 128, "z_loss_weight": 0},
     "llama": SIZES,
+    "qwen": SIZES | {"seq_length": 9, "use_dynamic_ntk": False, "use_logn_attn": True},
     "qwen2": SIZES,
     "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 24},
     "qwen3": SIZES | {"head_dim": 16},
     "qwen3_moe": SIZES | EXPERTS | {"norm_topk_prob": True},
 }
 # Parameters that no GGUF file of the architecture holds, as patterns of our names.
-WITHOUT_GGUF_NAME: dict[str, str] = {}
+WITHOUT_GGUF_NAME: dict[str, str] = {"baichuan": ".*"}
 TOKENS = 23
 BLOCKS = (7, 2, 39, 0, 11, 5)  # out of order, of 4 tokens each
 CUTS = [(0, TOKENS), (0, 8, 9, 16, TOKENS), tuple(range(TOKENS + 1))]
@@ -65,7 +68,7 @@ def _model(model_type: str, *, tied: bool = False) -> CausalModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1 if "norm" in name else 0, 0.3, generator=generator)
+            parameter.normal_(1 if "norm" in name or "ln_" in name else 0, 0.3, generator=generator)
     model.dtype = torch.float32
     return model.eval()
 
