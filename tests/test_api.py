@@ -145,8 +145,12 @@ def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None
         LLM(folder, threads=0)
     with pytest.raises(UsageError, match=r"threads: got 100000; allowed: 1 to \d+"):
         LLM(folder, threads=100_000)
-    with pytest.raises(UsageError, match="context_tokens"):
-        LLM(folder, context_tokens=1000)
+    with pytest.raises(UsageError, match=r"context_tokens: got 2049; .* allows 1 to 2048\.$"):
+        LLM(folder, context_tokens=2049)
+    with pytest.raises(UsageError, match=r"allows 1 to 512\. rope='per-request' reaches 2048"):
+        LLM(folder, context_tokens=513, rope="as-config")
+    with pytest.raises(UsageError, match=r"rope: got 'per-requst'\. Did you mean 'per-request'"):
+        LLM(folder, rope="per-requst")
     with pytest.raises(ModelNotFoundError, match="default"):
         LLM("no/such-model", offline=True)
 

@@ -26,8 +26,10 @@ from qwenkit.engine.service import EngineService
 from qwenkit.errors import RequestError, UsageError, suggest
 from qwenkit.kernels import cpu
 from qwenkit.load import load
+from qwenkit.record import context_limit
 from qwenkit.types.completion import Completion, Timing, TokenLogprob
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
+from qwenkit.types.extension import rope_mode
 from qwenkit.types.messages import Message, Tool, parse_messages, parse_tools
 from qwenkit.types.sampling import SamplingParams
 
@@ -50,6 +52,7 @@ class _Session:
         compute: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
+        rope: str = "per-request",
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
         offline: bool = False,
@@ -60,14 +63,18 @@ class _Session:
 
         `dtype` "auto", "float32" or "bfloat16" is that of the activations. `compute` "auto" uses
         the fastest kernels of this machine, "reference" the readable torch ones. `context_tokens`
-        limits prompt and answer together (default: what the model allows); `kv_cache_tokens` is
-        the room for all requests together. `offline` never touches the network; `revision` names a
-        hub's branch, tag or commit.
+        limits prompt and answer together (default: what the model's config allows); more than that
+        extends the model by YaRN, up to four times what it was trained for, where it can be.
+        `rope` "per-request" extends a request beyond the trained length only if its prompt and
+        `max_tokens` need it, and only so far; "as-config" does what the config says, always.
+        `kv_cache_tokens` is the room for all requests together. `offline` never touches the
+        network; `revision` names a hub's branch, tag or commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
         """
         _check_arguments(model, compute, device, threads)
+        self.rope = rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
         cpu.register(threads=threads)
         if threads is not None:
@@ -78,12 +85,7 @@ class _Session:
         self.record = loaded.record
         self.tokenizer = loaded.tokenizer
         self.checkpoint = loaded.checkpoint
-        limit = self.record.context_tokens
-        if context_tokens is not None and not 1 <= context_tokens <= limit:
-            raise UsageError(
-                f"context_tokens: got {context_tokens}; {self.record.name} allows 1 to {limit}."
-            )
-        self.context_tokens = context_tokens or limit
+        self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
         settings = EngineSettings(
             kv_cache_tokens=kv_cache_tokens or self.context_tokens,
             reference_ops=compute == "reference",
@@ -95,6 +97,8 @@ class _Session:
                 settings,
                 stop_token_ids=self.record.stop_token_ids,
                 context_tokens=self.context_tokens,
+                trained_tokens=self.record.trained_context_tokens,
+                rope=self.rope,
                 device=device,
             )
         )

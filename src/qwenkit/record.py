@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwenkit.checkpoint.spec import Checkpoint
-from qwenkit.errors import CheckpointError, RequestError
+from qwenkit.errors import CheckpointError, RequestError, UsageError
+from qwenkit.layers.position import allowed_tokens, reachable_tokens, trained_tokens
 from qwenkit.models.spec import ModelConfig, find
+from qwenkit.types.extension import RopeMode
 from qwenkit.types.protocols import Tokenizer
 from qwenkit.types.record import ChatFormat, ModelRecord
 from qwenkit.types.sampling import SamplingParams
@@ -48,8 +50,8 @@ def read_record(checkpoint: Checkpoint, tokenizer: Tokenizer, config: ModelConfi
         name=checkpoint.name,
         model_type=model_type,
         chat_format=chat_format,
-        context_tokens=config.max_position_embeddings,
-        trained_context_tokens=config.max_position_embeddings,
+        context_tokens=allowed_tokens(config.position, config.max_position_embeddings),
+        trained_context_tokens=trained_tokens(config.position, config.max_position_embeddings),
         stop_token_ids=tuple(i for i in stops if i < config.vocab_size),
         vocab_size=tokenizer.vocab_size,
         vocab_rows=config.vocab_size,
@@ -66,6 +68,25 @@ def read_record(checkpoint: Checkpoint, tokenizer: Tokenizer, config: ModelConfi
         quantization=_quantization(checkpoint),
         stored_dtype=_most_bytes(checkpoint, lambda tag: tag in _PLAIN),
     )
+
+
+def context_limit(
+    record: ModelRecord, config: ModelConfig, asked: int | None, rope: RopeMode
+) -> int:
+    """The context to serve in tokens: what the config allows, or what is `asked` for.
+
+    Raises UsageError when no extension under `rope` reaches that far.
+    """
+    if asked is None:
+        return record.context_tokens
+    longest, extended = (
+        reachable_tokens(config.position, config.max_position_embeddings, mode)
+        for mode in (rope, "per-request")
+    )
+    if not 1 <= asked <= longest:
+        more = f" rope='per-request' reaches {extended}." if extended > longest else ""
+        raise UsageError(f"context_tokens: got {asked}; {record.name} allows 1 to {longest}.{more}")
+    return asked
 
 
 def _chat_format(checkpoint: Checkpoint) -> ChatFormat:

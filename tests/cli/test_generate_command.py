@@ -106,7 +106,12 @@ def test_json_holds_everything_and_no_nan(
         "finish_reason": "length",
         "matched_stop": None,
         "error": None,
-        "usage": {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 0},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 1,
+            "cached_tokens": 0,
+            "extension": {"method": "none", "factor": 1.0, "trained_tokens": None},
+        },
         "logprobs": [
             {
                 "token_id": 1,

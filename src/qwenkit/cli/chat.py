@@ -67,6 +67,7 @@ def command(
     dtype: options.Dtype = "auto",
     compute: options.Compute = "auto",
     context: options.Context = None,
+    rope: options.Rope = "per-request",
     offline: options.Offline = False,
     cpu_only: CpuOnly = False,
 ) -> None:
@@ -99,7 +100,13 @@ def command(
     system = _system_prompt(system, system_file)
     asked = _question(options.one_of({"PROMPT": question, "--prompt": prompt}))
     with loading.load_model(
-        name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
+        name,
+        dtype=dtype,
+        compute=compute,
+        threads=threads,
+        context=context,
+        rope=rope,
+        offline=offline,
     ) as llm:
         sampling = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
         session = ChatSession(llm, sampling=sampling, system=system)

@@ -17,6 +17,7 @@ from qwenkit.types.sampling import SamplingParams
 if TYPE_CHECKING:
     from qwenkit.api import LLM
     from qwenkit.types.completion import Completion
+    from qwenkit.types.extension import Extension
 
 MAX_TOKENS = 128  # a base model seldom ends by itself, and a context may be long
 
@@ -91,6 +92,7 @@ def command(
     dtype: options.Dtype = "auto",
     compute: options.Compute = "auto",
     context: options.Context = None,
+    rope: options.Rope = "per-request",
     offline: options.Offline = False,
 ) -> None:
     """Continue a text with a model, without a chat template and without control tokens in it.
@@ -125,7 +127,13 @@ def command(
     name = options.check_model_name(name, takes_prompt=True)
     text = _prompt(prompt, prompt_file)
     with loading.load_model(
-        name, dtype=dtype, compute=compute, threads=threads, context=context, offline=offline
+        name,
+        dtype=dtype,
+        compute=compute,
+        threads=threads,
+        context=context,
+        rope=rope,
+        offline=offline,
     ) as llm:
         sampling = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
         (_write_json if as_json else _write_text)(llm, text, sampling, echo=echo)
@@ -188,6 +196,15 @@ def logprob_entries(
     ]
 
 
+def extension_entry(extension: Extension) -> dict[str, Any]:
+    """How the request went beyond the trained length, as JSON-ready data."""
+    return {
+        "method": extension.method,
+        "factor": extension.factor,
+        "trained_tokens": extension.trained_tokens,
+    }
+
+
 def as_dictionary(
     done: Completion,
     *,
@@ -210,6 +227,7 @@ def as_dictionary(
             "prompt_tokens": done.usage.prompt_tokens,
             "completion_tokens": done.usage.completion_tokens,
             "cached_tokens": done.usage.cached_tokens,
+            "extension": extension_entry(done.usage.extension),
         },
         "logprobs": logprobs,
         "seed": done.seed,

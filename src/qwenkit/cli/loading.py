@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qwenkit.cli import console, download, options
 from qwenkit.errors import UsageError
+from qwenkit.types.extension import ROPE_MODES
 
 if TYPE_CHECKING:
     from qwenkit.api import LLM
@@ -14,6 +15,7 @@ _OPTIONS = {
     "context_tokens": "--context",
     "kv_cache_tokens": "--context",
     "threads": "--threads",
+    "rope": "--rope",
     "dtype": "--dtype",
     "compute": "--compute",
 }
@@ -26,6 +28,7 @@ def load_model(
     compute: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    rope: str = "per-request",
     offline: bool = False,
 ) -> LLM:
     """Find (or download) and load a model.
@@ -34,6 +37,7 @@ def load_model(
     """
     options.check_name("--dtype", dtype, options.DTYPES)
     options.check_name("--compute", compute, options.COMPUTE)
+    options.check_name("--rope", rope, ROPE_MODES)
     from qwenkit.checkpoint.hub import resolve  # a tenth of a second that --help does without
 
     with download.bars() as progress:
@@ -48,6 +52,7 @@ def load_model(
                 compute=compute,
                 threads=threads,
                 context_tokens=context,
+                rope=rope,
                 offline=offline,
             )
         except UsageError as error:

@@ -72,7 +72,18 @@ Compute = Annotated[
 ]
 Context = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Context in tokens. [default: the model's own]"),
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Context in tokens; more than the model's own extends it. [default: the model's own]",
+    ),
+]
+Rope = Annotated[
+    str,
+    typer.Option(
+        metavar="WHEN",
+        help="Beyond the trained length: per-request, only for what needs it; as-config, always.",
+    ),
 ]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Use only models that are already on this machine.")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from qwenkit.engine.scheduler import Plan
+from qwenkit.layers.position import at_position
+from qwenkit.types.extension import NO_EXTENSION, Extension
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,9 @@ class Batch:
     block_tokens + offset, that takes the token's key and value. `block_tables` is [sequences,
     most_blocks], short ones filled up with 0. `query_lengths` and `kv_lengths` are [sequences]:
     tokens in the chunk, and tokens in the cache once they are written. `rows` are the indices
-    [rows] of the tokens whose logits are wanted; None: all.
+    [rows] of the tokens whose logits are wanted; None: all. `extensions` are the different ones of
+    all tokens, `extension_index` [tokens] says whose each is (None: there is one only);
+    `sequence_extensions` are those of the sequences.
     """
 
     ids: torch.Tensor
@@ -27,6 +31,9 @@ class Batch:
     query_lengths: torch.Tensor
     kv_lengths: torch.Tensor
     rows: torch.Tensor | None
+    extensions: tuple[Extension, ...] = (NO_EXTENSION,)
+    extension_index: torch.Tensor | None = None
+    sequence_extensions: tuple[Extension, ...] = ()
 
 
 def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
@@ -35,12 +42,20 @@ def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
     positions: list[int] = []
     slots: list[int] = []
     rows: list[int] = []
+    extensions: dict[Extension, int] = {}
+    extended_by: list[int] = []
     for chunk in plan.chunks:
         ids += chunk.token_ids
         for position in range(chunk.start, chunk.start + len(chunk.token_ids)):
             positions.append(position)
             block = chunk.blocks[position // block_tokens]
             slots.append(block * block_tokens + position % block_tokens)
+            if chunk.extension.growing:
+                extension = at_position(chunk.extension, position)
+                extended_by.append(extensions.setdefault(extension, len(extensions)))
+        if not chunk.extension.growing:
+            number = extensions.setdefault(chunk.extension, len(extensions))
+            extended_by += [number] * len(chunk.token_ids)
         if chunk.sample:
             rows.append(len(ids) - 1)
     width = max(len(chunk.blocks) for chunk in plan.chunks)
@@ -58,4 +73,7 @@ def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
         query_lengths=whole(lengths),
         kv_lengths=whole(ends),
         rows=None if len(rows) == len(ids) else whole(rows),
+        extensions=tuple(extensions),
+        extension_index=None if len(extensions) == 1 else whole(extended_by),
+        sequence_extensions=tuple(chunk.extension for chunk in plan.chunks),
     )

@@ -21,6 +21,7 @@ from qwenkit.engine.scheduler import Scheduler, SchedulerStatus
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import QwenkitError, RequestError, UsageError
 from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage
+from qwenkit.types.extension import Extension, RopeMode
 from qwenkit.types.protocols import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -72,12 +73,15 @@ class _Active:
     request: Request
     sampler: Sampler
     output: Output
+    extension: Extension
 
 
 class Engine:
     """Serves requests with one model.
 
-    `stop_token_ids` and `context_tokens` are the model record's; `device` is where the model is.
+    `stop_token_ids`, `context_tokens` and `trained_tokens` are the model record's; `rope` says when
+    the trained length is extended: for each request as it needs, decided when it is added, or as
+    the model's config says. `device` is where the model is.
     Every accepted request yields token events and then exactly one finish event; what goes wrong
     with one of them ends that one only.
     """
@@ -90,6 +94,8 @@ class Engine:
         *,
         stop_token_ids: Iterable[int],
         context_tokens: int,
+        trained_tokens: int | None = None,
+        rope: RopeMode = "per-request",
         device: torch.device | str = "cpu",
     ) -> None:
         num_blocks = settings.num_blocks(context_tokens)
@@ -97,6 +103,9 @@ class Engine:
             context_tokens=context_tokens,
             cache_tokens=num_blocks * settings.block_tokens,
             vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+            position=model.config.position,
+            trained_tokens=trained_tokens,
+            rope=rope,
         )
         self._tokenizer = tokenizer
         self._model_stops = tuple(i for i in stop_token_ids if 0 <= i < self.limits.vocab_size)
@@ -160,8 +169,9 @@ class Engine:
             stop_ids=stops,
             max_tokens=self.limits.output_tokens(request),
         )
-        self._active[request.id] = _Active(request, sampler, output)
-        self._scheduler.add(request.id, request.prompt_ids)
+        extension = self.limits.extension(request)
+        self._active[request.id] = _Active(request, sampler, output, extension)
+        self._scheduler.add(request.id, request.prompt_ids, extension)
         return request
 
     def step(self) -> list[Event]:
@@ -219,7 +229,9 @@ class Engine:
             request_id=request_id,
             reason=ending.reason,
             text=text,
-            usage=Usage(len(active.request.prompt_ids), active.output.tokens),
+            usage=Usage(
+                len(active.request.prompt_ids), active.output.tokens, extension=active.extension
+            ),
             matched_stop=ending.matched_stop,
             error=error,
         )

@@ -9,7 +9,7 @@ from qwenkit.engine.kv import KVCache
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
 from qwenkit.kernels.ops.rotary import rotary
-from qwenkit.layers.position import Alibi, Position, Rotary
+from qwenkit.layers.position import Alibi, Position, Rotary, extended
 from qwenkit.layers.rope import Tables, log_n_scale, rotary_tables
 
 
@@ -66,5 +66,7 @@ class PagedAttention:
 
     def _rotation(self, spec: Rotary) -> Tables:
         if spec not in self._tables:
-            self._tables[spec] = rotary_tables(spec, self._batch.positions)
+            batch = self._batch
+            specs = [extended(spec, extension) for extension in batch.extensions]
+            self._tables[spec] = rotary_tables(specs, batch.positions, batch.extension_index)
         return self._tables[spec]

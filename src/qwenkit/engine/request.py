@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qwenkit.errors import RequestError
+from qwenkit.layers.position import Position, choose_extension, covered_tokens
+from qwenkit.types.extension import NO_EXTENSION, Extension, RopeMode
 from qwenkit.types.sampling import SamplingParams
 
 
@@ -23,22 +25,52 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one engine can take: the model's context, the whole KV cache, the ids it can sample."""
+    """What one engine can take: the model's context, the whole KV cache, the ids it can sample.
+
+    `position` is how the model's layers know positions, `trained_tokens` the length it was trained
+    for (None: the whole context), `rope` when that is extended.
+    """
 
     context_tokens: int
     cache_tokens: int
     vocab_size: int
+    position: Position = None
+    trained_tokens: int | None = None
+    rope: RopeMode = "per-request"
 
     @property
     def sequence_tokens(self) -> int:
         """Most tokens, prompt and output together, that one sequence can reach."""
         return min(self.context_tokens, self.cache_tokens)
 
+    def extension(self, request: Request) -> Extension:
+        """How `request` goes beyond the trained length: decided by its prompt and `max_tokens`.
+
+        A request that names no `max_tokens` counts with a quarter of the trained length.
+        """
+        prompt, asked = len(request.prompt_ids), request.sampling.max_tokens
+        longest = prompt + (max(self._trained // 4, 1) if asked is None else asked)
+        return choose_extension(
+            self.position,
+            self.rope,
+            trained_tokens=self._trained,
+            prompt_tokens=prompt,
+            total_tokens=min(longest, self.sequence_tokens),
+        )
+
     def output_tokens(self, request: Request) -> int:
-        """Most tokens that `request` may output: its `max_tokens`, cut where the context ends."""
-        room = self.sequence_tokens - len(request.prompt_ids)
+        """Most tokens that `request` may output: its `max_tokens`, cut where the context ends, or
+        what its extension was chosen for.
+        """
+        covered = covered_tokens(self.position, self.rope, self.extension(request), self._trained)
+        longest = self.sequence_tokens if covered is None else min(self.sequence_tokens, covered)
+        room = longest - len(request.prompt_ids)
         asked = request.sampling.max_tokens
         return room if asked is None else min(room, asked)
+
+    @property
+    def _trained(self) -> int:
+        return self.context_tokens if self.trained_tokens is None else self.trained_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -46,11 +78,12 @@ class Sequence:
     """A request's place in the engine.
 
     `tokens` is the prompt and all output so far; the keys and values of the first `computed` of
-    them are in the cache, in `blocks`.
+    them are in the cache, in `blocks`, made under `extension`.
     """
 
     request_id: str
     tokens: list[int]
+    extension: Extension = NO_EXTENSION
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
 
@@ -106,7 +139,7 @@ def _check_length(prompt_tokens: int, limits: Limits) -> None:
     if limits.cache_tokens < limits.context_tokens:
         place, remedy = "KV cache", "Shorten the prompt or raise kv_cache_tokens."
     else:
-        place, remedy = "context", "Shorten the prompt or allow a longer context."
+        place, remedy = "context", "Shorten the prompt or allow more context_tokens (--context)."
     raise RequestError(
         "prompt_ids",
         f"the prompt has {prompt_tokens} tokens, the {place} {limits.sequence_tokens}, of which at "

@@ -13,6 +13,7 @@ from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.scheduler import Plan
 from qwenkit.kernels.registry import reference_only
 from qwenkit.layers.attention import AttentionContext
+from qwenkit.layers.position import Position
 
 
 class ServedConfig(Protocol):
@@ -26,6 +27,8 @@ class ServedConfig(Protocol):
     def num_key_value_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def position(self) -> Position: ...
 
 
 class ServedModel(Protocol):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.request import Sequence
+from qwenkit.types.extension import NO_EXTENSION, Extension
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Chunk:
     """Consecutive tokens of one sequence: `token_ids` at positions from `start`.
 
     `blocks` hold the sequence's keys and values from position 0. `sample`: the chunk ends at the
-    sequence's last token, so its last row gives the next one.
+    sequence's last token, so its last row gives the next one. `extension` is its request's.
     """
 
     request_id: str
@@ -33,6 +34,7 @@ class Chunk:
     start: int
     blocks: tuple[int, ...]
     sample: bool
+    extension: Extension = NO_EXTENSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,11 @@ class Scheduler:
             preemptions=self._preemptions,
         )
 
-    def add(self, request_id: str, prompt_ids: tuple[int, ...]) -> None:
+    def add(
+        self, request_id: str, prompt_ids: tuple[int, ...], extension: Extension = NO_EXTENSION
+    ) -> None:
         """Queue a new sequence behind all others."""
-        sequence = Sequence(request_id, list(prompt_ids))
+        sequence = Sequence(request_id, list(prompt_ids), extension)
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
 
@@ -206,4 +210,5 @@ class Scheduler:
             start=start,
             blocks=tuple(sequence.blocks),
             sample=stop == len(sequence.tokens),
+            extension=sequence.extension,
         )

@@ -183,6 +183,23 @@ def choose_extension(
     return Extension("yarn", factor, trained) if factor > 1 else NO_EXTENSION
 
 
+def covered_tokens(
+    position: Position, mode: RopeMode, extension: Extension, trained_tokens: int
+) -> int | None:
+    """The longest sequence that a chosen extension is meant for; None: it does not say."""
+    if extension.method == "dynamic":
+        return None if extension.growing else extension.planned_tokens
+    if isinstance(position, DualChunk):
+        return position.period if extension == NO_EXTENSION else None
+    if mode == "as-config" or not isinstance(position, Rotary):
+        return None
+    if isinstance(position.scaling, Yarn | Dynamic):
+        trained_tokens = position.scaling.trained_tokens
+    elif position.scaling is not None:
+        return None
+    return int(extension.factor * trained_tokens)
+
+
 def qwen_alpha(tokens: int, trained: int) -> float:
     """The first Qwen's alpha: 1, 3, 7, 15 for up to 1, 2, 4, 8 trained lengths."""
     return float(max(2 ** math.ceil(math.log2(tokens / trained) + 1) - 1, 1))

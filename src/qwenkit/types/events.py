@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qwenkit.types.extension import NO_EXTENSION, Extension
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request; `cached_tokens` of the prompt were not computed again."""
+    """Token counts of one request; `cached_tokens` of the prompt were not computed again;
+    `extension` is how it went beyond the trained length.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    extension: Extension = NO_EXTENSION
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from qwenkit.errors import UsageError, suggest
+
 RopeMode = Literal["per-request", "as-config"]
 ExtensionMethod = Literal[
     "none", "linear", "llama3", "dynamic", "qwen-ntk", "yarn", "dual-chunk"
 ]  # yarn: arXiv 2309.00071; dual-chunk: arXiv 2402.17463
 
 ROPE_MODES: tuple[RopeMode, ...] = get_args(RopeMode)
+
+
+def rope_mode(given: object) -> RopeMode:
+    """A mode by its name. Raises UsageError naming the allowed ones."""
+    for mode in ROPE_MODES:
+        if given == mode:
+            return mode
+    raise UsageError(f"rope: got {given!r}. {suggest(str(given), ROPE_MODES)}")
 
 
 @dataclass(frozen=True, slots=True)
