@@ -174,17 +174,19 @@ class NormalisedHead(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
-        return super().forward(x) / self._lengths().to(x.dtype)
+        y: torch.Tensor = super().forward(x) / self._lengths().to(x.dtype)
+        return y
 
     def _lengths(self) -> torch.Tensor:
         """The length of each row of the weight: fp32 [out_features]."""
         weight = self.weight
-        if self._measured is not None and self._measured[0] is weight:
+        trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+        if self._measured is not None and self._measured[0] is weight and not trained:
             return self._measured[1]
         plain = weight if isinstance(weight, nn.Parameter) else weight.dequantize(torch.float32)
-        lengths = torch.linalg.vector_norm(plain, dim=1, dtype=torch.float32)
-        lengths = lengths.clamp_min(_SHORTEST_NORM)  # [out_features]
-        if not plain.requires_grad:
+        norms: torch.Tensor = torch.linalg.vector_norm(plain, dim=1, dtype=torch.float32)
+        lengths = norms.clamp_min(_SHORTEST_NORM)  # [out_features]
+        if not trained:
             self._measured = (weight, lengths)
         return lengths
 

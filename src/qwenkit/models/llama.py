@@ -17,6 +17,7 @@ from qwenkit.models.spec import Architecture
 def read_config(config: Mapping[str, Any]) -> qwen2.Config:
     """From a `config.json` dictionary. Raises ConfigError naming the key."""
     only(config, "mlp_bias", False)
+    only(config, "use_sliding_window", False)
     bias = flag(config, "attention_bias", False)
     return dataclasses.replace(qwen2.read_config(config), qkv_bias=bias, output_bias=bias)
 

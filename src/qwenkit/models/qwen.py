@@ -93,7 +93,8 @@ def read_config(config: Mapping[str, Any]) -> Config:
     intermediate_size = whole(config, names["intermediate_size"])
     if intermediate_size % 2:
         raise ConfigError(
-            f"{names['intermediate_size']}: counts two equal halves, but {intermediate_size} is odd."
+            f"{names['intermediate_size']}: expected an even number, for it counts two halves, got "
+            f"{intermediate_size}."
         )
     longest = whole(config, names["max_position_embeddings"], 8192)
     trained = whole(config, "seq_length", longest)

@@ -22,6 +22,7 @@ from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import DualChunk, Rotary
 from qwenkit.models.config_keys import flag, only, positive, whole
 from qwenkit.models.config_rope import rotary_position
+from qwenkit.models.config_window import Windows, from_layer, layer_windows
 from qwenkit.models.spec import Architecture, CausalModel
 
 
@@ -39,6 +40,7 @@ class Config:
     max_position_embeddings: int
     rms_norm_eps: float
     position: Rotary | DualChunk
+    windows: Windows
     tie_word_embeddings: bool
     qkv_bias: bool = True
     output_bias: bool = False
@@ -46,10 +48,7 @@ class Config:
 
 
 def read_config(config: Mapping[str, Any]) -> Config:
-    """From a `config.json` dictionary. Raises ConfigError naming the key.
-
-    `sliding_window` and `max_window_layers` are dead keys unless `use_sliding_window` is true.
-    """
+    """From a `config.json` dictionary. Raises ConfigError naming the key."""
     heads = whole(config, "num_attention_heads")
     kv_heads = whole(config, "num_key_value_heads", heads)
     hidden_size = whole(config, "hidden_size")
@@ -64,12 +63,12 @@ def read_config(config: Mapping[str, Any]) -> Config:
         raise ConfigError(f"head_dim: rotary embedding needs an even number, got {head_dim}.")
     longest = whole(config, "max_position_embeddings", 32768)
     only(config, "hidden_act", "silu")
-    only(config, "use_sliding_window", False)
+    layers = whole(config, "num_hidden_layers")
     return Config(
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=whole(config, "intermediate_size"),
-        num_hidden_layers=whole(config, "num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -78,6 +77,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
         position=rotary_position(
             config, head_dim=head_dim, max_position_embeddings=longest, base=10000.0
         ),
+        windows=layer_windows(config, layers, slides=from_layer),
         tie_word_embeddings=flag(config, "tie_word_embeddings", False),
     )
 
@@ -90,6 +90,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.position = config.position
+        self.window = config.windows[layer]
         hidden_size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         self.q_proj = Linear(hidden_size, q_size, bias=config.qkv_bias)
@@ -108,7 +109,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, kv_heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
-        output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
+        output = context.attend(
+            self.layer, q, k, v, self.position, window=self.window
+        )  # [tokens, heads, head_dim]
         y: torch.Tensor = self.o_proj(output.flatten(-2))
         return y
 

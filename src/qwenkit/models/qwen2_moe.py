@@ -10,13 +10,16 @@ from typing import Any
 
 from qwenkit.models import mixture, qwen2
 from qwenkit.models.config_keys import flag
+from qwenkit.models.config_window import every_second_below, layer_windows
 from qwenkit.models.spec import Architecture
 
 
 def read_config(config: Mapping[str, Any]) -> mixture.Config:
     """From a `config.json` dictionary. Raises ConfigError naming the key."""
     bias = flag(config, "qkv_bias", True)
-    return dataclasses.replace(mixture.read_config(config, shared_expert=True), qkv_bias=bias)
+    read = mixture.read_config(config, shared_expert=True)
+    windows = layer_windows(config, read.num_hidden_layers, slides=every_second_below)
+    return dataclasses.replace(read, qkv_bias=bias, windows=windows)
 
 
 GGUF_NAMES = {

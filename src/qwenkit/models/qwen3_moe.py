@@ -10,14 +10,17 @@ from typing import Any
 
 from qwenkit.models import mixture, qwen2
 from qwenkit.models.config_keys import flag
+from qwenkit.models.config_window import every_layer, layer_windows
 from qwenkit.models.spec import Architecture
 
 
 def read_config(config: Mapping[str, Any]) -> mixture.Config:
     """From a `config.json` dictionary. Raises ConfigError naming the key."""
     bias = flag(config, "attention_bias", False)
+    read = mixture.read_config(config, shared_expert=False)
     return dataclasses.replace(
-        mixture.read_config(config, shared_expert=False),
+        read,
+        windows=layer_windows(config, read.num_hidden_layers, slides=every_layer),
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,
