@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from pairs import QWEN2_MOE, QWEN3, QWEN3_MOE, TINY, make_pair
+
 from qwenkit.layers.attention import PackedCausal
 
 pytestmark = pytest.mark.oracle
