@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
 from qwenkit.errors import KernelError
-from qwenkit.kernels.cpu.library import Kernel, function, refuse
+from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
 
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of a cache, as the kernels say it
+
+
+class _KvWrite(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("k", "v", "keys", "values", "key_scales", "value_scales")),
+        ("slots", c_void_p),
+        *((name, c_int64) for name in ("tokens", "heads", "head_dim", "k_stride", "v_stride")),
+        *((name, c_int64) for name in ("capacity", "kind", "threads")),
+    )
+
+
+class _PagedAttention(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "keys", "values", "key_scales", "value_scales")),
+        *((name, c_void_p) for name in ("slopes", "tables", "query_lengths", "kv_lengths", "out")),
+        *((name, c_int64) for name in ("sequences", "tokens", "table_width", "heads")),
+        *((name, c_int64) for name in ("token_stride", "head_stride", "blocks", "block_tokens")),
+        *((name, c_int64) for name in ("kv_heads", "head_dim", "window", "kind", "threads")),
+        ("scale", c_float),
+    )
+
 
 def bind_kv_write(library: ctypes.CDLL) -> Kernel:
-    call = function(library, "qk_kv_write", (c_void_p,) * 5 + (c_int64,) * 5, c_int)
-    float32 = torch.float32
+    call = kernel(library, "qk_kv_write", _KvWrite)
+    float32, get_num_threads = torch.float32, torch.get_num_threads
     reference = kv_write.reference
 
     def run(
@@ -24,36 +46,42 @@ def bind_kv_write(library: ctypes.CDLL) -> Kernel:
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         slots: torch.Tensor,
-        *scales: torch.Tensor | None,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
     ) -> None:
-        if not (k.dtype is v.dtype is key_cache.dtype is value_cache.dtype is float32):
-            reference(k, v, key_cache, value_cache, slots, *scales)
+        kind = _KINDS.get(key_cache.dtype)
+        if not k.dtype is v.dtype is float32 or kind is None:
+            reference(k, v, key_cache, value_cache, slots, key_scales, value_scales)
             return
-        tokens, row = k.shape[0], k.shape[1:]
+        tokens, heads, head_dim = k.shape
         if (
             v.shape != k.shape
-            or key_cache.shape[2:] != row
-            or value_cache.shape != key_cache.shape
+            or key_cache.shape[2:] != k.shape[1:]
             or slots.shape != (tokens,)
             or slots.dtype is not torch.int64
-            or not (key_cache.is_contiguous() and value_cache.is_contiguous())
-            or not (v.is_cpu and key_cache.is_cpu and value_cache.is_cpu and slots.is_cpu)
+            or not (v.is_cpu and slots.is_cpu)
+            or not _is_cache(key_cache, value_cache, key_scales, value_scales)
         ):
             raise refuse("kv_write", k=k, v=v, keys=key_cache, values=value_cache, slots=slots)
         k, v, slots = _with_whole_heads(k), _with_whole_heads(v), slots.contiguous()
-        status = call(
+        arguments = _KvWrite(
             k.data_ptr(),
             v.data_ptr(),
             key_cache.data_ptr(),
             value_cache.data_ptr(),
+            None if key_scales is None else key_scales.data_ptr(),
+            None if value_scales is None else value_scales.data_ptr(),
             slots.data_ptr(),
             tokens,
-            row.numel(),
+            heads,
+            head_dim,
             k.stride(0),
             v.stride(0),
             key_cache.shape[0] * key_cache.shape[1],
+            kind,
+            get_num_threads(),
         )
-        if status:
+        if call(arguments):
             raise KernelError(
                 f"kv_write: slots lie between {slots.min()} and {slots.max()}, but the cache has "
                 f"{key_cache.shape[0]} × {key_cache.shape[1]}."
@@ -68,9 +96,37 @@ def _with_whole_heads(x: torch.Tensor) -> torch.Tensor:
     return x if whole else x.contiguous()
 
 
+def _is_cache(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> bool:
+    """Whether these are the four parts of one cache, as the kernels read it."""
+    if not (
+        keys.dim() == 4
+        and values.shape == keys.shape
+        and values.dtype is keys.dtype
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and keys.is_cpu
+        and values.is_cpu
+    ):
+        return False
+    if keys.dtype is not torch.int8:
+        return key_scales is None and value_scales is None
+    return all(
+        s is not None
+        and s.shape == keys.shape[:3]
+        and s.dtype is torch.float32
+        and s.is_contiguous()
+        and s.is_cpu
+        for s in (key_scales, value_scales)
+    )
+
+
 def bind_paged_attention(library: ctypes.CDLL) -> Kernel:
-    arguments = (*(c_void_p,) * 7, *(c_int64,) * 9, c_int)
-    call = function(library, "qk_paged_attention", arguments, c_int)
+    call = kernel(library, "qk_paged_attention", _PagedAttention)
     float32, get_num_threads = torch.float32, torch.get_num_threads
     reference = paged_attention.reference
 
@@ -84,41 +140,47 @@ def bind_paged_attention(library: ctypes.CDLL) -> Kernel:
         scale: float,
         window: int = 0,
         alibi_slopes: torch.Tensor | None = None,
-        *scales: torch.Tensor | None,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         given = (q, key_cache, value_cache, block_tables, query_lengths, kv_lengths)
-        plain = scale == q.shape[-1] ** -0.5 and not window and alibi_slopes is None
-        if not (plain and q.dtype is key_cache.dtype is value_cache.dtype is float32):
-            return reference(*given, scale, window, alibi_slopes, *scales)  # type: ignore[no-any-return]
-        _check_attention(*given)
+        options = (alibi_slopes, key_scales, value_scales)
+        kind = _KINDS.get(key_cache.dtype)
+        if q.dtype is not float32 or kind is None:
+            return reference(*given, scale, window, *options)  # type: ignore[no-any-return]
+        _check_attention(*given, *options)
         tokens, heads, head_dim = q.shape
-        blocks, block_tokens, kv_heads, _ = key_cache.shape
         q = q if q.stride(2) == 1 else q.contiguous()
         tables, lengths = block_tables.contiguous(), query_lengths.contiguous()
         kv_lengths = kv_lengths.contiguous()
+        slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
         y = q.new_empty((tokens, heads, head_dim))
-        status = call(
+        arguments = _PagedAttention(
             q.data_ptr(),
             key_cache.data_ptr(),
             value_cache.data_ptr(),
+            None if key_scales is None else key_scales.data_ptr(),
+            None if value_scales is None else value_scales.data_ptr(),
+            None if slopes is None else slopes.data_ptr(),
             tables.data_ptr(),
             lengths.data_ptr(),
             kv_lengths.data_ptr(),
             y.data_ptr(),
             lengths.shape[0],
+            tokens,
             tables.shape[1],
             heads,
             q.stride(0),
             q.stride(1),
-            blocks,
-            block_tokens,
-            kv_heads,
-            head_dim,
+            *key_cache.shape,
+            window,
+            kind,
             get_num_threads(),
+            scale,
         )
+        status = call(arguments)
         if status:
-            what = "a block table leads out of the cache" if status == 1 else "out of memory"
-            raise KernelError(f"paged_attention: {what}.")
+            raise _refusal(status, q, key_cache, block_tables, query_lengths, kv_lengths)
         return y
 
     return run
@@ -131,23 +193,21 @@ def _check_attention(
     block_tables: torch.Tensor,
     query_lengths: torch.Tensor,
     kv_lengths: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> None:
-    """Raises KernelError unless every address that the kernel makes of these lies within them."""
+    """Raises KernelError unless these fit together; the kernel looks at the lengths itself."""
     integers = (block_tables, query_lengths, kv_lengths)
-    fits = (
+    if not (
         q.dim() == 3
-        and key_cache.dim() == 4
-        and value_cache.shape == key_cache.shape
+        and _is_cache(key_cache, value_cache, key_scales, value_scales)
         and q.shape[2] == key_cache.shape[3]
         and q.shape[1] % key_cache.shape[2] == 0
         and block_tables.dim() == 2
         and query_lengths.shape == kv_lengths.shape == block_tables.shape[:1]
-        and key_cache.is_contiguous()
-        and value_cache.is_contiguous()
-        and all(t.dtype is torch.int64 for t in integers)
-        and all(t.is_cpu for t in (q, key_cache, value_cache, *integers))
-    )
-    if not fits:
+        and all(t.dtype is torch.int64 and t.is_cpu for t in integers)
+    ):
         raise refuse(
             "paged_attention",
             q=q,
@@ -157,12 +217,28 @@ def _check_attention(
             query_lengths=query_lengths,
             kv_lengths=kv_lengths,
         )
-    room = block_tables.shape[1] * key_cache.shape[1]
-    queries, keys = query_lengths.tolist(), kv_lengths.tolist()
-    if sum(queries) != q.shape[0] or not all(
-        1 <= n <= m <= room for n, m in zip(queries, keys, strict=True)
+    slopes = alibi_slopes
+    if slopes is not None and not (
+        slopes.shape == q.shape[1:2] and slopes.dtype is torch.float32 and slopes.is_cpu
     ):
-        raise KernelError(
-            f"paged_attention: {q.shape[0]} queries and tables for {room} keys were given, but the "
-            f"lengths are {queries} queries of {keys} keys."
-        )
+        raise refuse("paged_attention", q=q, alibi_slopes=slopes)
+
+
+def _refusal(
+    status: int,
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_lengths: torch.Tensor,
+    kv_lengths: torch.Tensor,
+) -> KernelError:
+    """The error for what the kernel found wrong."""
+    if status == 1:
+        return KernelError("paged_attention: a block table leads out of the cache.")
+    if status == 2:
+        return KernelError("paged_attention: out of memory.")
+    room = block_tables.shape[1] * key_cache.shape[1]
+    return KernelError(
+        f"paged_attention: {q.shape[0]} queries and tables for {room} keys were given, but the "
+        f"lengths are {query_lengths.tolist()} queries of {kv_lengths.tolist()} keys."
+    )

@@ -1,20 +1,93 @@
-// New keys and values into the slots of a paged cache, fp32.
-#include <cstring>
+// New keys and values into the slots of a paged cache: fp32, or rounded to bf16 or int8.
+#include <algorithm>
+#include <cmath>
 
 #include "simd.h"
+#include "threads.h"
 
-// Rows of k and v, `width` numbers each, lie `k_stride` and `v_stride` numbers apart; the caches
-// hold `capacity` rows. 0, or 1 when a slot is outside: then nothing is written.
-QK_EXPORT int qk_kv_write(const float* k, const float* v, float* keys, float* values,
-                          const int64_t* slots, int64_t tokens, int64_t width, int64_t k_stride,
-                          int64_t v_stride, int64_t capacity) {
-    for (int64_t i = 0; i < tokens; i++) {
-        if (slots[i] < 0 || slots[i] >= capacity) return 1;
+// Rows of k and v, heads · head_dim numbers each, lie `k_stride` and `v_stride` numbers apart; the
+// caches hold `capacity` rows and are contiguous, as are their scales, null unless `kind` is 2.
+// `kind` is 0 for fp32, 1 for bf16, 2 for int8.
+struct KvWriteArguments {
+    const float *k, *v;
+    void *keys, *values;
+    float *key_scales, *value_scales;
+    const int64_t* slots;
+    int64_t tokens, heads, head_dim, k_stride, v_stride, capacity, kind, threads;
+};
+
+namespace qk {
+namespace {
+
+void write_row(const float* row, float* to, float*, int64_t heads, int64_t head_dim) {
+    std::memcpy(to, row, static_cast<size_t>(heads * head_dim) * sizeof(float));
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+void write_row(const float* row, uint16_t* to, float*, int64_t heads, int64_t head_dim) {
+    for (int64_t i = 0; i < heads * head_dim; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, row + i, 4);
+        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        bool nan = (bits & 0x7fffffff) > 0x7f800000;
+        to[i] = static_cast<uint16_t>(nan ? 0x7fc0 : rounded);
     }
-    size_t bytes = static_cast<size_t>(width) * sizeof(float);
-    for (int64_t i = 0; i < tokens; i++) {
-        std::memcpy(keys + slots[i] * width, k + i * k_stride, bytes);
-        std::memcpy(values + slots[i] * width, v + i * v_stride, bytes);
+}
+
+// The largest magnitude; as bits, NaN is the largest of all.
+float largest(const float* row, int64_t count) {
+    int32_t highest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;
+        std::memcpy(&bits, row + i, 4);
+        highest = std::max(highest, bits & 0x7fffffff);
     }
+    float value;
+    std::memcpy(&value, &highest, 4);
+    return value;
+}
+
+void write_row(const float* row, int8_t* to, float* scales, int64_t heads, int64_t head_dim) {
+    for (int64_t head = 0; head < heads; head++, row += head_dim, to += head_dim) {
+        float scale = largest(row, head_dim) / 127.0f;
+        scales[head] = scale;
+        for (int64_t i = 0; i < head_dim; i++) {
+            float quotient = row[i] / scale;  // 0 / 0 in a row of zeros
+            if (quotient != quotient) quotient = 0.0f;
+            quotient = std::min(127.0f, std::max(-127.0f, quotient));
+            to[i] = static_cast<int8_t>(std::nearbyint(quotient));
+        }
+    }
+}
+
+template <class T>
+void write(const KvWriteArguments& a) {
+    int64_t width = a.heads * a.head_dim;
+    int64_t per_chunk = std::max<int64_t>(1, 16384 / width);
+    auto threads = static_cast<int>(a.threads);
+    parallel((a.tokens + per_chunk - 1) / per_chunk, threads, [&](int64_t chunk, int) {
+        int64_t end = std::min(a.tokens, (chunk + 1) * per_chunk);
+        for (int64_t i = chunk * per_chunk; i < end; i++) {
+            int64_t slot = a.slots[i], scale = a.key_scales ? slot * a.heads : 0;
+            write_row(a.k + i * a.k_stride, static_cast<T*>(a.keys) + slot * width,
+                      a.key_scales + scale, a.heads, a.head_dim);
+            write_row(a.v + i * a.v_stride, static_cast<T*>(a.values) + slot * width,
+                      a.value_scales + scale, a.heads, a.head_dim);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace qk
+
+// 0, or 1 when a slot is outside: then nothing is written.
+QK_EXPORT int qk_kv_write(const KvWriteArguments* a) {
+    for (int64_t i = 0; i < a->tokens; i++) {
+        if (a->slots[i] < 0 || a->slots[i] >= a->capacity) return 1;
+    }
+    auto* go = a->kind == 0   ? qk::write<float>
+               : a->kind == 1 ? qk::write<uint16_t>
+                              : qk::write<int8_t>;
+    go(*a);
     return 0;
 }

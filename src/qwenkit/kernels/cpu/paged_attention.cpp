@@ -1,217 +1,309 @@
-// Causal attention over a paged cache (arXiv 2309.06180, 2305.13245), fp32.
+// Causal attention over a paged cache (arXiv 2309.06180, 2305.13245), in fp32 over keys and values
+// kept as fp32, bf16 or int8; blocked, with a running maximum (arXiv 2205.14135).
 //
-// A query sees the first `limit` keys of its sequence. Its scores, their maximum, their sum and
-// the weighted sum of values are each taken in the order of the keys, by lanes, whatever else is
-// in the call: a token's result is the same in any batch and any cut of the prompt into chunks.
-// The queries of one token that share a key head go through the keys together.
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <new>
-#include <vector>
-
-#include "simd.h"
+// The keys of a sequence are cut into segments at fixed positions. A query's result of each is
+// computed by itself and merged with those before it, in their order: the same bits in any batch,
+// any cut of the prompt into chunks and on any number of threads. An item of work is one key head
+// and some neighbouring queries of a sequence; where there are too few for all threads, their
+// segments are computed apart and merged at the end.
+#include "attention_tile.h"
 #include "threads.h"
+
+// Caches, scales and out are contiguous; rows of q and its heads lie `token_stride` and
+// `head_stride` numbers apart. Scales and slopes may be null; `kind` is 0 for fp32, 1 for bf16, 2
+// for int8. `table_width` is the number of blocks that a table has room for.
+struct PagedAttentionArguments {
+    const float* q;
+    const void *keys, *values;
+    const float *key_scales, *value_scales, *slopes;
+    const int64_t *tables, *query_lengths, *kv_lengths;
+    float* out;
+    int64_t sequences, tokens, table_width, heads, token_stride, head_stride, blocks, block_tokens,
+        kv_heads, head_dim, window, kind, threads;
+    float scale;
+};
 
 namespace qk {
 namespace {
 
-constexpr int together = lanes == 16 ? 4 : 2;  // queries whose four sums each fit the registers
-constexpr int64_t run_tokens = 8;  // queries one after another, for which keys stay in cache
+using Arguments = PagedAttentionArguments;
 
-struct Cache {
-    const float *keys, *values;
-    int64_t blocks, block_tokens, kv_heads, head_dim;
-};
+enum Status { fine, table_leads_outside, no_memory, lengths_do_not_fit };
 
-// Keys and values of one head: key j lies at row rows[j].
-struct Head {
-    const float *keys, *values;
-    const int64_t* rows;
-    int64_t row_stride, head_dim;
-};
-
-// scores[i][j] = query i · key j, four keys at a time; four are written beyond the last at most.
-template <int Queries>
-void find_scores(const Head& head, const float* q, int64_t q_stride, int64_t limit, float* scores,
-                 int64_t scores_stride) {
-    for (int64_t j = 0; j < limit; j += 4) {
-        const float* key[4];
-        for (int r = 0; r < 4; r++) {
-            key[r] = head.keys + head.rows[std::min(j + r, limit - 1)] * head.row_stride;
-        }
-        vec sums[Queries][4] = {};
-        for (int64_t d = 0; d < head.head_dim; d += lanes) {
-            int64_t left = head.head_dim - d;
-            vec k[4];
-            QK_UNROLL for (int r = 0; r < 4; r++) k[r] = load_some(key[r] + d, left);
-            QK_UNROLL for (int i = 0; i < Queries; i++) {
-                vec query = load_some(q + i * q_stride + d, left);
-                QK_UNROLL for (int r = 0; r < 4; r++) sums[i][r] = fma(query, k[r], sums[i][r]);
-            }
-        }
-        for (int i = 0; i < Queries; i++) sum4(sums[i], scores + i * scores_stride + j);
-    }
-}
-
-// Scores to exp(scale · (score - maximum)); returns their sum. Room up to a whole vector is used.
-float exponentiate(float* scores, int64_t limit, float scale) {
-    int64_t padded = (limit + lanes - 1) / lanes * lanes;
-    std::fill(scores + limit, scores + padded, -std::numeric_limits<float>::infinity());
-    vec highest = load(scores);
-    for (int64_t j = lanes; j < padded; j += lanes) highest = max(load(scores + j), highest);
-    float by_lane[lanes];
-    store(by_lane, highest);
-    vec maximum = splat(*std::max_element(by_lane, by_lane + lanes));
-    vec sums[4] = {};
-    for (int64_t j = 0; j < padded; j += lanes) {
-        vec weight = exponential((load(scores + j) - maximum) * splat(scale));
-        store(scores + j, weight);
-        sums[0] = sums[0] + weight;
-    }
-    float total[4];
-    sum4(sums, total);
-    return total[0];
-}
-
-// out[i] = Σ_j scores[i][j] · value j / totals[i].
-template <int Queries>
-void weigh_values(const Head& head, const float* scores, int64_t scores_stride, int64_t limit,
-                  const float* totals, float* out) {
-    for (int64_t d = 0; d < head.head_dim; d += 4 * lanes) {
-        int64_t left = head.head_dim - d;
-        vec sums[Queries][4] = {};
-        for (int64_t j = 0; j < limit; j++) {
-            const float* value = head.values + head.rows[j] * head.row_stride + d;
-            vec v[4];
-            QK_UNROLL for (int c = 0; c < 4; c++) {
-                v[c] = load_some(value + c * lanes, left - c * lanes);
-            }
-            QK_UNROLL for (int i = 0; i < Queries; i++) {
-                vec weight = splat(scores[i * scores_stride + j]);
-                QK_UNROLL for (int c = 0; c < 4; c++) sums[i][c] = fma(weight, v[c], sums[i][c]);
-            }
-        }
-        for (int i = 0; i < Queries; i++) {
-            for (int c = 0; c < 4; c++) {
-                store_some(out + i * head.head_dim + d + c * lanes, sums[i][c] / splat(totals[i]),
-                           left - c * lanes);
-            }
-        }
-    }
-}
-
-template <int Queries>
-void attend(const Head& head, const float* q, int64_t q_stride, int64_t limit, float* scores,
-            int64_t scores_stride, float* out) {
-    find_scores<Queries>(head, q, q_stride, limit, scores, scores_stride);
-    float scale = 1.0f / std::sqrt(static_cast<float>(head.head_dim));
-    float totals[Queries];
-    for (int i = 0; i < Queries; i++) {
-        totals[i] = exponentiate(scores + i * scores_stride, limit, scale);
-    }
-    weigh_values<Queries>(head, scores, scores_stride, limit, totals, out);
-}
-
-struct Queries {
-    const float* q;
-    float* out;
-    int64_t heads, token_stride, head_stride;
-};
+constexpr int64_t most_rows = 16 * tile_tokens;  // queries of an item, unless a group has more
+constexpr int64_t most_apart = 1 << 22;          // numbers kept for segments computed apart
+constexpr int64_t items_per_thread = 8;          // enough for an even share of uneven ones
+constexpr int64_t worth_a_thread = 100000;       // products; less is done before a helper comes
 
 struct Sequence {
-    int64_t first_token, query_length, kv_length;
-    int64_t first_row, first_chunk;  // where it begins among all rows and all chunks of work
+    const int64_t* table;
+    int64_t first_token, query_length, kv_length, first_item;
 };
 
-int64_t runs(int64_t query_length) { return (query_length + run_tokens - 1) / run_tokens; }
+// How a call is cut up. `rows` and `segments` are the most that an item has; `apart`: each of them
+// is work of its own.
+struct Plan {
+    Sequence* sequences;
+    int64_t items, products, group, run_tokens, rows, width, segments;
+    bool apart;
 
-// All heads of a group for one token, at most `together` at a time.
-void attend_group(const Head& head, const Queries& queries, int64_t token, int64_t first,
-                  int64_t count, int64_t limit, float* scores, int64_t scores_stride) {
-    for (int64_t i = 0, taken; i < count; i += taken) {
-        taken = std::min<int64_t>(together, count - i);
-        const float* q =
-            queries.q + token * queries.token_stride + (first + i) * queries.head_stride;
-        float* out = queries.out + (token * queries.heads + first + i) * head.head_dim;
-        auto* go = taken == 1   ? attend<1>
-                   : taken == 2 ? attend<2>
-                   : taken == 3 ? attend<3>
-                                : attend<4>;
-        go(head, q, queries.head_stride, limit, scores, scores_stride, out);
+    int64_t partial_size() const { return rows * (width + 2); }
+};
+
+struct Item {
+    Rows rows;
+    const int64_t* table;
+    int64_t kv_head, first_token;  // the token of its first query among all
+};
+
+// Numbers of scratch memory for one thread: keys, values, scores, factors, value scales, queries,
+// one segment's result and the result so far.
+int64_t place_size(const Plan& plan, int64_t head_dim) {
+    int64_t queries = (plan.rows * head_dim + 15) / 16 * 16;
+    return segment_tokens * (head_dim + plan.width + plan.rows + 2) + queries +
+           2 * ((plan.partial_size() + 15) / 16 * 16);
+}
+
+Partial partial_at(const Plan& plan, float* memory) {
+    return {memory, memory + plan.rows * plan.width};
+}
+
+Item find_item(const Arguments& a, const Plan& plan, int64_t index) {
+    const Sequence* after = std::upper_bound(
+        plan.sequences, plan.sequences + a.sequences, index,
+        [](int64_t wanted, const Sequence& other) { return wanted < other.first_item; });
+    const Sequence& s = after[-1];
+    int64_t kv_head = (index - s.first_item) % a.kv_heads;
+    int64_t token = (index - s.first_item) / a.kv_heads * plan.run_tokens;
+    int64_t count = std::min(plan.run_tokens, s.query_length - token);
+    const float* q = a.q + (s.first_token + token) * a.token_stride +
+                     kv_head * plan.group * a.head_stride;
+    const float* slopes = a.slopes ? a.slopes + kv_head * plan.group : nullptr;
+    return {{q, a.head_stride, count * plan.group, plan.group,
+             s.kv_length - s.query_length + token, a.window, slopes},
+            s.table,
+            kv_head,
+            s.first_token + token};
+}
+
+// The queries of several tokens, one after another, so that all are equally far apart.
+void gather(const Arguments& a, Rows& rows, float* memory) {
+    if (rows.count == rows.group) return;
+    for (int64_t r = 0; r < rows.count; r++) {
+        const float* q = rows.q + r / rows.group * a.token_stride + r % rows.group * a.head_stride;
+        std::copy(q, q + a.head_dim, memory + r * a.head_dim);
+    }
+    rows.q = memory;
+    rows.q_stride = a.head_dim;
+}
+
+template <class T>
+void attend_segment_of(const Arguments& a, const Item& item, int64_t start, const Workplace& place,
+                       const Partial& partial) {
+    int64_t offsets[segment_tokens];
+    int64_t first = std::max(item.rows.lowest(0) - start, int64_t{0});
+    int64_t last = std::min(item.rows.limit(item.rows.count - 1) - start, segment_tokens);
+    int64_t step = a.kv_heads * a.head_dim;
+    for (int64_t j = first; j < last;) {  // a block at a time
+        int64_t block = item.table[(start + j) / a.block_tokens];
+        int64_t within = (start + j) % a.block_tokens;
+        int64_t row = (block * a.block_tokens + within) * step + item.kv_head * a.head_dim;
+        int64_t end = std::min(last, j + a.block_tokens - within);
+        for (; j < end; j++, row += step) offsets[j] = row;
+    }
+    attend_segment<T>({static_cast<const T*>(a.keys), static_cast<const T*>(a.values),
+                       a.key_scales, a.value_scales, offsets, a.head_dim, start, first, last,
+                       a.head_dim},
+                      item.rows, a.scale, place, partial);
+}
+
+void attend_segment_as(const Arguments& a, const Item& item, int64_t start, const Workplace& place,
+                       const Partial& partial) {
+    auto* go = a.kind == 0   ? attend_segment_of<float>
+               : a.kind == 1 ? attend_segment_of<uint16_t>
+                             : attend_segment_of<int8_t>;
+    go(a, item, start, place, partial);
+}
+
+// The result so far and that of the next segment, each scaled to the maximum of both.
+void merge(const Rows& rows, int64_t start, int64_t width, const Partial& sum,
+           const Partial& next) {
+    for (int64_t r = 0; r < rows.count; r++) {
+        if (!rows.sees(r, start)) continue;
+        float *mark = sum.marks + 2 * r, *other = next.marks + 2 * r;
+        float *sums = sum.sums + r * width, *others = next.sums + r * width;
+        if (rows.lowest(r) >= start) {  // the first that this query sees
+            std::copy(others, others + width, sums);
+            std::copy(other, other + 2, mark);
+            continue;
+        }
+        float highest = std::max(mark[0], other[0]);
+        float scaled[lanes] = {mark[0] - highest, other[0] - highest};
+        store(scaled, exponential(load(scaled)));
+        vec mine = splat(scaled[0]), theirs = splat(scaled[1]);
+        for (int64_t d = 0; d < width; d += lanes) {
+            store(sums + d, fma(load(others + d), theirs, load(sums + d) * mine));
+        }
+        mark[0] = highest;
+        mark[1] = mark[1] * scaled[0] + other[1] * scaled[1];
     }
 }
 
-void attend_all(const Queries& queries, const Cache& cache, const std::vector<Sequence>& sequences,
-                const std::vector<int64_t>& rows, float* memory, int64_t scores_stride,
-                int threads) {
-    int64_t group = queries.heads / cache.kv_heads;
-    const Sequence& last = sequences.back();
-    int64_t chunks = last.first_chunk + runs(last.query_length) * cache.kv_heads;
-    parallel(chunks, threads, [&](int64_t chunk, int slot) {
-        auto after = std::upper_bound(
-            sequences.begin(), sequences.end(), chunk,
-            [](int64_t wanted, const Sequence& other) { return wanted < other.first_chunk; });
-        const Sequence& s = *(after - 1);
-        int64_t kv_head = (chunk - s.first_chunk) % cache.kv_heads;
-        int64_t run = (chunk - s.first_chunk) / cache.kv_heads;
-        int64_t offset = kv_head * cache.head_dim;
-        Head head{cache.keys + offset, cache.values + offset, rows.data() + s.first_row,
-                  cache.kv_heads * cache.head_dim, cache.head_dim};
-        int64_t end = std::min(s.query_length, (run + 1) * run_tokens);
-        for (int64_t t = run * run_tokens; t < end; t++) {
-            attend_group(head, queries, s.first_token + t, kv_head * group, group,
-                         s.kv_length - s.query_length + t + 1,
-                         memory + slot * together * scores_stride, scores_stride);
+void finish(const Arguments& a, const Item& item, int64_t width, const Partial& sum) {
+    for (int64_t r = 0; r < item.rows.count; r++) {
+        int64_t group = item.rows.group, head = item.kv_head * group + r % group;
+        float* out = a.out + ((item.first_token + r / group) * a.heads + head) * a.head_dim;
+        vec total = splat(sum.marks[2 * r + 1]);
+        for (int64_t d = 0; d < a.head_dim; d += lanes) {
+            store_some(out + d, load(sum.sums + r * width + d) / total, a.head_dim - d);
         }
-    });
+    }
 }
 
-// Appends the cache rows of a sequence's tokens; false when its table leads out of the cache.
-bool find_rows(const Cache& cache, const int64_t* table, int64_t kv_length,
-               std::vector<int64_t>& rows) {
-    for (int64_t j = 0; j < kv_length; j += cache.block_tokens, table++) {
-        if (*table < 0 || *table >= cache.blocks) return false;
-        int64_t count = std::min(kv_length - j, cache.block_tokens);
-        for (int64_t i = 0; i < count; i++) rows.push_back(*table * cache.block_tokens + i);
+int64_t first_segment(const Rows& rows) { return rows.lowest(0) / segment_tokens; }
+int64_t last_segment(const Rows& rows) {
+    return (rows.limit(rows.count - 1) - 1) / segment_tokens;
+}
+
+struct Memory {
+    Workplace place;
+    float* queries;
+    Partial next, sum;
+};
+
+Memory place_at(const Arguments& a, const Plan& plan, float* memory) {
+    auto take = [&](int64_t count) {
+        float* taken = memory;
+        memory += (count + 15) / 16 * 16;
+        return taken;
+    };
+    Workplace place{take(segment_tokens * a.head_dim),
+                    take(segment_tokens * plan.width),
+                    take(segment_tokens * plan.rows),
+                    take(segment_tokens),
+                    take(segment_tokens),
+                    plan.width};
+    float* queries = take(plan.rows * a.head_dim);
+    Partial next = partial_at(plan, take(plan.partial_size()));
+    return {place, queries, next, partial_at(plan, take(plan.partial_size()))};
+}
+
+void attend_whole(const Arguments& a, const Plan& plan, int64_t index, const Memory& memory) {
+    Item item = find_item(a, plan, index);
+    gather(a, item.rows, memory.queries);
+    for (int64_t s = first_segment(item.rows); s <= last_segment(item.rows); s++) {
+        attend_segment_as(a, item, s * segment_tokens, memory.place, memory.next);
+        merge(item.rows, s * segment_tokens, plan.width, memory.sum, memory.next);
+    }
+    finish(a, item, plan.width, memory.sum);
+}
+
+void attend_apart(const Arguments& a, const Plan& plan, int64_t index, int64_t segment,
+                  const Memory& memory, float* partials) {
+    Item item = find_item(a, plan, index);
+    if (segment < first_segment(item.rows) || segment > last_segment(item.rows)) return;
+    gather(a, item.rows, memory.queries);
+    float* result = partials + (index * plan.segments + segment) * plan.partial_size();
+    attend_segment_as(a, item, segment * segment_tokens, memory.place, partial_at(plan, result));
+}
+
+void merge_item(const Arguments& a, const Plan& plan, int64_t index, const Partial& sum,
+                float* partials) {
+    Item item = find_item(a, plan, index);
+    for (int64_t s = first_segment(item.rows); s <= last_segment(item.rows); s++) {
+        float* result = partials + (index * plan.segments + s) * plan.partial_size();
+        merge(item.rows, s * segment_tokens, plan.width, sum, partial_at(plan, result));
+    }
+    finish(a, item, plan.width, sum);
+}
+
+// The sizes of a call; false when a length does not fit its table or the queries.
+bool measure(const Arguments& a, Plan& plan) {
+    int64_t tokens = 0, most_queries = 1, longest = 1;
+    for (int64_t s = 0; s < a.sequences; s++) {
+        int64_t query_length = a.query_lengths[s], kv_length = a.kv_lengths[s];
+        if (query_length < 1 || kv_length < query_length || query_length > a.tokens - tokens ||
+            kv_length > a.table_width * a.block_tokens) {
+            return false;
+        }
+        tokens += query_length;
+        most_queries = std::max(most_queries, query_length);
+        longest = std::max(longest, kv_length);
+    }
+    plan.group = a.heads / a.kv_heads;
+    plan.run_tokens = std::min(std::max<int64_t>(1, most_rows / plan.group), most_queries);
+    plan.rows = plan.run_tokens * plan.group;
+    plan.width = (a.head_dim + lanes - 1) / lanes * lanes;
+    plan.segments = (longest + segment_tokens - 1) / segment_tokens;
+    plan.items = plan.products = 0;
+    for (int64_t s = 0; s < a.sequences; s++) {
+        int64_t count = (a.query_lengths[s] + plan.run_tokens - 1) / plan.run_tokens;
+        plan.items += count * a.kv_heads;
+        int64_t keys = a.kv_lengths[s];
+        if (a.window > 0) keys = std::min(keys, a.window + a.query_lengths[s]);
+        plan.products += a.query_lengths[s] * keys * a.heads * a.head_dim;
+    }
+    return tokens == a.tokens;
+}
+
+// False when a table leads out of the cache where a query still needs it.
+bool list_sequences(const Arguments& a, const Plan& plan) {
+    int64_t token = 0, item = 0;
+    for (int64_t i = 0; i < a.sequences; i++) {
+        const int64_t* table = a.tables + i * a.table_width;
+        int64_t query_length = a.query_lengths[i], kv_length = a.kv_lengths[i];
+        int64_t hidden = a.window > 0 ? kv_length - query_length + 1 - a.window : 0;
+        int64_t block = std::max<int64_t>(0, hidden) / a.block_tokens;
+        for (; block * a.block_tokens < kv_length; block++) {
+            if (table[block] < 0 || table[block] >= a.blocks) return false;
+        }
+        plan.sequences[i] = {table, token, query_length, kv_length, item};
+        token += query_length;
+        item += (query_length + plan.run_tokens - 1) / plan.run_tokens * a.kv_heads;
     }
     return true;
+}
+
+// Long runs of a prompt come last, so the last items are begun first.
+void attend_all(const Arguments& a, const Plan& plan, int threads, float* memory,
+                float* partials) {
+    int64_t size = place_size(plan, a.head_dim);
+    if (!plan.apart) {
+        return parallel(plan.items, threads, [&](int64_t chunk, int slot) {
+            attend_whole(a, plan, plan.items - 1 - chunk, place_at(a, plan, memory + slot * size));
+        });
+    }
+    parallel(plan.items * plan.segments, threads, [&](int64_t chunk, int slot) {
+        // The heads of one segment one after another: their keys are neighbours in memory.
+        int64_t head = chunk % a.kv_heads, segment = chunk / a.kv_heads % plan.segments;
+        int64_t run = chunk / a.kv_heads / plan.segments;
+        attend_apart(a, plan, run * a.kv_heads + head, segment,
+                     place_at(a, plan, memory + slot * size), partials);
+    });
+    for (int64_t item = 0; item < plan.items; item++) {
+        merge_item(a, plan, item, place_at(a, plan, memory).sum, partials);
+    }
+}
+
+Status attend(const Arguments& a) {
+    Plan plan{};
+    if (!measure(a, plan)) return lengths_do_not_fit;
+    int threads = plan.products < worth_a_thread ? 1 : static_cast<int>(a.threads);
+    int64_t partials = plan.items * plan.segments * plan.partial_size();
+    plan.apart = threads > 1 && plan.segments > 1 && partials <= most_apart &&
+                 plan.items < items_per_thread * threads;
+    auto listed = static_cast<int64_t>(sizeof(Sequence) / sizeof(float)) * a.sequences;
+    listed = (listed + 15) / 16 * 16;
+    int64_t places = threads * place_size(plan, a.head_dim);
+    float* memory = scratch(static_cast<size_t>(listed + places + (plan.apart ? partials : 0)));
+    if (!memory) return no_memory;
+    plan.sequences = reinterpret_cast<Sequence*>(memory);
+    if (!list_sequences(a, plan)) return table_leads_outside;
+    attend_all(a, plan, threads, memory + listed, memory + listed + places);
+    return fine;
 }
 
 }  // namespace
 }  // namespace qk
 
-// Caches are contiguous; rows of q and its heads lie `token_stride` and `head_stride` numbers
-// apart; out is contiguous. The caller has made sure that tables are as wide as lengths need.
-// 0, 1 when a table leads out of the cache, 2 when there is no memory.
-QK_EXPORT int qk_paged_attention(const float* q, const float* keys, const float* values,
-                                 const int64_t* tables, const int64_t* query_lengths,
-                                 const int64_t* kv_lengths, float* out, int64_t sequence_count,
-                                 int64_t table_stride, int64_t heads, int64_t token_stride,
-                                 int64_t head_stride, int64_t blocks, int64_t block_tokens,
-                                 int64_t kv_heads, int64_t head_dim, int threads) try {
-    using namespace qk;
-    Cache cache{keys, values, blocks, block_tokens, kv_heads, head_dim};
-    std::vector<Sequence> sequences;
-    std::vector<int64_t> rows;
-    int64_t token = 0, chunk = 0, longest = 0, products = 0;
-    for (int64_t s = 0; s < sequence_count; s++) {
-        int64_t query_length = query_lengths[s], kv_length = kv_lengths[s];
-        auto first_row = static_cast<int64_t>(rows.size());
-        sequences.push_back({token, query_length, kv_length, first_row, chunk});
-        if (!find_rows(cache, tables + s * table_stride, kv_length, rows)) return 1;
-        token += query_length;
-        chunk += runs(query_length) * kv_heads;
-        longest = std::max(longest, kv_length);
-        products += query_length * kv_length * heads * head_dim;
-    }
-    if (products < 50000) threads = 1;  // done before a helper could come
-    int64_t scores_stride = (longest + 15) / 16 * 16;
-    float* memory = scratch(scores_stride * together * threads);
-    if (!memory) return 2;
-    attend_all({q, out, heads, token_stride, head_stride}, cache, sequences, rows, memory,
-               scores_stride, threads);
-    return 0;
-} catch (const std::bad_alloc&) {
-    return 2;
-}
+QK_EXPORT int qk_paged_attention(const PagedAttentionArguments* a) { return qk::attend(*a); }

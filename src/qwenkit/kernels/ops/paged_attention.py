@@ -128,41 +128,47 @@ def _shape(
     return q.new_empty(q.shape)
 
 
+# heads, kv_heads, head_dim, block_tokens, (query_length, kv_length) of each sequence
+_Shape = tuple[int, int, int, int, tuple[tuple[int, int], ...]]
+_PLAIN: tuple[_Shape, ...] = (
+    (1, 1, 2, 1, ((1, 1),)),
+    (4, 2, 8, 16, ((1, 33),)),
+    (9, 3, 64, 16, ((1, 1), (1, 16), (1, 17), (1, 100))),
+    (14, 2, 64, 16, ((1, 5), (20, 20), (7, 30), (1, 48), (16, 32))),
+    (6, 6, 10, 5, ((13, 13),)),
+    (2, 1, 128, 16, ((3, 70), (1, 9))),
+)
+_WITH_OPTIONS: tuple[_Shape, ...] = (
+    (14, 2, 64, 16, ((1, 261), (4, 33), (1, 1))),
+    (3, 3, 80, 7, ((1, 40), (19, 19))),
+    (4, 2, 96, 16, ((5, 517),)),
+    (8, 1, 128, 16, ((1, 17), (11, 59))),
+    (5, 1, 10, 3, ((1, 50), (9, 10))),
+)
+
+
 def _cases() -> Iterator[Arguments]:
-    """(query_length, kv_length) of each sequence; everything unused in the caches is NaN."""
+    """Everything unused in the caches is NaN."""
     generator = torch.Generator().manual_seed(0)
-    for heads, kv_heads, head_dim, block_tokens, sequences in (
-        (1, 1, 2, 1, ((1, 1),)),
-        (4, 2, 8, 16, ((1, 33),)),
-        (9, 3, 64, 16, ((1, 1), (1, 16), (1, 17), (1, 100))),
-        (14, 2, 64, 16, ((1, 5), (20, 20), (7, 30), (1, 48), (16, 32))),
-        (6, 6, 10, 5, ((13, 13),)),
-        (2, 1, 128, 16, ((3, 70), (1, 9))),
-    ):
+    for heads, kv_heads, head_dim, block_tokens, sequences in _PLAIN:
         q = torch.randn(sum(n for n, _ in sequences), heads, head_dim, generator=generator)
         lengths = torch.tensor(sequences).T.contiguous().unbind()
         shape = (block_tokens, kv_heads, head_dim)
         for scattered in (False, True):
             k, v = torch.randn(2, sum(n for _, n in sequences), *shape[1:], generator=generator)
-            caches = _filled(k, v, sequences, block_tokens, torch.float32, scattered)
-            yield q, *caches[:3], *lengths, head_dim**-0.5
-            yield q * 30, *caches[:3], *lengths, head_dim**-0.5  # one key takes all
-    for heads, kv_heads, head_dim, block_tokens, sequences in (
-        (14, 2, 64, 16, ((1, 261), (4, 33), (1, 1))),
-        (3, 3, 80, 7, ((1, 40), (19, 19))),
-        (4, 2, 96, 16, ((5, 517),)),
-        (8, 1, 128, 16, ((1, 17), (11, 59))),
-        (5, 1, 10, 3, ((1, 50), (9, 10))),
-    ):
+            caches, _ = _filled(k, v, sequences, block_tokens, torch.float32, scattered)
+            yield q, *caches, *lengths, head_dim**-0.5
+            yield q * 30, *caches, *lengths, head_dim**-0.5  # one key takes all
+    for heads, kv_heads, head_dim, block_tokens, sequences in _WITH_OPTIONS:
         q = torch.randn(sum(n for n, _ in sequences), heads, head_dim, generator=generator)
         lengths = torch.tensor(sequences).T.contiguous().unbind()
         k, v = _adversarial(sum(n for _, n in sequences), kv_heads, head_dim, generator)
         q[..., 1] *= 2**-8  # where the keys are large: softmax still has a choice to make
         slopes = torch.linspace(0.5, 0.001, heads)
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
-            *caches, key_scales, value_scales = _filled(k, v, sequences, block_tokens, dtype, True)
+            caches, scales = _filled(k, v, sequences, block_tokens, dtype, True)
             for window, alibi in ((0, None), (13, None), (0, slopes), (256, slopes)):
-                yield q, *caches, *lengths, 0.1, window, alibi, key_scales, value_scales
+                yield q, *caches, *lengths, 0.1, window, alibi, *scales
 
 
 def _adversarial(
@@ -183,8 +189,8 @@ def _filled(
     block_tokens: int,
     dtype: torch.dtype,
     scattered: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """Both caches holding k and v, the sequences' blocks, both scales; the rest is NaN."""
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+    """Both caches holding k and v and the sequences' blocks; both scales. The rest is NaN."""
     needed = [-(-length // block_tokens) for _, length in sequences]
     count = sum(needed) + 3
     generator = torch.Generator().manual_seed(count)
@@ -197,14 +203,14 @@ def _filled(
         places = torch.arange(length)
         slots.append(table[places // block_tokens] * block_tokens + places % block_tokens)
     empty = torch.full((count, block_tokens, *k.shape[1:]), torch.nan)
+    scales: tuple[torch.Tensor | None, ...] = None, None
     if dtype is torch.int8:
         keys, values = (torch.full(empty.shape, 99, dtype=dtype) for _ in "kv")
         scales = empty[..., 0].clone(), empty[..., 0].clone()
     else:
-        keys, values = empty.to(dtype), empty.to(dtype)
-        scales = None, None
+        keys, values = empty.to(dtype, copy=True), empty.to(dtype, copy=True)
     kv_write.reference(k, v, keys, values, torch.cat(slots), *scales)
-    return keys, values, tables, *scales
+    return (keys, values, tables), scales
 
 
 paged_attention = Op(

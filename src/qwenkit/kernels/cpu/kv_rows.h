@@ -1,0 +1,121 @@
+// Rows of a KV cache, kept as fp32, bf16 (uint16_t) or int8, as vectors of fp32.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace qk {
+
+using lane_words = int32_t __attribute__((vector_size(sizeof(vec))));
+using lane_halves = uint16_t __attribute__((vector_size(sizeof(vec) / 2)));
+
+inline vec widened(const float* p) { return load(p); }
+
+inline vec widened(const uint16_t* p) {
+    lane_halves bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (vec)(__builtin_convertvector(bits, lane_words) << 16);
+}
+
+inline vec widened(const int8_t* p) { return widen_signed(reinterpret_cast<const uint8_t*>(p)); }
+
+// As load_some.
+template <class T>
+inline vec widened_some(const T* p, int64_t count) {
+    if (count >= lanes) return widened(p);
+    T padded[lanes] = {};
+    if (count > 0) std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
+    return widened(padded);
+}
+
+inline float widened_one(float v) { return v; }
+inline float widened_one(int8_t v) { return v; }
+inline float widened_one(uint16_t v) {
+    uint32_t bits = uint32_t(v) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// out[t] = word t of each of `lanes` rows, for the first four words of 32 bits.
+inline void transpose(const uint8_t* const* rows, lane_words out[4]) {
+#if defined(__AVX2__)
+    auto quad = [&](int row) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row]));
+    };
+#if defined(__AVX512F__)
+    __m512i v[4];
+    QK_UNROLL for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_castsi128_si512(quad(i));
+        v[i] = _mm512_inserti32x4(v[i], quad(4 + i), 1);
+        v[i] = _mm512_inserti32x4(v[i], quad(8 + i), 2);
+        v[i] = _mm512_inserti32x4(v[i], quad(12 + i), 3);
+    }
+    __m512i low01 = _mm512_unpacklo_epi32(v[0], v[1]), high01 = _mm512_unpackhi_epi32(v[0], v[1]);
+    __m512i low23 = _mm512_unpacklo_epi32(v[2], v[3]), high23 = _mm512_unpackhi_epi32(v[2], v[3]);
+    out[0] = (lane_words)_mm512_unpacklo_epi64(low01, low23);
+    out[1] = (lane_words)_mm512_unpackhi_epi64(low01, low23);
+    out[2] = (lane_words)_mm512_unpacklo_epi64(high01, high23);
+    out[3] = (lane_words)_mm512_unpackhi_epi64(high01, high23);
+#else
+    __m256i v[4];
+    QK_UNROLL for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(quad(i)), quad(4 + i), 1);
+    }
+    __m256i low01 = _mm256_unpacklo_epi32(v[0], v[1]), high01 = _mm256_unpackhi_epi32(v[0], v[1]);
+    __m256i low23 = _mm256_unpacklo_epi32(v[2], v[3]), high23 = _mm256_unpackhi_epi32(v[2], v[3]);
+    out[0] = (lane_words)_mm256_unpacklo_epi64(low01, low23);
+    out[1] = (lane_words)_mm256_unpackhi_epi64(low01, low23);
+    out[2] = (lane_words)_mm256_unpacklo_epi64(high01, high23);
+    out[3] = (lane_words)_mm256_unpackhi_epi64(high01, high23);
+#endif
+#else
+    int32_t words[4][lanes];
+    for (int i = 0; i < lanes; i++) {
+        int32_t row[4];
+        std::memcpy(row, rows[i], sizeof row);
+        for (int t = 0; t < 4; t++) words[t][i] = row[t];
+    }
+    std::memcpy(out, words, sizeof words);
+#endif
+}
+
+// The numbers that one word of each row holds, from its lowest byte on, `step` floats apart.
+inline void store_words(lane_words w, const float*, float* out, int64_t) { store(out, (vec)w); }
+
+inline void store_words(lane_words w, const uint16_t*, float* out, int64_t step) {
+    store(out, (vec)(w << 16));
+    store(out + step, (vec)(w >> 16 << 16));
+}
+
+inline void store_words(lane_words w, const int8_t*, float* out, int64_t step) {
+    using floats = float __attribute__((vector_size(sizeof(vec))));
+    QK_UNROLL for (int i = 0; i < 4; i++) {
+        lane_words whole = w << (24 - 8 * i) >> 24;
+        store(out + i * step, (vec)__builtin_convertvector(whole, floats));
+    }
+}
+
+// out[d · step + i] = number d of row i, for `lanes` rows of `width` numbers.
+template <class T>
+inline void transpose_rows(const T* const* rows, int64_t width, float* out, int64_t step) {
+    constexpr int64_t at_once = 16 / sizeof(T);
+    int64_t d = 0;
+    for (; d + at_once <= width; d += at_once) {
+        const uint8_t* here[lanes];
+        QK_UNROLL for (int i = 0; i < lanes; i++) {
+            here[i] = reinterpret_cast<const uint8_t*>(rows[i] + d);
+        }
+        lane_words words[4];
+        transpose(here, words);
+        QK_UNROLL for (int t = 0; t < 4; t++) {
+            store_words(words[t], rows[0], out + (d + t * at_once / 4) * step, step);
+        }
+    }
+    for (; d < width; d++) {
+        for (int i = 0; i < lanes; i++) out[d * step + i] = widened_one(rows[i][d]);
+    }
+}
+
+}  // namespace qk
