@@ -70,7 +70,10 @@ def _x86(name: str, features: frozenset[str]) -> Variant:
 
 # From the fastest to the one that runs everywhere. On ARM "plain" has NEON, which is always there.
 VARIANTS = (
+    _x86("avx512_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}),
+    _x86("avx512_vnni", _AVX512 | {"avx512_vnni"}),
     _x86("avx512", _AVX512),
+    _x86("avx_vnni", _AVX2 | {"avx_vnni"}),
     _x86("avx2", _AVX2),
     Variant("neon_dotprod", ("-march=armv8.2-a+dotprod",), frozenset({"asimddp"}), "aarch64"),
     Variant("plain"),

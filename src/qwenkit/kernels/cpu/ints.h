@@ -1,0 +1,108 @@
+// Whole numbers beside `vec`: as many 32-bit lanes, and four bytes for each of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace qk {
+
+using words = int32_t __attribute__((vector_size(lanes * 4)));
+using bytes = uint8_t __attribute__((vector_size(lanes * 4)));
+using floats = float __attribute__((vector_size(lanes * 4)));
+
+inline words splat_word(int32_t v) { return words{} + v; }
+inline vec to_float(words w) { return (vec) __builtin_convertvector(w, floats); }
+
+inline bytes load_bytes(const uint8_t* p) {
+    bytes v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store_bytes(uint8_t* p, bytes v) { std::memcpy(p, &v, sizeof v); }
+
+// The same four bytes in every lane.
+inline words splat_bytes(const int8_t* p) {
+    int32_t v;
+    std::memcpy(&v, p, 4);
+    return splat_word(v);
+}
+
+inline bytes low_nibbles(bytes v) { return v & 15; }
+
+inline bytes high_nibbles(bytes v) {
+#if defined(__AVX512BW__)
+    return (bytes)_mm512_and_si512(_mm512_srli_epi16((__m512i)v, 4), _mm512_set1_epi8(15));
+#elif defined(__AVX2__)
+    return (bytes)_mm256_and_si256(_mm256_srli_epi16((__m256i)v, 4), _mm256_set1_epi8(15));
+#else
+    return v >> 4;
+#endif
+}
+
+// sum + the dot product of four bytes in each lane: w in [0, Most] × x in [-127, 127], exact.
+template <int Most>
+inline words dot4(words sum, bytes w, words x) {
+#if defined(__AVX512VNNI__)
+    return (words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+    if constexpr (Most < 128) {
+        __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)x);
+        return sum + (words)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    }
+    __m512i even = _mm512_and_si512((__m512i)w, _mm512_set1_epi16(255));
+    __m512i odd = _mm512_srli_epi16((__m512i)w, 8);
+    __m512i x_even = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8);
+    __m512i x_odd = _mm512_srai_epi16((__m512i)x, 8);
+    return sum + ((words)_mm512_madd_epi16(even, x_even) + (words)_mm512_madd_epi16(odd, x_odd));
+#elif defined(__AVXVNNI__)
+    return (words)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__)
+    if constexpr (Most < 128) {
+        __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+        return sum + (words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+    __m256i even = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255));
+    __m256i odd = _mm256_srli_epi16((__m256i)w, 8);
+    __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8);
+    __m256i x_odd = _mm256_srai_epi16((__m256i)x, 8);
+    return sum + ((words)_mm256_madd_epi16(even, x_even) + (words)_mm256_madd_epi16(odd, x_odd));
+#else
+    using signed_bytes = int8_t __attribute__((vector_size(lanes * 4)));
+#if defined(__ARM_FEATURE_DOTPROD)
+    if constexpr (Most < 128) {
+        return (words)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
+    }
+    // w = (w - 128) + 128: the second part is 128 · Σx.
+    int32x4_t shifted = vdotq_s32((int32x4_t)sum, (int8x16_t)(w ^ 128), (int8x16_t)x);
+    int32x4_t total = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(64), (int8x16_t)x);
+    return (words)vaddq_s32(shifted, vshlq_n_s32(total, 1));
+#else
+    auto xs = (signed_bytes)x;
+    for (int i = 0; i < lanes; i++) {
+        for (int c = 0; c < 4; c++) sum[i] += int32_t(w[4 * i + c]) * xs[4 * i + c];
+    }
+    return sum;
+#endif
+#endif
+}
+
+// Sixteen neighbouring half-precision numbers as fp32 vectors.
+inline void widen_halves(const uint16_t* p, vec out[16 / lanes]) {
+#if defined(__AVX512F__)
+    out[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    out[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    out[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+#else
+    for (int i = 0; i < 16 / lanes; i++) {
+        for (int j = 0; j < lanes; j++) {
+            out[i][j] = half(reinterpret_cast<const uint8_t*>(p + i * lanes + j));
+        }
+    }
+#endif
+}
+
+}  // namespace qk

@@ -1,0 +1,200 @@
+// Packed matrices: how they lie in memory, and the innermost loops over them.
+//
+// Rows go in panels of 16. A panel holds its columns one after another, those that an instruction
+// takes together side by side: four bytes of each row (int8), four low and four high halves of
+// bytes (int4: columns 4i … 4i + 3 and 16 + 4i … 16 + 4i + 3 of each 32), two bf16 or one fp32
+// number. Whole numbers are stored with their zero point added, so never negative; each `group` of
+// a row's columns has a scale, and a minimum where the format has one, sixteen rows side by side.
+//
+// One element of y is always the same sum. Whole numbers are added exactly within a group, and
+// groups are added up in their order by one chain of fused multiply-adds; bf16 and fp32 columns
+// likewise. So the result does not depend on the tokens of the call, on threads or on tiles.
+#pragma once
+
+#include <algorithm>
+
+#include "ints.h"
+
+namespace qk {
+
+constexpr int panel_rows = 16;
+constexpr int per_panel = panel_rows / lanes;  // vectors across a panel
+constexpr int wide = lanes == 16 ? 2 : 1;      // panels that a tile takes side by side
+constexpr int prefetch_bytes = 4096;           // how far ahead of the weights memory is asked for
+
+// Tokens rounded to eight bits by groups of columns, or to bf16, or as they are.
+struct Activations {
+    const int8_t* quants;    // [tokens, columns]
+    const float* scales;     // [tokens, groups]
+    const int32_t* offsets;  // [tokens, groups]: minus the zero point times the sum of quants
+    const float* sums;       // [tokens, groups]: scale times the sum of quants
+    const uint16_t* halves;  // [tokens, columns], bf16
+    const float* numbers;    // [tokens, columns]
+    int64_t columns, group, groups;
+};
+
+struct Panels {
+    const uint8_t* data;
+    const uint16_t *scales, *mins;
+    int64_t bytes;  // from one panel to the next
+};
+
+// Int4 as stored.
+struct Nibbles {
+    static constexpr int bytes_per_32 = 256;
+    static constexpr bool ahead = true;
+
+    template <int Tokens, int Vectors>
+    static void add(const uint8_t* const* data, const int8_t* x, int64_t x_stride,
+                    words sums[Tokens][Vectors]) {
+        QK_UNROLL for (int i = 0; i < 4; i++) {
+            bytes low[Vectors], high[Vectors];
+            QK_UNROLL for (int v = 0; v < Vectors; v++) {
+                bytes both = load_bytes(data[v] + i * 64);
+                low[v] = low_nibbles(both);
+                high[v] = high_nibbles(both);
+            }
+            QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                words four = splat_bytes(x + t * x_stride + 4 * i);
+                QK_UNROLL for (int v = 0; v < Vectors; v++) {
+                    sums[t][v] = dot4<15>(sums[t][v], low[v], four);
+                }
+            }
+            QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                words four = splat_bytes(x + t * x_stride + 16 + 4 * i);
+                QK_UNROLL for (int v = 0; v < Vectors; v++) {
+                    sums[t][v] = dot4<15>(sums[t][v], high[v], four);
+                }
+            }
+        }
+    }
+};
+
+// Numbers of at most `Most` in a byte each: int8 as stored, or int4 taken apart for many tokens.
+template <int Most>
+struct Bytes {
+    static constexpr int bytes_per_32 = 512;
+    static constexpr bool ahead = Most > 15;
+
+    template <int Tokens, int Vectors>
+    static void add(const uint8_t* const* data, const int8_t* x, int64_t x_stride,
+                    words sums[Tokens][Vectors]) {
+        QK_UNROLL for (int i = 0; i < 8; i++) {
+            bytes w[Vectors];
+            QK_UNROLL for (int v = 0; v < Vectors; v++) w[v] = load_bytes(data[v] + i * 64);
+            QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                words four = splat_bytes(x + t * x_stride + 4 * i);
+                QK_UNROLL for (int v = 0; v < Vectors; v++) {
+                    sums[t][v] = dot4<Most>(sums[t][v], w[v], four);
+                }
+            }
+        }
+    }
+};
+
+// y of some tokens × some panels of whole numbers.
+template <class Kind, int Tokens, int Count>
+void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
+                   vec y[Tokens][Count * per_panel]) {
+    constexpr int vectors = Count * per_panel;
+    const uint8_t* data[vectors];
+    QK_UNROLL for (int v = 0; v < vectors; v++) {
+        data[v] = panels.data + v / per_panel * panels.bytes + v % per_panel * lanes * 4;
+    }
+    QK_UNROLL for (int t = 0; t < Tokens; t++) {
+        QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
+    }
+    const int8_t* quants = x.quants + token * x.columns;
+    for (int64_t g = 0; g < x.groups; g++) {
+        int64_t at = token * x.groups + g;
+        words sums[Tokens][vectors];
+        QK_UNROLL for (int t = 0; t < Tokens; t++) {
+            words offset = splat_word(x.offsets[at + t * x.groups]);
+            QK_UNROLL for (int v = 0; v < vectors; v++) sums[t][v] = offset;
+        }
+        for (int64_t column = 0; column < x.group; column += 32) {
+            if constexpr (Kind::ahead) {
+                for (int p = 0; p < Count; p++) {
+                    for (int i = 0; i < Kind::bytes_per_32; i += 64) {
+                        __builtin_prefetch(data[p * per_panel] + prefetch_bytes + i);
+                    }
+                }
+            }
+            Kind::template add<Tokens, vectors>(data, quants, x.columns, sums);
+            QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += Kind::bytes_per_32;
+            quants += 32;
+        }
+        vec scales[vectors];
+        QK_UNROLL for (int p = 0; p < Count; p++) {
+            widen_halves(panels.scales + (p * x.groups + g) * panel_rows, scales + p * per_panel);
+        }
+        QK_UNROLL for (int t = 0; t < Tokens; t++) {
+            vec scale = splat(x.scales[at + t * x.groups]);
+            QK_UNROLL for (int v = 0; v < vectors; v++) {
+                y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
+            }
+        }
+        if (panels.mins) {
+            QK_UNROLL for (int p = 0; p < Count; p++) {
+                widen_halves(panels.mins + (p * x.groups + g) * panel_rows, scales + p * per_panel);
+            }
+            QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                vec sum = splat(x.sums[at + t * x.groups]);
+                QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = fma(scales[v], sum, y[t][v]);
+            }
+        }
+    }
+}
+
+struct Halves {  // bf16, two columns side by side
+    static constexpr int columns = 2;
+
+#if defined(__AVX512BF16__)
+    static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
+        int32_t pair;
+        std::memcpy(&pair, x.halves + at, 4);
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(w),
+                                (__m512bh)_mm512_set1_epi32(pair));
+    }
+#else
+    static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
+        words both;
+        std::memcpy(&both, w, sizeof both);
+        sum = fma((vec)(both << 16), splat(x.numbers[at]), sum);
+        return fma((vec)(both & static_cast<int32_t>(0xffff0000)), splat(x.numbers[at + 1]), sum);
+    }
+#endif
+};
+
+struct Singles {  // fp32
+    static constexpr int columns = 1;
+
+    static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
+        vec weights;
+        std::memcpy(&weights, w, sizeof weights);
+        return fma(weights, splat(x.numbers[at]), sum);
+    }
+};
+
+// y of some tokens × some panels of floating-point numbers.
+template <class Kind, int Tokens, int Count>
+void multiply_floats(const Panels& panels, const Activations& x, int64_t token,
+                     vec y[Tokens][Count * per_panel]) {
+    constexpr int vectors = Count * per_panel;
+    QK_UNROLL for (int t = 0; t < Tokens; t++) {
+        QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
+    }
+    const uint8_t* data = panels.data;
+    for (int64_t column = 0; column < x.columns; column += Kind::columns) {
+        QK_UNROLL for (int v = 0; v < vectors; v++) {
+            const uint8_t* w = data + v / per_panel * panels.bytes + v % per_panel * lanes * 4;
+            __builtin_prefetch(w + prefetch_bytes);
+            QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                y[t][v] = Kind::add(y[t][v], w, x, (token + t) * x.columns + column);
+            }
+        }
+        data += panel_rows * 4;
+    }
+}
+
+}  // namespace qk
