@@ -54,9 +54,9 @@ def test_piped_text_is_answered_once(loaded: Any, model: Any) -> None:
 def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Be brief.", encoding="utf-8")
     flags = "-c some/model -s 7 --cpu-only --top-p 0.5 --top-k 3 --min-p 0.1 --max-tokens 5"
-    more = "--repetition-penalty 1.1 --stop A --stop B --threads 2 --dtype float32 --context 512 --rope as-config"
+    more = "--repetition-penalty 1.1 --stop A --stop B --threads 2 --dtype float32 --context 512"
     last = f"--compute reference --offline --greedy --system-file {tmp_path / 'system.txt'}"
-    result = run(*f"{flags} {more} {last}".split(), "--prompt", "q")
+    result = run(*f"{flags} {more} {last}".split(), "--rope", "as-config", "--prompt", "q")
     assert result.exit_code == 0, result.stderr
     assert loaded == [
         {

@@ -20,7 +20,7 @@ def test_names_of_settings_are_checked_before_any_download() -> None:
 
 
 def test_a_context_that_the_model_lacks(default_model_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--context: got 99999999; .* allows 1 to 8192"):
+    with pytest.raises(UsageError, match=r"^--context: got 99999999; .* allows 1 to 32768"):
         loading.load_model(str(default_model_path), context=99_999_999)
 
 
