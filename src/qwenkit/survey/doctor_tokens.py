@@ -1,0 +1,256 @@
+"""Checks of the tokenizer, the chat template and the defaults of generation, against each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwenkit.chat.template import compile_template
+from qwenkit.errors import RequestError, TemplateError
+from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
+from qwenkit.types.sampling import SamplingParams
+
+_GENERATION = "generation_config.json"
+_SETTINGS = "tokenizer_config.json"
+_CONTROL = re.compile(r"<\|[a-z_]+\|>")
+_SPECIAL_KEYS = ("eos_token_id", "pad_token_id", "bos_token_id")
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_CHAT_NAME = re.compile(r"(?:^|[-_.])(?:chat|instruct)(?:[-_.]|$)", re.IGNORECASE)
+
+
+def broken_tokenizer(facts: Facts) -> Iterator[Finding]:
+    error = facts.tokenizer_error
+    known = ("no tokenizer found", "git-LFS", "is empty")  # found as files
+    if error and not any(k in str(error) for k in known) and not _not_json(facts):
+        yield fault("broken-tokenizer", "tokenizer", str(error), f"分词器无法使用：{error}")
+
+
+def _not_json(facts: Facts) -> bool:
+    return bool({_SETTINGS, "tokenizer.json"} & set(facts.unreadable))
+
+
+def two_vocabularies(facts: Facts) -> Iterator[Finding]:
+    if facts.folder is None or not {"tokenizer.json", "vocab.json"} <= set(facts.files):
+        return
+    fast, slow = _vocabulary(facts.folder / "tokenizer.json"), _json(facts.folder / "vocab.json")
+    if fast and slow and fast != slow:
+        yield fault(
+            "two-vocabularies",
+            "vocab.json",
+            f"has {len(slow)} tokens, tokenizer.json {len(fast)}, and they are not the same: "
+            "files of two models. Take both from one repository.",
+            f"有 {len(slow)} 个词元，tokenizer.json 有 {len(fast)} 个，二者不一致，"
+            "请从同一仓库下载。",
+        )
+
+
+def _vocabulary(file: Path) -> Any:
+    model = _json(file).get("model")
+    return model.get("vocab") if isinstance(model, dict) else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # what is wrong with it, another check says
+    return value if isinstance(value, dict) else {}
+
+
+def vocabulary_and_rows(facts: Facts) -> Iterator[Finding]:
+    if facts.tokenizer is None or facts.model_config is None:
+        return
+    ids, rows = facts.tokenizer.vocab_size, facts.model_config.vocab_size
+    if ids > rows:
+        yield fault(
+            "vocabulary-too-large",
+            "config.json",
+            f"the tokenizer has {ids} ids, the embedding only {rows} rows (vocab_size): tokens "
+            "were added without resizing the model, or the files are of two models.",
+            f"分词器有 {ids} 个 id，而词嵌入只有 {rows} 行（vocab_size）："
+            "增加词元后没有扩展模型，或文件不属于同一模型。",
+        )
+    elif ids < rows:
+        yield note(
+            "padded-vocabulary",
+            "config.json",
+            f"{rows - ids} of {rows} rows of the embedding stand for no token; that is padding, "
+            "and they are never sampled.",
+            f"词嵌入 {rows} 行中有 {rows - ids} 行没有对应词元，是填充行，不会被采样。",
+        )
+
+
+def template_is_there(facts: Facts) -> Iterator[Finding]:
+    if facts.tokenizer is None or facts.checkpoint is None or facts.template is not None:
+        return
+    if "<|im_start|>" not in facts.tokenizer.control_tokens:
+        return
+    if facts.model_type == "qwen":
+        if facts.generation.get("chat_format") not in ("chatml", "raw"):
+            yield fault(
+                "no-chat-format",
+                _GENERATION,
+                "chat_format is missing: 'chatml' for a chat model of the first generation, 'raw' "
+                "for a base model.",
+                "缺少 chat_format：第一代对话模型应为 'chatml'，基座模型应为 'raw'。",
+            )
+        return
+    yield fault(
+        "no-template",
+        _SETTINGS,
+        "there is no chat_template, so the model cannot be chatted with. Copy it from the "
+        "original model's tokenizer_config.json.",
+        "没有 chat_template，无法对话。请从原模型的 tokenizer_config.json 复制。",
+    )
+
+
+def template_compiles(facts: Facts) -> Iterator[Finding]:
+    if facts.template is None:
+        return
+    try:
+        compile_template(facts.template)
+    except TemplateError as error:
+        yield fault(
+            "broken-template",
+            "chat_template",
+            f"cannot be used: {error}",
+            f"对话模板无法使用：{error}",
+        )
+
+
+def template_tokens(facts: Facts) -> Iterator[Finding]:
+    if facts.template is None or facts.tokenizer is None:
+        return
+    used = set(_CONTROL.findall(facts.template))
+    for token in sorted(used - set(facts.tokenizer.control_tokens)):
+        yield fault(
+            "template-token",
+            "chat_template",
+            f"writes {token}, which the tokenizer does not know as one token: template and "
+            "tokenizer are of two models.",
+            f"使用了 {token}，但分词器没有这个控制词元：模板与分词器不属于同一模型。",
+        )
+
+
+def ends_of_text(facts: Facts) -> Iterator[Finding]:
+    """Every source that names the end must agree, or replies go on for ever."""
+    stops = _ids(facts, "eos_token_id")
+    named = facts.tokenizer_config.get("eos_token")
+    named_id = facts.control_id(named)
+    text = named.get("content") if isinstance(named, dict) else named
+    if stops and named_id is not None and named_id not in stops:
+        yield fault(
+            "eos-mismatch",
+            _SETTINGS,
+            f"eos_token is {text!r} ({named_id}), but config.json and {_GENERATION} end at "
+            f"{sorted(stops)}. Other programs may not stop: add {named_id} to eos_token_id.",
+            f"eos_token 为 {text!r}（{named_id}），而 config.json 与 {_GENERATION} 为 "
+            f"{sorted(stops)}，可能无法停止生成，请将 {named_id} 加入 eos_token_id。",
+        )
+    turn = facts.control_id("<|im_end|>")
+    is_chat = _CHAT_NAME.search(facts.path.name) is not None and facts.model_type != "qwen"
+    if is_chat and turn is not None and stops and turn not in stops and named_id != turn:
+        yield fault(
+            "eos-misses-turn",
+            _GENERATION,
+            f"eos_token_id {sorted(stops)} lacks the end of a turn, <|im_end|> ({turn}): other "
+            "programs will not stop after a reply. Add it.",
+            f"eos_token_id {sorted(stops)} 不含轮次结束符 <|im_end|>（{turn}），"
+            "其他程序不会在回复后停止，请加入。",
+        )
+
+
+def special_ids(facts: Facts) -> Iterator[Finding]:
+    if facts.model_config is None:
+        return
+    rows = facts.model_config.vocab_size
+    for key in _SPECIAL_KEYS:
+        for token_id in sorted(i for i in _ids(facts, key) if i >= rows or i < -1):
+            yield fault(
+                "special-id-range",
+                "config.json",
+                f"{key} {token_id} is no row of the embedding, which has {rows}.",
+                f"{key} {token_id} 超出词嵌入的 {rows} 行。",
+            )
+
+
+def special_names(facts: Facts) -> Iterator[Finding]:
+    for key in ("eos_token", "pad_token", "bos_token"):
+        value = facts.tokenizer_config.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        if facts.tokenizer and isinstance(text, str) and text and facts.control_id(text) is None:
+            yield fault(
+                "unknown-special-token",
+                _SETTINGS,
+                f"{key} is {text!r}, which the tokenizer does not have.",
+                f"{key} 为 {text!r}，分词器中没有该词元。",
+            )
+
+
+def beginning_of_text(facts: Facts) -> Iterator[Finding]:
+    if facts.tokenizer_config.get("add_bos_token") is True and facts.model_type.startswith("qwen"):
+        yield fault(
+            "added-bos",
+            _SETTINGS,
+            "add_bos_token is true, but Qwen models were trained without a token before the text. "
+            "Set it to false.",
+            "add_bos_token 为 true，但 Qwen 模型训练时文本前没有起始词元，请改为 false。",
+        )
+
+
+def sampling(facts: Facts) -> Iterator[Finding]:
+    given = {k: facts.generation[k] for k in _SAMPLING_KEYS if facts.generation.get(k) is not None}
+    try:
+        SamplingParams.from_mapping(given)
+    except RequestError as error:
+        yield fault("bad-sampling", _GENERATION, str(error), f"采样参数有误：{error}")
+        return
+    if facts.generation.get("do_sample") is True and given.get("temperature") == 0:
+        yield fault(
+            "sampling-at-zero",
+            _GENERATION,
+            "do_sample is true, but temperature is 0: other programs fail. Set do_sample to false "
+            "for greedy decoding.",
+            "do_sample 为 true 而 temperature 为 0，其他程序会报错。贪心解码请将 do_sample "
+            "设为 false。",
+        )
+
+
+def defaults(facts: Facts) -> Iterator[Finding]:
+    is_chat = facts.folder is not None and facts.template is not None
+    if is_chat and facts.is_llm_of_qwen and _GENERATION not in facts.files:
+        yield fault(
+            "no-generation-config",
+            _GENERATION,
+            "is missing: programs will use their own sampling instead of the model's, which can "
+            "repeat endlessly. Fetch it.",
+            "缺失：程序会使用自己的采样参数而不是模型的，可能无休止地重复，请下载。",
+        )
+
+
+def _ids(facts: Facts, key: str) -> set[int]:
+    """The ids that generation config and config give for `key`."""
+    found: set[int] = set()
+    for values in (facts.generation, facts.config):
+        value = values.get(key)
+        found |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+    return found
+
+
+CHECKS = (
+    broken_tokenizer,
+    two_vocabularies,
+    vocabulary_and_rows,
+    template_is_there,
+    template_compiles,
+    template_tokens,
+    ends_of_text,
+    special_ids,
+    special_names,
+    beginning_of_text,
+    sampling,
+    defaults,
+)
