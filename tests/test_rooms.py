@@ -87,7 +87,9 @@ EFFECTS = {
         {
             "checkpoint/embedded.py",  # pip
             "kernels/build.py",  # the C++ compiler
-            "bench/speed.py",  # an engine is measured in a process of its own
+            "bench/environments.py",  # pip
+            "bench/process.py",  # an engine is measured in a process of its own
+            "bench/peers/onnxruntime.py",  # its model builder is a program
         },
     ),
     "threads": (

@@ -10,28 +10,33 @@ from pathlib import Path
 import pytest
 
 from qwenkit.bench.calibrate import Calibration, Calibrator
+from qwenkit.bench.peers.spec import WeightSetting, Work, prompt_ids
 from qwenkit.bench.random_model import write_random_gguf
+from qwenkit.bench.report import EngineResult, SpeedReport, Turn
 from qwenkit.bench.shapes import shape
-from qwenkit.bench.speed import (
-    EngineResult,
-    SpeedReport,
-    SpeedSettings,
-    Turn,
-    measure_speed,
-)
-from qwenkit.bench.workers import prompt_ids
-from qwenkit.cli.bench import _peers
+from qwenkit.bench.sources import Source
+from qwenkit.bench.speed import SpeedSettings, measure_speed
+from qwenkit.cli.bench import _peers, _setting
 from qwenkit.errors import QwenkitError, UsageError
 
 STEADY = Calibration(30.0, 200.0)
 
 
-def report(ours: list[float], theirs: list[float], after: Calibration = STEADY) -> SpeedReport:
+def report(
+    ours: list[float],
+    theirs: list[float],
+    after: Calibration = STEADY,
+    source: Source | None = None,
+) -> SpeedReport:
     def turns(speeds: list[float]) -> dict[str, list[Turn]]:
         return {"prefill": [Turn(s, STEADY, after) for s in speeds]}
 
     return SpeedReport(
-        settings=SpeedSettings(model=Path("m.gguf")),
+        source=source or Source(model=Path("m.gguf")),
+        plan=(Work("prefill", 512), Work("decode", 48)),
+        threads=2,
+        turns_each=len(ours),
+        compute="auto",
         machine="a machine",
         version="0",
         engines=[
@@ -78,10 +83,13 @@ def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path, mode
     seen: list[str] = []
     result = measure_speed(
         SpeedSettings(
-            model=model,
+            source=Source(model=model),
+            cache=tmp_path,
             threads=1,
             prompt_tokens=8,
             decode_tokens=3,
+            streams=(2,),
+            contexts=(20,),
             turns=2,
             peer_python=str(blocked),
         ),
@@ -89,6 +97,7 @@ def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path, mode
     )
     ours, llama, transformers = result.engines
     assert len(ours.turns["prefill"]) == len(ours.turns["decode"]) == 2
+    assert list(ours.turns) == ["prefill", "decode", "decode_2_streams", "decode_at_20"]
     assert ours.peak_bytes > 1 << 20
     assert "llama_cpp" in str(llama.error)
     assert transformers.error is not None
@@ -125,7 +134,8 @@ def test_a_peer_that_fails_in_a_turn_leaves_the_others_their_figures(
     peer = failing_peer(tmp_path, answers, "raise RuntimeError('out of luck')")
     result = measure_speed(
         SpeedSettings(
-            model=model,
+            source=Source(model=model),
+            cache=tmp_path,
             threads=1,
             prompt_tokens=4,
             decode_tokens=2,
@@ -149,7 +159,13 @@ def test_a_peer_that_ends_without_a_word_or_never_starts_is_named(
     tmp_path: Path, model: Path
 ) -> None:
     settings = SpeedSettings(
-        model=model, threads=1, prompt_tokens=4, decode_tokens=2, turns=1, peers=("llama.cpp",)
+        source=Source(model=model),
+        cache=tmp_path,
+        threads=1,
+        prompt_tokens=4,
+        decode_tokens=2,
+        turns=1,
+        peers=("llama.cpp",),
     )
     silent = failing_peer(tmp_path, 0, "raise SystemExit(3)")
     _, theirs = measure_speed(replace(settings, peer_python=silent)).engines
@@ -171,7 +187,35 @@ def test_prompt_ids_stay_inside_the_vocabulary(vocab_size: int) -> None:
 def test_our_own_failure_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(QwenkitError, match="qwenkit: "):
-        measure_speed(SpeedSettings(model=tmp_path / "broken.gguf", peers=()))
+        measure_speed(
+            SpeedSettings(source=Source(model=tmp_path / "broken.gguf"), cache=tmp_path, peers=())
+        )
+
+
+def test_a_peer_below_what_it_is_known_to_reach_makes_its_figure_void() -> None:
+    source = Source(shape="qwen2-0.5b", weights=WeightSetting(name="int4", group_size=32))
+    good = report([500.0, 500.0], [200.0, 320.0], source=source)  # one good turn is enough
+    known = good.expectation(good.engines[1], "prefill")
+    assert known is not None
+    assert known.table == 339
+    assert known.needed == pytest.approx(339 * 200 / 230 * 0.9)
+    assert not good.void(good.engines[1], "prefill")
+    slow = report([500.0, 500.0], [100.0, 200.0], source=source)
+    assert slow.void(slow.engines[1], "prefill")
+    assert slow.to_json()["engines"][1]["prefill"]["void"] is True
+    assert not slow.void(slow.engines[0], "prefill")  # nothing is known of ours
+    unknown = report([500.0], [1.0])
+    assert unknown.expectation(unknown.engines[1], "prefill") is None
+
+
+def test_weights_are_named_with_their_groups() -> None:
+    assert _setting(None, 128, None) is None
+    given = _setting("int4", 32, "int8")
+    assert given is not None
+    assert given.label == "int4-g32-head-int8"
+    for wrong in (("int5", 128, None), ("int4", 100, None), (None, 128, "int8")):
+        with pytest.raises(UsageError):
+            _setting(*wrong)
 
 
 def test_peers_are_named_or_none() -> None:

@@ -1,24 +1,33 @@
-"""Writes a GGUF file with random weights of a published shape, to measure speed without weights.
+"""Writes random weights of a published shape, to measure speed without weights: a GGUF file, or a
+folder in the hub's layout. The same seed gives the same numbers in both.
 
 The vocabulary is the 256 bytes and merges of them: the text means nothing, the sizes are real.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwenkit.checkpoint.gguf_write import TensorEntry, write_gguf
+from qwenkit.checkpoint.safetensors_write import write_safetensors
 from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.ggml_quantize import QUANTIZERS, quantize_blocks
-from qwenkit.models.spec import CausalModel, find
+from qwenkit.models.spec import Architecture, find
+from qwenkit.tokenizer.export import write_folder
+from qwenkit.tokenizer.gguf import from_gguf
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Progress = Callable[[float], None] | None
 _STD = 0.02  # the published initialisation
 _NORMAL_TOKEN, _CONTROL_TOKEN = 1, 3  # token types of GGUF
+_SEEDS_APART = 1_000_003  # more than any model has tensors
+_CLASSES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def write_random_gguf(
@@ -28,7 +37,7 @@ def write_random_gguf(
     storage: str = "Q4_0",
     head_storage: str | None = None,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = None,
 ) -> None:
     """Write random weights of the shape in `config` (a config.json dictionary).
 
@@ -41,67 +50,116 @@ def write_random_gguf(
         if name not in allowed:
             raise UsageError(f"storage: got {name!r}. {suggest(name, allowed)}")
     architecture = find(str(config["model_type"]))
-    with torch.device("meta"):
-        model = architecture.build(architecture.config(config))
-    tensors = _Tensors(
-        model,
-        architecture.gguf_names,
-        storage=storage,
-        head_storage=head_storage or storage,
-        seed=seed,
-        progress=progress,
+    weights = _Weights(architecture, config, seed=seed, progress=progress)
+    entries = _gguf_entries(
+        weights, architecture.gguf_names, storage=storage, head_storage=head_storage or storage
     )
-    write_gguf(path, _metadata(architecture.gguf_arch, config), tensors.entries())
+    write_gguf(path, _metadata(architecture.gguf_arch, config), entries)
 
 
-class _Tensors:
-    """Makes each tensor when its turn to be written comes."""
+def write_random_folder(
+    folder: Path, config: Mapping[str, Any], *, seed: int = 0, progress: Progress = None
+) -> None:
+    """Write config.json, bf16 safetensors and tokenizer files into `folder`, which is made."""
+    architecture = find(str(config["model_type"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = _Weights(architecture, config, seed=seed, progress=progress)
+    write_safetensors(folder / "model.safetensors", _Narrow(weights))
+    metadata = _metadata(architecture.gguf_arch, config)
+    plain = {key: v[1] if isinstance(v, tuple) else v for key, v in metadata.items()}
+    tokenizer = from_gguf(plain)
+    write_folder(tokenizer, folder)
+    end = tokenizer.vocab_size - 1
+    whole = dict(config) | {
+        "architectures": [_CLASSES[str(config["model_type"])]],
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "eos_token_id": end,
+        "bos_token_id": end,
+        "use_sliding_window": False,
+    }
+    (folder / "config.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    """Name to fp32 tensor, made when it is asked for and not kept."""
 
     def __init__(
         self,
-        model: CausalModel,
-        gguf_names: Mapping[str, str],
+        architecture: Architecture,
+        config: Mapping[str, Any],
         *,
-        storage: str,
-        head_storage: str,
         seed: int,
-        progress: Callable[[float], None] | None,
+        progress: Progress,
     ) -> None:
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._gguf_names = {ours: theirs for theirs, ours in gguf_names.items()}
-        self._storage, self._head_storage = storage, head_storage
-        self._generator = torch.Generator().manual_seed(seed)
+        with torch.device("meta"):
+            model = architecture.build(architecture.config(config))
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._seeds = {name: seed * _SEEDS_APART + i for i, name in enumerate(self.shapes)}
         self._progress = progress
-        self._done = 0
 
-    def entries(self) -> Iterator[TensorEntry]:
-        for name, shape in self._shapes.items():
-            number = next((p for p in name.split(".") if p.isdecimal()), "")
-            pattern = name.replace(f".{number}.", ".{}.") if number else name
-            gguf_name = self._gguf_names[pattern].replace("{}", number)
-            storage = self._storage_of(name, shape)
-            yield gguf_name, shape, storage, self._maker(shape, storage)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
 
-    def _storage_of(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) == 1:
-            return "F32"
-        storage = self._head_storage if "embed" in name or "lm_head" in name else self._storage
-        wide = storage.endswith("_K")
-        return "Q8_0" if wide and shape[1] % 256 else storage
+    def __len__(self) -> int:
+        return len(self.shapes)
 
-    def _maker(self, shape: tuple[int, ...], storage: str) -> Callable[[], torch.Tensor]:
-        def make() -> torch.Tensor:
-            numbers = torch.empty(shape).normal_(0, _STD, generator=self._generator)
-            if len(shape) == 1:
-                numbers += 1  # a norm's weight
-            self._done += 1
-            if self._progress is not None:
-                self._progress(self._done / len(self._shapes))
-            if storage in PLAIN:
-                return numbers.to(PLAIN[storage])
-            return quantize_blocks(numbers, storage)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._seeds[name])
+        numbers = torch.empty(self.shapes[name]).normal_(0, _STD, generator=generator)
+        if name.endswith("norm.weight"):
+            numbers += 1
+        if self._progress is not None:
+            self._progress((self._seeds[name] % _SEEDS_APART + 1) / len(self.shapes))
+        return numbers
 
-        return make
+
+class _Narrow(Mapping[str, torch.Tensor]):
+    """The same numbers in bf16. The first time a name is asked for, only its shape is wanted."""
+
+    def __init__(self, weights: _Weights) -> None:
+        self._weights = weights
+        self._asked: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._asked:
+            self._asked.add(name)
+            return torch.empty(self._weights.shapes[name], dtype=torch.bfloat16, device="meta")
+        return self._weights[name].to(torch.bfloat16)
+
+
+def _gguf_entries(
+    weights: _Weights, gguf_names: Mapping[str, str], *, storage: str, head_storage: str
+) -> Iterator[TensorEntry]:
+    renamed = {ours: theirs for theirs, ours in gguf_names.items()}
+    for name, shape in weights.shapes.items():
+        number = next((p for p in name.split(".") if p.isdecimal()), "")
+        pattern = name.replace(f".{number}.", ".{}.") if number else name
+        wanted = head_storage if "embed" in name or "lm_head" in name else storage
+        stored = _storage_of(shape, wanted)
+        yield (
+            renamed[pattern].replace("{}", number),
+            shape,
+            stored,
+            partial(_stored, weights, name, stored),
+        )
+
+
+def _storage_of(shape: tuple[int, ...], storage: str) -> str:
+    if len(shape) == 1:
+        return "F32"
+    return "Q8_0" if storage.endswith("_K") and shape[1] % 256 else storage
+
+
+def _stored(weights: _Weights, name: str, storage: str) -> torch.Tensor:
+    numbers = weights[name]
+    return numbers.to(PLAIN[storage]) if storage in PLAIN else quantize_blocks(numbers, storage)
 
 
 def _metadata(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from qwenkit.bench.random_model import write_random_gguf
+from qwenkit.bench.environments import RECIPES
+from qwenkit.bench.peers.spec import WEIGHTS, WeightName, WeightSetting
 from qwenkit.bench.shapes import SHAPES, shape
-from qwenkit.bench.speed import (
-    OURS,
-    EngineResult,
-    SpeedReport,
-    SpeedSettings,
-    measure_speed,
-)
-from qwenkit.bench.workers import ENGINES
+from qwenkit.bench.sources import Source
+from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console
+from qwenkit.cli.bench_tables import ProgressBar, show_speed
 from qwenkit.errors import UsageError, suggest
+
+GROUP_SIZES = (32, 64, 128)
+_DEFAULT_PEERS = ("llama.cpp", "transformers")
+_DEFAULT_STREAMS = (8,)
 
 app = typer.Typer(
     add_completion=False,
@@ -32,8 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure qwenkit beside other engines: in turns, warm, as medians.",
 )
-
-Report = Callable[[str, float], None]
 
 
 @app.callback()
@@ -55,23 +49,58 @@ def speed(
         ),
     ] = None,
     storage: Annotated[
-        str, typer.Option(help="How --shape stores its matrices: Q4_0, Q8_0, BF16 …")
+        str, typer.Option(help="How --shape stores a GGUF file's matrices: Q4_0, Q8_0, BF16 …")
     ] = "Q4_0",
-    peer: Annotated[
-        list[str] | None,
+    weights: Annotated[
+        str | None,
         typer.Option(
-            help="An engine to compare with, repeatable: llama.cpp, transformers, or none "
-            "[default: both].",
+            help="What every engine holds weights as, each in its nearest way, instead of "
+            f"--storage: {', '.join(WEIGHTS)}.",
             show_default=False,
         ),
     ] = None,
+    group_size: Annotated[
+        int, typer.Option(help="Numbers that share a scale in int4 and int8: 32, 64 or 128.")
+    ] = 128,
+    head: Annotated[
+        str | None,
+        typer.Option(help="What the peers hold the output matrix as.", show_default="their own"),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"An engine to compare with, repeatable: {', '.join(RECIPES)}, or none "
+            f"[default: {' and '.join(_DEFAULT_PEERS)}].",
+            show_default=False,
+        ),
+    ] = None,
+    make_peers: Annotated[
+        bool,
+        typer.Option("--make-peers", help="Make the environments that peers need: 0.5 to 3.5 GB."),
+    ] = False,
     peer_python: Annotated[
         Path | None,
-        typer.Option(help="The Python that has the peers installed.", show_default="this one"),
+        typer.Option(help="A Python that has the peers installed.", show_default="each its own"),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of every engine.", min=1)] = 2,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prefill.", min=1)] = 512,
     decode_tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 48,
+    streams: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Decode so many sequences at once, repeatable; 1 for none. [default: 8]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Decode after so many tokens too (2048, 8192), repeatable.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     turns: Annotated[int, typer.Option(help="Measured turns of each engine.", min=1)] = 5,
     compute: Annotated[str, typer.Option(help="Our kernels: auto or reference.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
@@ -79,113 +108,75 @@ def speed(
     """Prefill and decode tokens per second, memory, and the ratio to other engines.
 
     The engines take turns (A B A B) in processes of their own, after one unmeasured turn, each
-    turn between two calibrations of the machine.
+    turn between two calibrations of the machine. A figure of a peer that comes out slower than it
+    is known to be on such a machine is void. Random weights and what the engines make of them are
+    kept in the user's cache folder, below qwenkit/bench, the environments below qwenkit/peers.
 
     \b
     Examples:
       qwenkit bench speed                          the embedded default model
       qwenkit bench speed --shape qwen2-0.5b --storage Q8_0 --peer llama.cpp
+      qwenkit bench speed --shape qwen2-0.5b --weights int4 --peer onnxruntime --make-peers
       qwenkit bench speed model.gguf --json > speed.json
     """
-    peers = _peers(peer)
-    with _progress() as report, tempfile.TemporaryDirectory() as folder:
-        config = None if shape_name is None else shape(shape_name)
-        if config is None:
-            path = resolve(model)
-        else:
-            path = Path(folder) / f"{shape_name}-{storage}.gguf"
-            write_random_gguf(
-                path, config, storage=storage, progress=lambda s: report("writing weights", s)
-            )
-        settings = SpeedSettings(
-            model=path,
-            threads=threads,
-            prompt_tokens=prompt_tokens,
-            decode_tokens=decode_tokens,
-            turns=turns,
-            peers=peers,
-            compute=compute,
-            config=config,
-            **({} if peer_python is None else {"peer_python": str(peer_python)}),
-        )
-        result = measure_speed(settings, progress=report)
+    setting = _setting(weights, group_size, head)
+    if shape_name is not None:
+        shape(shape_name)  # refuses an unknown one before anything is done
+        source = Source(shape=shape_name, weights=setting, storage=storage)
+    else:
+        source = Source(model=resolve(model), weights=setting)
+    settings = SpeedSettings(
+        source=source,
+        cache=_cache_folder(),
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        streams=tuple(n for n in dict.fromkeys(streams or _DEFAULT_STREAMS) if n > 1),
+        contexts=tuple(dict.fromkeys(context or ())),
+        turns=turns,
+        peers=_peers(peer),
+        peer_python=None if peer_python is None else str(peer_python),
+        make_peers=make_peers,
+        compute=compute,
+    )
+    with ProgressBar() as progress:
+        result = measure_speed(settings, progress=progress)
     if as_json:
         console.say_json(result.to_json())
     else:
-        _show(result)
+        show_speed(result)
+
+
+def _setting(weights: str | None, group_size: int, head: str | None) -> WeightSetting | None:
+    by_name: dict[str, WeightName] = {name: name for name in WEIGHTS}
+    for option, given in (("weights", weights), ("head", head)):
+        if given is not None and given not in by_name:
+            raise UsageError(f"{option}: got {given!r}. {suggest(given, WEIGHTS)}")
+    if weights is None:
+        if head is not None:
+            raise UsageError("head: says something only together with --weights.")
+        return None
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"group_size: got {group_size}; allowed: 32, 64, 128.")
+    return WeightSetting(
+        name=by_name[weights],
+        group_size=group_size,
+        head=None if head is None else by_name[head],
+    )
 
 
 def _peers(given: list[str] | None) -> tuple[str, ...]:
-    known = [name for name in ENGINES if name != OURS]
+    known = [*RECIPES, "none"]
     if given is None:
-        return tuple(known)
+        return _DEFAULT_PEERS
     if "none" in given and len(given) > 1:
         raise UsageError("peer: 'none' stands alone.")
     for name in given:
-        if name not in (*known, "none"):
-            raise UsageError(f"peer: got {name!r}. {suggest(name, [*known, 'none'])}")
+        if name not in known:
+            raise UsageError(f"peer: got {name!r}. {suggest(name, known)}")
     return tuple(name for name in dict.fromkeys(given) if name != "none")
 
 
-class _progress:
-    """A bar on standard error while a measurement runs."""
-
-    def __enter__(self) -> Report:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._progress.start()
-        task = self._progress.add_task("", total=1.0)
-
-        def report(what: str, share: float) -> None:
-            self._progress.update(task, description=what, completed=share)
-
-        return report
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-
-def _show(report: SpeedReport) -> None:
-    settings = report.settings
-    table = Table(
-        title=f"{settings.model.name}: tokens per second, median of {settings.turns} turns",
-        caption=f"{report.machine}, {settings.threads} threads",
-    )
-    table.add_column("engine")
-    for title in (
-        f"prefill {settings.prompt_tokens}",
-        "ours ÷ it",
-        f"decode {settings.decode_tokens}",
-        "ours ÷ it",
-        "peak MB",
-    ):
-        table.add_column(title, justify="right")
-    for engine in report.engines:
-        table.add_row(*_row(report, engine))
-    terminal = Console()
-    terminal.print(table)
-    for engine in report.engines:
-        if engine.error is not None:
-            what = "was left out" if engine.version is None else "failed while it was measured"
-            terminal.print(f"{engine.engine} {what}: {engine.error}", style="yellow", markup=False)
-    if any(engine.version is None for engine in report.engines):
-        terminal.print("Peers are installed by: pip install 'qwenkit[bench]'", markup=False)
-    unsteady = report.unsteady_turns()
-    if unsteady:
-        terminal.print(
-            f"The machine itself moved by more than 10 % during {unsteady} of "
-            f"{report.turn_count()} turns: trust the ratios more than the figures, and repeat.",
-            style="yellow",
-        )
-
-
-def _row(report: SpeedReport, engine: EngineResult) -> list[str]:
-    name = f"{engine.engine} {engine.version or ''}".strip()
-    cells = [name]
-    for measure in ("prefill", "decode"):
-        median = engine.median(measure)
-        ratio = None if engine.engine == OURS else report.ratio(engine, measure)
-        cells.append("–" if median is None else f"{median:.1f}")
-        cells.append("–" if ratio is None else f"{ratio:.2f}")
-    cells.append(f"{engine.peak_bytes / 1e6:.0f}" if engine.peak_bytes else "–")
-    return cells
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "qwenkit"

@@ -1,0 +1,107 @@
+"""What an engine is to the bench: the work it is given, the options it is made with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, Self
+
+PROMPT_TOKENS = 8  # before a decode measurement that asks for no deeper context
+_FIRST_ID = 1000  # past bytes and control tokens, in a vocabulary that is large enough
+
+WeightName = Literal["int4", "int8", "bf16", "fp32"]
+WEIGHTS: tuple[WeightName, ...] = ("int4", "int8", "bf16", "fp32")
+
+
+def prompt_ids(tokens: int, vocab_size: int, stream: int = 0) -> list[int]:
+    """`tokens` ids below `vocab_size`, round and round from an ordinary one, by stream another."""
+    return [(_FIRST_ID + 17 * stream + i) % vocab_size for i in range(tokens)]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One measurement: "prefill" of `tokens` in one prompt, or "decode" of `tokens` in each of
+    `streams` sequences that have `context` tokens already.
+    """
+
+    measure: Literal["prefill", "decode"]
+    tokens: int
+    streams: int = 1
+    context: int = PROMPT_TOKENS
+
+    @property
+    def name(self) -> str:
+        """How reports call it: "prefill", "decode", "decode_8_streams", "decode_at_2048"."""
+        name: str = self.measure
+        if self.streams > 1:
+            name += f"_{self.streams}_streams"
+        if self.measure == "decode" and self.context != PROMPT_TOKENS:
+            name += f"_at_{self.context}"
+        return name
+
+    @property
+    def positions(self) -> int:
+        """Tokens that each stream's cache must hold, one to spare."""
+        return self.tokens + 1 + (self.context if self.measure == "decode" else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSetting:
+    """How weights are held: `group_size` numbers share a scale; `head` is how the output matrix
+    is held (None: as the engine does by itself).
+    """
+
+    name: WeightName
+    group_size: int = 128
+    head: WeightName | None = None
+
+    @property
+    def label(self) -> str:
+        """As tables and folders call it: "int4-g128", "int4-g32-head-int8", "bf16"."""
+        label: str = self.name
+        if self.name in ("int4", "int8"):
+            label += f"-g{self.group_size}"
+        return label if self.head is None else f"{label}-head-{self.head}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What an engine must be ready for. `compute` is for our own only."""
+
+    threads: int
+    most_prompt_tokens: int
+    most_positions: int
+    most_streams: int = 1
+    weights: WeightSetting | None = None
+    compute: str = "auto"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        weights = data.pop("weights")
+        return cls(weights=weights and WeightSetting(**weights), **data)
+
+
+class Engine(Protocol):
+    """What is measured. `setting` says in a few words how it really holds the weights."""
+
+    version: str
+    setting: str
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds until the first token after a prompt of `tokens` is chosen."""
+
+    def decode(self, tokens: int, streams: int, context: int) -> float:
+        """Seconds in which each of `streams` sequences goes on by `tokens` after `context`."""
+
+
+def unsupported(engine: str, weights: WeightSetting) -> RuntimeError:
+    """The error of an engine that cannot hold weights so."""
+    return RuntimeError(f"{engine} cannot hold weights as {weights.label}")

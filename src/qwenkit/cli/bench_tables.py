@@ -1,0 +1,101 @@
+"""The tables that `qwenkit bench` prints for people; no wider than 100 columns."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qwenkit.bench.peers.spec import PROMPT_TOKENS, Work
+from qwenkit.bench.report import EngineResult, SpeedReport
+from qwenkit.bench.sources import OURS
+
+
+class ProgressBar:
+    """A bar on standard error while a measurement runs; called with what and the share done."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("", total=1.0)
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, share: float) -> None:
+        self._progress.update(self._task, description=what, completed=share)
+
+
+def show_speed(report: SpeedReport) -> None:
+    """Tokens per second of each engine, our ratio in brackets, and what is to be said about it."""
+    table = Table(
+        title=f"{report.source.name}: tokens per second, median of {report.turns_each} turns",
+        caption=f"In brackets: ours ÷ it. {report.machine}, {report.threads} threads.",
+    )
+    table.add_column("engine")
+    for work in report.plan:
+        table.add_column(_title(work), justify="right")
+    table.add_column("peak MB", justify="right")
+    for engine in report.engines:
+        table.add_row(*_row(report, engine))
+    terminal = Console()
+    terminal.print(table)
+    for line in _remarks(report):
+        terminal.print(line, style="yellow", markup=False)
+
+
+def _title(work: Work) -> str:
+    if work.measure == "prefill":
+        return f"prefill {work.tokens}"
+    if work.streams > 1:
+        return f"{work.streams} streams"
+    return "decode" if work.context == PROMPT_TOKENS else f"at {work.context}"
+
+
+def _row(report: SpeedReport, engine: EngineResult) -> list[str]:
+    cells = [f"{engine.engine} {engine.version or ''}\n{engine.setting}".strip()]
+    for work in report.plan:
+        median = engine.median(work.name)
+        ratio = None if engine.engine == OURS else report.ratio(engine, work.name)
+        cell = "–" if median is None else f"{median:.1f}"
+        if report.void(engine, work.name):
+            cell += "\nvoid"
+        elif ratio is not None:
+            cell += f"\n({ratio:.2f})"
+        cells.append(cell)
+    cells.append(f"{engine.peak_bytes / 1e6:.0f}" if engine.peak_bytes else "–")
+    return cells
+
+
+def _remarks(report: SpeedReport) -> list[str]:
+    lines = []
+    for engine in report.engines:
+        if engine.error is not None:
+            what = "was left out" if engine.version is None else "failed while it was measured"
+            lines.append(f"{engine.engine} {what}: {engine.error}")
+        for work in report.plan:
+            known, best = report.expectation(engine, work.name), engine.best(work.name)
+            if known is not None and best is not None and best < known.needed:
+                lines.append(
+                    f"{engine.engine}, {_title(work)}: void. Its best turn gave {best:.1f}; at "
+                    f"least {known.needed:.1f} is known to be within its reach (the table's "
+                    f"{known.table:g} × {known.scale:.2f} for this machine × 0.9)."
+                )
+    unsteady = report.unsteady_turns()
+    if unsteady:
+        lines.append(
+            f"The machine itself moved by more than 10 % during {unsteady} of "
+            f"{report.turn_count()} turns: trust the ratios more than the figures, and repeat."
+        )
+    return lines
