@@ -10,6 +10,8 @@ from qwenkit.engine.scheduler import Plan
 from qwenkit.layers.position import at_position
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
+Sequences = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -34,6 +36,11 @@ class Batch:
     extensions: tuple[Extension, ...] = (NO_EXTENSION,)
     extension_index: torch.Tensor | None = None
     sequence_extensions: tuple[Extension, ...] = ()
+
+    @property
+    def sequences(self) -> Sequences:
+        """What paged attention asks of the sequences."""
+        return self.block_tables, self.query_lengths, self.kv_lengths
 
 
 def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:

@@ -15,15 +15,18 @@ import torch
 from torch.nn import functional
 
 from qwenkit.errors import UsageError
+from qwenkit.kernels.ops.dual_chunk_attention import dual_chunk_attention
 from qwenkit.kernels.ops.rotary import rotary
 from qwenkit.layers.position import (
     Alibi,
+    DualChunk,
     Position,
     Rotary,
     choose_extension,
     extended,
+    score_factor,
 )
-from qwenkit.layers.rope import Tables, log_n_scale, rotary_tables
+from qwenkit.layers.rope import Tables, dual_chunk_tables, log_n_scale, rotary_tables
 from qwenkit.types.extension import Extension, RopeMode
 
 __all__ = ["AttentionContext", "PackedCausal", "Position"]
@@ -96,6 +99,8 @@ class PackedCausal:
         window: int | None = None,
     ) -> torch.Tensor:
         """See `AttentionContext.attend`."""
+        if isinstance(position, DualChunk):
+            return self._in_chunks(q, k, v, position)
         if isinstance(position, Rotary):
             q, k = self._rotated(q, k, position)
         slopes = None
@@ -116,6 +121,31 @@ class PackedCausal:
         if spec.log_n is not None and not self._training:
             q = q * log_n_scale(spec.log_n, self.positions)[:, None, None].to(q.dtype)
         return q, k
+
+    def _in_chunks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: DualChunk
+    ) -> torch.Tensor:
+        """Dual chunk attention; each sequence is a cache of one block."""
+        tables = dual_chunk_tables(spec, self.positions)
+        queries = [torch.split(rotary(q, cos, sin), self.lengths) for cos, sin in tables]
+        keys, values = (torch.split(t, self.lengths) for t in (rotary(k, *tables[0]), v))
+        outputs = []
+        for index, n in enumerate(self.lengths):
+            factor = score_factor(spec, self._extension(spec, n))
+            length = torch.tensor([n], device=q.device)
+            outputs.append(
+                dual_chunk_attention(
+                    *(rows[index] for rows in queries),
+                    keys[index][None],
+                    values[index][None],
+                    torch.zeros(1, 1, dtype=torch.int64, device=q.device),
+                    length,
+                    length,
+                    torch.tensor([q.shape[2] ** -0.5 * factor], device=q.device),
+                    spec.period,
+                )
+            )
+        return torch.cat(outputs)
 
     def _rotation(self, spec: Rotary) -> Tables:
         if spec not in self._tables:

@@ -200,6 +200,11 @@ def covered_tokens(
     return int(extension.factor * trained_tokens)
 
 
+def score_factor(position: DualChunk, extension: Extension) -> float:
+    """What dual chunk attention's scores are multiplied by, beside head_dim^-0.5."""
+    return extension.factor**2 if position.squared else extension.factor
+
+
 def qwen_alpha(tokens: int, trained: int) -> float:
     """The first Qwen's alpha: 1, 3, 7, 15 for up to 1, 2, 4, 8 trained lengths."""
     return float(max(2 ** math.ceil(math.log2(tokens / trained) + 1) - 1, 1))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qwenkit.layers.position import Linear, Llama3, Rotary, Yarn
+from qwenkit.layers.position import DualChunk, Linear, Llama3, Rotary, Yarn
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosine and sine, each fp32 [tokens, head_dim / 2]
 
@@ -66,6 +66,18 @@ def rotary_tables(
         return angles.cos(), angles.sin()
     rows = torch.tensor(factors, dtype=torch.float32, device=device)[index]  # [tokens]
     return _scaled(angles, rows[:, None])
+
+
+def dual_chunk_tables(spec: DualChunk, positions: torch.Tensor) -> tuple[Tables, Tables, Tables]:
+    """The tables of queries for keys of their own chunk, of the one before, and of those further
+    back. The first ones are those of the keys too. `positions` is [tokens], int64.
+    """
+    own = positions % spec.period  # [tokens]
+    following = (own + spec.period).clamp(max=spec.chunk_tokens)
+    furthest = min(2 * spec.period - 1, spec.chunk_tokens)
+    places = (own, following, torch.full_like(own, furthest))
+    first, second, third = (rotary_tables(spec.rotary, place) for place in places)
+    return first, second, third
 
 
 def log_n_scale(trained_tokens: int, positions: torch.Tensor) -> torch.Tensor:

@@ -157,6 +157,7 @@ def _dual_chunk(block: object, rotary: Rotary) -> DualChunk:
             chunk_tokens=whole(block, "chunk_size", 8192),
             local_tokens=whole(block, "local_size", 1024),
             trained_tokens=trained and whole(block, "original_max_position_embeddings"),
+            squared=flag(block, "square_factor", False),
         )
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
