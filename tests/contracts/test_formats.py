@@ -112,6 +112,38 @@ def test_matmul_is_multiplication_by_the_numbers(format_: Format, case: Case) ->
 
 
 @_every_case
+def test_a_range_of_rows_is_a_weight(format_: Format, case: Case) -> None:
+    part = case.weight.row_range(2, 9)
+    assert type(part) is format_.weight
+    assert part.shape == (7, case.weight.shape[1])
+    numbers = case.weight.dequantize(torch.float32)
+    assert torch.equal(part.dequantize(torch.float32), numbers[2:9])
+
+
+@_every_case
+def test_grouped_matmul_is_each_group_with_its_rows(format_: Format, case: Case) -> None:
+    groups, columns = 4, case.weight.shape[1]
+    out_rows = case.weight.shape[0] // groups
+    weight = case.weight.row_range(0, groups * out_rows)
+    matrices = weight.dequantize(torch.float32).view(groups, out_rows, columns)
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    ends = torch.tensor([3, 3, 4, 7])  # the second group has no rows
+    owners = torch.tensor([0, 0, 0, 2, 3, 3, 3])
+    expected = torch.einsum("rc,rfc->rf", x, matrices[owners])
+    largest = float(expected.detach().abs().max())
+    y = weight.grouped_matmul(x, ends)
+    assert torch.allclose(y, expected, rtol=0, atol=1e-5 * largest)
+    upstream = torch.ones_like(y)
+    ours, theirs = (torch.autograd.grad(z, x, upstream)[0] for z in (y, expected))
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+    with torch.no_grad():
+        got = weight.grouped_matmul(x, ends)
+        assert torch.allclose(got, expected, rtol=0, atol=2e-2 * largest)
+        nothing = weight.grouped_matmul(x[:0], torch.zeros_like(ends))
+        assert nothing.shape == (0, out_rows)
+
+
+@_every_case
 def test_gradient_reaches_x(format_: Format, case: Case) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(4, case.weight.shape[1], generator=generator, requires_grad=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import QWEN2_MOE, QWEN3, QWEN3_MOE, TINY, make_pair
 
 from fakes import ByteTokenizer
-from pairs import QWEN2_MOE, QWEN3, QWEN3_MOE, TINY, make_pair
 from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.models.spec import CausalModel

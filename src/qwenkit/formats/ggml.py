@@ -17,6 +17,7 @@ from qwenkit.formats.spec import Case, Format
 from qwenkit.kernels.blocks import BLOCK_LAYOUTS, block_layout, first_nonfinite_block
 from qwenkit.kernels.ops.block_dequantize import block_dequantize
 from qwenkit.kernels.ops.block_matmul import block_matmul
+from qwenkit.kernels.ops.grouped_matmul import segments
 from qwenkit.layers.weight import QuantWeight
 
 # Root-mean-square error of each type on normally distributed numbers, relative to theirs.
@@ -106,6 +107,16 @@ class GgmlWeight(QuantWeight):
             return super().matmul(x)
         y: torch.Tensor = block_matmul(x.reshape(-1, self.shape[1]), self.blocks, self.block_type)
         return y.view(*x.shape[:-1], self.shape[0])
+
+    def grouped_matmul(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return super().grouped_matmul(x, ends)
+        out_rows = self.shape[0] // ends.numel()
+        y = x.new_empty((x.shape[0], out_rows))
+        for group, a, b in segments(ends):
+            blocks = self.blocks[group * out_rows : (group + 1) * out_rows]
+            y[a:b] = block_matmul(x[a:b], blocks, self.block_type)
+        return y  # [rows, out_rows]
 
     def check_finite(self) -> None:
         """Raises NonFiniteError naming the first row and columns whose scale is NaN or infinite.

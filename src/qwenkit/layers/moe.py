@@ -61,19 +61,19 @@ class SparseMoe(nn.Module):
             self.shared_expert = SwiGLU(hidden_size, shared_intermediate_size)
             self.shared_expert_gate = Linear(hidden_size, 1, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [tokens, hidden_size] to the same shape; `residual`, of that shape, is added."""
         weights, chosen = self.route(x)  # [tokens, experts_per_token] each
         by_expert, order = chosen.flatten().sort(stable=True)  # [tokens * experts_per_token] each
         every_expert = torch.arange(self.experts.gate_proj.groups, device=x.device)
         ends = torch.searchsorted(by_expert, every_expert, right=True)  # [experts]
         rows = x.index_select(0, order // self.experts_per_token)
         outputs = self.experts(rows, ends).index_select(0, order.argsort())
-        outputs = outputs.view(*chosen.shape, -1)  # [tokens, experts_per_token, hidden_size]
+        outputs = outputs.view(*chosen.shape, x.shape[-1])  # [tokens, experts_per_token, hidden_size]
         y: torch.Tensor = (outputs * weights[:, :, None]).sum(1)  # [tokens, hidden_size]
         if self.has_shared_expert:
             y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return y
+        return y if residual is None else residual + y
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [tokens, hidden_size] to each token's experts, best first, and their weights: weights
