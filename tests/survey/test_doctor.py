@@ -416,7 +416,9 @@ def _first_generation(folder: Path) -> Path:
 CLEAN: dict[str, Callable[[Path], Path]] = {
     "qwen": _first_generation,
     "qwen3": _of("qwen3", head_dim=16, num_key_value_heads=2),
-    "baichuan": _of("baichuan", model_max_length=512, max_position_embeddings=None),
+    "baichuan": _of(
+        "baichuan", model_max_length=512, max_position_embeddings=None, z_loss_weight=0
+    ),
     "chat": lambda folder: write_tiny_checkpoint(folder),
     "parts": lambda folder: write_tiny_checkpoint(folder, shard_bytes=20_000),
     "llama": _of("llama", rms_norm_eps=1e-5, num_key_value_heads=2),
