@@ -14,6 +14,7 @@ import torch
 from qwenkit import LLM, AsyncLLM, SamplingParams
 from qwenkit.errors import ModelNotFoundError, RequestError, UsageError
 from qwenkit.types.events import FinishEvent, TokenEvent
+from qwenkit.types.extension import NO_EXTENSION, Extension
 from tiny import IM_END, write_tiny_checkpoint
 
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
@@ -185,3 +186,15 @@ def test_async_answers_run_together(folder: Path, llm: LLM) -> None:
             assert "".join(streamed) == chat.text
 
     asyncio.run(run())
+
+
+def test_a_context_beyond_the_trained_one_extends_what_needs_it(folder: Path) -> None:
+    sampling = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}
+    with LLM(folder, context_tokens=1024) as longer, LLM(folder) as plain:
+        assert (longer.context_tokens, plain.context_tokens) == (1024, 512)
+        short, long = longer.generate(["abc", "abc" * 200], sampling)
+        assert short.usage.extension == NO_EXTENSION
+        assert long.usage.extension == Extension("yarn", 2.0, 512)
+        assert short.token_ids == plain.generate("abc", sampling).token_ids
+        with pytest.raises(RequestError, match=r"600 tokens, the context 512.*--context"):
+            plain.generate("abc" * 200, sampling)
