@@ -134,9 +134,9 @@ class _Reading:
         """What the tensors say of a mixture: which layers have no experts, and sizes that older
         converters left out.
         """
-        if not config.get("num_experts"):
+        layers = range(config["num_hidden_layers"])
+        if not config.get("num_experts") or len(layers) > len(self.tensors):  # a damaged number
             return {}
-        layers = range(min(config["num_hidden_layers"], len(self.tensors)))  # or it is damaged
         dense = [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in self.tensors]
         found: dict[str, Any] = {"mlp_only_layers": dense}
         first = next((i for i in layers if i not in dense), 0)

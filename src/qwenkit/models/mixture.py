@@ -41,8 +41,8 @@ def read_config(config: Mapping[str, Any], *, shared_expert: bool) -> Config:
     Some tools write `num_local_experts` for `num_experts`.
     """
     dense = qwen2.read_config(config)
-    named = {**config, "num_experts": config.get("num_experts", config.get("num_local_experts"))}
-    experts = whole(named, "num_experts")
+    local = config.get("num_experts") is None and "num_local_experts" in config
+    experts = whole(config, "num_local_experts" if local else "num_experts")
     chosen = whole(config, "num_experts_per_tok")
     if chosen > experts:
         raise ConfigError(f"num_experts_per_tok: got {chosen}, but there are {experts} experts.")
