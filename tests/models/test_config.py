@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import PUBLISHED
 
 from qwenkit.errors import ConfigError
 from qwenkit.models.spec import architectures, find
@@ -93,6 +94,31 @@ def test_dead_sliding_window_keys_change_nothing() -> None:
 def test_a_wrong_value_is_refused_by_its_key(change: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: "):
         find("qwen2").config(QWEN2_0_5B | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"num_experts": None}, "num_experts"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"num_experts": 2**30}, "num_experts"),
+        ({"num_experts_per_tok": 61}, "num_experts_per_tok"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size"),
+        ({"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"mlp_only_layers": [24]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [-1]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers"),
+        ({"mlp_only_layers": [[1]]}, "mlp_only_layers"),
+    ],
+)
+def test_a_wrong_value_of_a_mixture_is_refused_by_its_key(change: dict[str, Any], key: str) -> None:
+    config = {**PUBLISHED["Qwen/Qwen1.5-MoE-A2.7B"].config} | change
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        find("qwen2_moe").config(config)
 
 
 def test_an_unknown_model_type_names_the_known_ones() -> None:

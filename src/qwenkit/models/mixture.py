@@ -46,13 +46,16 @@ def read_config(config: Mapping[str, Any], *, shared_expert: bool) -> Config:
     chosen = whole(config, "num_experts_per_tok")
     if chosen > experts:
         raise ConfigError(f"num_experts_per_tok: got {chosen}, but there are {experts} experts.")
+    size = whole(config, "moe_intermediate_size")
+    if experts * size >= 2**31:
+        raise ConfigError(f"num_experts: {experts} of {size} rows are more than a matrix can have.")
     shared = whole(config, "shared_expert_intermediate_size") if shared_expert else 0
     fields = {f.name: getattr(dense, f.name) for f in dataclasses.fields(dense)}
     return Config(
         **fields,
         num_experts=experts,
         num_experts_per_tok=chosen,
-        moe_intermediate_size=whole(config, "moe_intermediate_size"),
+        moe_intermediate_size=size,
         shared_expert_intermediate_size=shared,
         norm_topk_prob=flag(config, "norm_topk_prob", False),
         decoder_sparse_step=whole(config, "decoder_sparse_step", 1),
