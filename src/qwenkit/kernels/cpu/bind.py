@@ -8,6 +8,7 @@ the op's contract: a row's result is the same bits whatever other rows and threa
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import threading
 from ctypes import c_char_p
@@ -24,6 +25,7 @@ from qwenkit.kernels.cpu.bind_blocks import bind_block_dequantize, bind_block_ma
 from qwenkit.kernels.cpu.bind_packed import bind_packed_matmul, bind_packed_rows
 from qwenkit.kernels.cpu.bind_rows import bind_rms_norm, bind_rotary, bind_silu_mul
 from qwenkit.kernels.cpu.library import Kernel, function, open_library
+from qwenkit.kernels.cpu.place import place_helpers
 from qwenkit.kernels.registry import OPS
 
 _log = logging.getLogger(__name__)
@@ -44,19 +46,23 @@ class KernelInfo:
     reason: str | None
 
 
-def register(*, threads: int | None = None) -> KernelInfo:
+def register(*, threads: int | None = None, pin_threads: bool = False) -> KernelInfo:
     """Make the native kernels the CPU backend of their ops, building them where need be.
 
-    Safe to call often and from several threads. `threads` is as for `set_threads`. Where there can
-    be no native kernels the references stay, which is logged once as a warning; with
-    QWENKIT_KERNELS=native it raises KernelError instead.
+    Safe to call often and from several threads. `threads` is as for `set_threads`; `pin_threads`
+    gives each helper a processor of its own from now on. Where there can be no native kernels the
+    references stay, which is logged once as a warning; with QWENKIT_KERNELS=native it raises
+    KernelError instead, as it does where threads cannot be pinned.
     """
     if threads is not None:
         set_threads(threads)
     with _lock:
         info, kernels = _load()
         for name, kernel in kernels.items():
+            importlib.import_module(f"qwenkit.kernels.ops.{name}")  # which makes the op known
             OPS[name].backends["cpu"] = kernel
+    if pin_threads and info.library is not None:
+        place_helpers(open_library(info.library), pin=True)
     return replace(info, threads=torch.get_num_threads())
 
 

@@ -8,14 +8,16 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
+#include <vector>
 
 namespace qk {
 namespace {
@@ -49,6 +51,23 @@ void pause() {
 #endif
 }
 
+// Bind a thread to one processor, or with less than 0 to any of `all`. False when that cannot be.
+bool bind([[maybe_unused]] pthread_t thread, [[maybe_unused]] int64_t processor,
+          [[maybe_unused]] const std::vector<int64_t>& all) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    auto add = [&](int64_t number) {
+        if (number >= 0 && number < CPU_SETSIZE) CPU_SET(number, &set);
+    };
+    add(processor);
+    if (processor < 0) std::for_each(all.begin(), all.end(), add);
+    return pthread_setaffinity_np(thread, sizeof set, &set) == 0;
+#else
+    return false;
+#endif
+}
+
 class Pool {
   public:
     // False when another thread is using the pool: the caller then works alone, so that there
@@ -76,13 +95,33 @@ class Pool {
         return true;
     }
 
+    // Helper i works on processor i of these from now on, each on any of them unless `one_each`.
+    bool place(std::vector<int64_t> processors, bool one_each) {
+        std::lock_guard<std::mutex> turn(turn_);
+        processors_ = std::move(processors);
+        one_each_ = one_each;
+        bool placed = true;
+        for (size_t i = 0; i < helpers_.size(); i++) placed &= place_helper(i);
+        return placed;
+    }
+
   private:
     void grow(int helpers) {
         try {
-            for (; helpers_ < helpers; helpers_++) std::thread([this] { help(); }).detach();
-        } catch (const std::system_error&) {
+            while (static_cast<int>(helpers_.size()) < helpers) {
+                helpers_.reserve(helpers_.size() + 1);  // what may fail goes first
+                std::thread helper([this] { help(); });
+                helpers_.push_back(helper.native_handle());
+                helper.detach();
+                if (!processors_.empty()) place_helper(helpers_.size() - 1);
+            }
+        } catch (const std::exception&) {
             // No more threads to be had: those that exist, or the caller alone, do the work.
         }
+    }
+
+    bool place_helper(size_t i) {
+        return bind(helpers_[i], one_each_ ? processors_[i % processors_.size()] : -1, processors_);
     }
 
     void help() {
@@ -114,8 +153,15 @@ class Pool {
     std::atomic<uint64_t> generation_{0};
     std::atomic<Job*> job_{nullptr};
     std::atomic<int> inside_{0};
-    int helpers_ = 0;
+    std::vector<pthread_t> helpers_;  // they live as long as the process
+    std::vector<int64_t> processors_;
+    bool one_each_ = false;
 };
+
+Pool& the_pool() {
+    static Pool& pool = *new Pool;  // never destroyed: its threads live as long as the process
+    return pool;
+}
 
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -126,8 +172,7 @@ void run_chunks(int64_t chunks, int threads, Body body, void* context) {
     Job job{chunks, threads, body, context};
     // A forked child inherits the pool's state but none of its threads.
     if (threads > 1 && chunks > 1 && !forked.load(std::memory_order_relaxed)) {
-        static Pool& pool = *new Pool;  // never destroyed: its threads live as long as the process
-        if (pool.run(job)) return;
+        if (the_pool().run(job)) return;
     }
     take_part(job);
 }
@@ -148,3 +193,15 @@ float* scratch(size_t floats) {
 }
 
 }  // namespace qk
+
+struct PlaceThreads {
+    const int64_t* processors;
+    int64_t count, one_each;
+};
+
+// 0, or 1 when the system does not let them be placed so.
+extern "C" __attribute__((visibility("default"))) int qk_place_threads(const PlaceThreads* a) {
+    if (qk::forked.load()) return 1;
+    std::vector<int64_t> processors(a->processors, a->processors + a->count);
+    return qk::the_pool().place(std::move(processors), a->one_each != 0) ? 0 : 1;
+}
