@@ -67,7 +67,136 @@ def _qwen3_moe(hidden: int, layers: int, heads: int, ffn: int, size: int) -> dic
     return whole | {"model_type": "qwen3_moe"}
 
 
+def _dense(
+    hidden: int,
+    layers: int,
+    heads: tuple[int, int],
+    ffn: int,
+    vocab: int = 152064,
+    **other: Any,
+) -> dict[str, Any]:
+    return _shape("qwen2", hidden, layers, *heads, ffn, vocab) | other
+
+
+def _first(hidden: int, layers: int, heads: int, half: int, vocab: int, **other: Any) -> Any:
+    """The first generation from 25 September 2023 on; `half` is the width of one SwiGLU half."""
+    return {
+        "model_type": "qwen",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 2 * half,
+        "vocab_size": vocab,
+        "kv_channels": 128,
+        "seq_length": 8192,
+        "max_position_embeddings": 8192,
+        "layer_norm_epsilon": 1e-6,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "no_bias": True,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "use_flash_attn": "auto",
+        "bf16": False,
+        "fp16": False,
+        "fp32": False,
+    } | other
+
+
+_QWEN_7B_AUGUST: Mapping[str, Any] = {
+    "model_type": "qwen",
+    "activation": "swiglu",
+    "apply_residual_connection_post_layernorm": False,
+    "bf16": True,
+    "ffn_hidden_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-6,
+    "n_embd": 4096,
+    "n_head": 32,
+    "n_inner": None,
+    "n_layer": 32,
+    "n_positions": 6144,
+    "no_bias": True,
+    "padded_vocab_size": 151936,
+    "pos_emb": "rotary",
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "seq_length": 2048,
+    "tie_word_embeddings": False,
+    "use_flash_attn": True,
+    "vocab_size": 151851,
+}
+
 PUBLISHED: Mapping[str, Published] = {
+    "Qwen/Qwen-1_8B": Published(_first(2048, 24, 16, 5504, 151936), 1_836_828_672),
+    "Qwen/Qwen-7B of August 2023": Published(_QWEN_7B_AUGUST, 7_721_324_544),
+    "Qwen/Qwen-7B": Published(_first(4096, 32, 32, 11008, 151936), 7_721_324_544),
+    "Qwen/Qwen-14B": Published(
+        _first(5120, 40, 40, 13696, 152064, seq_length=2048), 14_167_290_880
+    ),
+    "Qwen/Qwen-72B": Published(
+        _first(8192, 80, 64, 24576, 152064, rotary_emb_base=1e6)
+        | {"use_dynamic_ntk": False, "use_logn_attn": False},
+        72_287_920_128,
+    ),
+    "Qwen/Qwen1.5-0.5B": Published(
+        _dense(1024, 24, (16, 16), 2816, 151936, tie_word_embeddings=True), 463_987_712
+    ),
+    "Qwen/Qwen1.5-1.8B": Published(_dense(2048, 24, (16, 16), 5504, 151936), 1_836_828_672),
+    "Qwen/Qwen1.5-4B": Published(
+        _dense(2560, 40, (20, 20), 6912, 151936, rope_theta=5e6), 3_950_369_280
+    ),
+    "Qwen/Qwen1.5-7B": Published(_dense(4096, 32, (32, 32), 11008, 151936), 7_721_324_544),
+    "Qwen/Qwen1.5-14B": Published(_dense(5120, 40, (40, 40), 13696), 14_167_290_880),
+    "Qwen/Qwen1.5-32B": Published(_dense(5120, 64, (40, 8), 27392), 32_512_218_112),
+    "Qwen/Qwen1.5-72B": Published(_dense(8192, 80, (64, 64), 24576), 72_287_920_128),
+    "Qwen/Qwen1.5-110B": Published(_dense(8192, 80, (64, 8), 49152), 111_209_914_368),
+    "Qwen/Qwen2-0.5B": Published(
+        _dense(896, 24, (14, 2), 4864, 151936, tie_word_embeddings=True)
+        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 24},
+        494_032_768,
+    ),
+    "Qwen/Qwen2-1.5B": Published(
+        _dense(1536, 28, (12, 2), 8960, 151936, tie_word_embeddings=True)
+        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 28},
+        1_543_714_304,
+    ),
+    "Qwen/Qwen2-7B": Published(
+        _dense(3584, 28, (28, 4), 18944)
+        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 28},
+        7_615_616_512,
+    ),
+    "Qwen/Qwen2-72B": Published(
+        _dense(8192, 80, (64, 8), 29568, rms_norm_eps=1e-5)
+        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 80},
+        72_706_203_648,
+    ),
+    "Qwen/Qwen2-72B-Instruct with YaRN": Published(
+        _dense(8192, 80, (64, 8), 29568)
+        | {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+            }
+        },
+        72_706_203_648,
+    ),
+    "Qwen/Qwen2.5-0.5B": Published(
+        _dense(896, 24, (14, 2), 4864, 151936, tie_word_embeddings=True), 494_032_768
+    ),
+    "Qwen/Qwen2.5-1.5B": Published(
+        _dense(1536, 28, (12, 2), 8960, 151936, tie_word_embeddings=True), 1_543_714_304
+    ),
+    "Qwen/Qwen2.5-3B": Published(
+        _dense(2048, 36, (16, 2), 11008, 151936, tie_word_embeddings=True), 3_085_938_688
+    ),
+    "Qwen/Qwen2.5-7B": Published(_dense(3584, 28, (28, 4), 18944), 7_615_616_512),
+    "Qwen/Qwen2.5-14B": Published(_dense(5120, 48, (40, 8), 13824), 14_770_033_664),
+    "Qwen/Qwen2.5-32B": Published(_dense(5120, 64, (40, 8), 27648), 32_763_876_352),
+    "Qwen/Qwen2.5-72B": Published(_dense(8192, 80, (64, 8), 29568), 72_706_203_648),
     "Qwen/Qwen1.5-MoE-A2.7B": Published(
         _shape("qwen2_moe", 2048, 24, 16, 16, 5632, 151936) | _experts(60, 4, 1408, shared=5632),
         14_315_784_192,
