@@ -87,6 +87,7 @@ EFFECTS = {
         {
             "checkpoint/embedded.py",  # pip
             "kernels/build.py",  # the C++ compiler
+            "bench/ceilings.py",  # the C++ compiler, for this very processor
             "bench/environments.py",  # pip
             "bench/process.py",  # an engine is measured in a process of its own
             "bench/peers/onnxruntime.py",  # its model builder is a program

@@ -9,13 +9,16 @@ from typing import Annotated
 import typer
 
 from qwenkit.bench.environments import RECIPES
+from qwenkit.bench.kernel_jobs import ROWS
+from qwenkit.bench.kernels import DEFAULT_SHAPES, KernelSettings, measure_kernels
 from qwenkit.bench.peers.spec import WEIGHTS, WeightName, WeightSetting
 from qwenkit.bench.shapes import SHAPES, shape
 from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console
-from qwenkit.cli.bench_tables import ProgressBar, show_speed
+from qwenkit.cli.bench_perplexity import perplexity
+from qwenkit.cli.bench_tables import ProgressBar, show_kernels, show_speed
 from qwenkit.errors import UsageError, suggest
 
 GROUP_SIZES = (32, 64, 128)
@@ -30,9 +33,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `speed` a command of its own while it is the only one."""
+app.command()(perplexity)
 
 
 @app.command()
@@ -145,6 +146,56 @@ def speed(
         console.say_json(result.to_json())
     else:
         show_speed(result)
+
+
+@app.command()
+def kernels(
+    op: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this op, repeatable. [default: all]", show_default=False),
+    ] = None,
+    shape_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            help=f"Only this model's shapes, repeatable. [default: {', '.join(DEFAULT_SHAPES)}]",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Only at so many rows, repeatable. "
+            f"[default: {', '.join(str(count) for count in ROWS)}]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of every op.", min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Each op's GB/s and GOP/s beside the machine's ceilings and torch's own operator.
+
+    Ops are called through the registry, as models call them, on more weights than caches hold.
+    The ceilings are measured first, by a small program compiled for this processor.
+
+    \b
+    Examples:
+      qwenkit bench kernels
+      qwenkit bench kernels --op packed_matmul --shape qwen2-0.5b --rows 1 --rows 512
+    """
+    settings = KernelSettings(
+        ops=tuple(dict.fromkeys(op or ())),
+        shapes=tuple(dict.fromkeys(shape_name or DEFAULT_SHAPES)),
+        rows=tuple(dict.fromkeys(rows or ROWS)),
+        threads=threads,
+    )
+    with ProgressBar() as progress:
+        result = measure_kernels(settings, progress=progress)
+    if as_json:
+        console.say_json(result.to_json())
+    else:
+        show_kernels(result)
 
 
 def _setting(weights: str | None, group_size: int, head: str | None) -> WeightSetting | None:

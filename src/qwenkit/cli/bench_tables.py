@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from qwenkit.bench.ceilings import Ceilings
+from qwenkit.bench.kernels import KernelReport, KernelResult
 from qwenkit.bench.peers.spec import PROMPT_TOKENS, Work
 from qwenkit.bench.report import EngineResult, SpeedReport
 from qwenkit.bench.sources import OURS
@@ -99,3 +101,46 @@ def _remarks(report: SpeedReport) -> list[str]:
             f"{report.turn_count()} turns: trust the ratios more than the figures, and repeat."
         )
     return lines
+
+
+def show_kernels(report: KernelReport) -> None:
+    """A table for each op, and the ceilings that its shares are of."""
+    terminal = Console()
+    terminal.print(
+        f"{report.machine}, {report.threads} threads, kernels: {report.variant}", markup=False
+    )
+    ceilings = report.ceilings
+    if ceilings is None:
+        terminal.print("No ceilings: they need a C++ compiler.", style="yellow")
+    else:
+        products = (("fp32", ceilings.fp32), ("int8", ceilings.int8), ("bf16", ceilings.bf16))
+        rates = [f"{kind} {rate:.0f} GOP/s" for kind, rate in products if rate]
+        terminal.print(f"Ceilings: reads {ceilings.read:.1f} GB/s, " + ", ".join(rates))
+    for op in dict.fromkeys(result.op for result in report.results):
+        table = Table(title=op, title_justify="left")
+        table.add_column("model")
+        table.add_column("what")
+        for title in ("rows", "time µs", "GB/s", "GOP/s", "of ceiling", "torch ÷ ours"):
+            table.add_column(title, justify="right")
+        for result in report.results:
+            if result.op == op:
+                table.add_row(*_kernel_row(result, ceilings))
+        terminal.print(table)
+    for op, reason in report.failed.items():
+        terminal.print(f"{op} failed: {reason}", style="yellow", markup=False)
+    if report.not_benched:
+        terminal.print(f"Not benched: {', '.join(report.not_benched)}.", markup=False)
+
+
+def _kernel_row(result: KernelResult, ceilings: Ceilings | None) -> list[str]:
+    beside = None if result.torch_seconds is None else result.torch_seconds / result.seconds
+    return [
+        result.shape,
+        result.what + ("" if result.native else " (torch)"),
+        str(result.rows),
+        f"{result.seconds * 1e6:.1f}",
+        f"{result.gb_per_s:.1f}",
+        f"{result.gop_per_s:.0f}" if result.operations else "–",
+        "–" if ceilings is None else f"{result.share(ceilings):.0%}",
+        "–" if beside is None else f"{beside:.2f}",
+    ]

@@ -1,0 +1,330 @@
+"""Perplexity by context length and by method of extension: what each method does beyond the length
+that a model was trained for (the table of arXiv 2309.16609, section 2.3.2, on any text and model).
+
+Each method computes whole windows through the paged cache, as serving does. Lengths for which a
+method decides the same are prefixes of one pass. Every pass is written down when it is done, so
+that an interrupted measurement goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from qwenkit.bench.plot import lines_svg
+from qwenkit.checkpoint.atomic import replacing
+from qwenkit.engine.batch import build
+from qwenkit.engine.kv import KVCache
+from qwenkit.engine.paged import PagedAttention
+from qwenkit.engine.scheduler import Chunk, Plan
+from qwenkit.errors import UsageError, suggest
+from qwenkit.layers.position import (
+    LARGEST_YARN_FACTOR,
+    DualChunk,
+    Dynamic,
+    Linear,
+    Position,
+    QwenNtk,
+    Rotary,
+    Yarn,
+    choose_extension,
+    extended,
+)
+from qwenkit.load import Loaded
+from qwenkit.types.extension import Extension, RopeMode
+
+BLOCK_TOKENS = 16
+CHUNK_TOKENS = 256  # rows of logits at a time: they are as wide as the vocabulary
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A row: what the layers' position spec becomes, given the model's own and the trained length,
+    and when it is extended.
+    """
+
+    position: Callable[[Rotary, int], Position]
+    mode: RopeMode = "as-config"
+
+
+def _plain(own: Rotary) -> Rotary:
+    return dataclasses.replace(own, scaling=None, log_n=None)
+
+
+METHODS: Mapping[str, Method] = {
+    "none": Method(lambda own, trained: _plain(own)),
+    "per-request": Method(lambda own, trained: own, "per-request"),
+    "as-config": Method(lambda own, trained: own),
+    "linear": Method(
+        lambda own, trained: dataclasses.replace(
+            _plain(own), scaling=Linear(factor=LARGEST_YARN_FACTOR)
+        )
+    ),
+    "dynamic": Method(
+        lambda own, trained: dataclasses.replace(
+            _plain(own), scaling=Dynamic(factor=2.0, trained_tokens=trained)
+        )
+    ),
+    "qwen-ntk": Method(
+        lambda own, trained: dataclasses.replace(
+            _plain(own), scaling=QwenNtk(trained_tokens=trained)
+        )
+    ),
+    "qwen-ntk+logn": Method(
+        lambda own, trained: dataclasses.replace(
+            own, scaling=QwenNtk(trained_tokens=trained), log_n=trained
+        )
+    ),
+    "yarn": Method(
+        lambda own, trained: dataclasses.replace(
+            _plain(own),
+            scaling=Yarn(factor=LARGEST_YARN_FACTOR, trained_tokens=trained),
+        )
+    ),
+    "dual-chunk": Method(
+        lambda own, trained: DualChunk(
+            rotary=_plain(own),
+            chunk_tokens=max(trained * 3 // 4, 2),  # the paper's sizes
+            local_tokens=max(trained // 16, 1),
+        )
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerplexitySettings:
+    """`methods` are rows, `lengths` columns in tokens; `windows` pieces of the text are averaged.
+
+    Raises UsageError naming the setting on construction.
+    """
+
+    methods: tuple[str, ...]
+    lengths: tuple[int, ...]
+    windows: int = 1
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in METHODS:
+                raise UsageError(f"method: got {name!r}. {suggest(name, METHODS)}")
+        if not self.lengths or min(self.lengths) < 2:
+            raise UsageError(f"length: expected numbers of at least 2, got {self.lengths}.")
+        if self.windows < 1:
+            raise UsageError(f"windows: expected at least 1, got {self.windows}.")
+
+
+@dataclass(slots=True, kw_only=True)
+class PerplexityTable:
+    """`cells` maps method and length to the mean negative log-likelihood in nats per token."""
+
+    model: str
+    text: str
+    trained_tokens: int
+    windows: int
+    command: str = ""
+    cells: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def perplexity(self, method: str, length: int) -> float | None:
+        """e to the mean of a cell; None while it is not measured."""
+        mean = self.cells.get(method, {}).get(length)
+        return None if mean is None else math.exp(min(mean, 700.0))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Every length that any method has, ascending."""
+        return sorted({length for row in self.cells.values() for length in row})
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data: settings, and cells both as means and as perplexities."""
+        perplexities = {
+            method: {str(n): self.perplexity(method, n) for n in sorted(row)}
+            for method, row in self.cells.items()
+        }
+        return dataclasses.asdict(self) | {"perplexity": perplexities}
+
+    def to_markdown(self) -> str:
+        """The table, its conditions above it."""
+        lengths = self.lengths
+        lines = [
+            f"Perplexity of {self.model} (trained for {self.trained_tokens:,} tokens) on "
+            f"{self.text}, {self.windows} window(s) of each length; `{self.command}`.",
+            "",
+            "| method | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+            "| --- |" + " ---: |" * len(lengths),
+        ]
+        for method in self.cells:
+            values = (self.perplexity(method, n) for n in lengths)
+            cells = ("–" if v is None else f"{v:.2f}" if v < 1e4 else f"{v:.1e}" for v in values)
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def read_table(path: Path, fresh: PerplexityTable) -> PerplexityTable:
+    """What `path` holds of the same measurement, or `fresh` where there is no such file.
+
+    Raises UsageError for a file of another measurement, or one that cannot be read.
+    """
+    if not path.exists():
+        return fresh
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: data[key] for key in ("model", "text", "trained_tokens", "windows")}
+        cells = {m: {int(n): float(v) for n, v in row.items()} for m, row in data["cells"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"out: {str(path)!r} is no perplexity table ({error}).") from error
+    for key, value in found.items():
+        if value != getattr(fresh, key):
+            raise UsageError(
+                f"out: {str(path)!r} was measured with {key} {value!r}, not "
+                f"{getattr(fresh, key)!r}. Give another folder."
+            )
+    return dataclasses.replace(fresh, cells=cells)
+
+
+def write_table(folder: Path, table: PerplexityTable) -> None:
+    """perplexity.json, perplexity.md and perplexity.svg in `folder`."""
+    rows = {
+        method: {n: p for n in row if (p := table.perplexity(method, n)) is not None}
+        for method, row in table.cells.items()
+    }
+    files = {
+        "json": json.dumps(table.to_json(), indent=1) + "\n",
+        "md": table.to_markdown(),
+        "svg": lines_svg(f"{table.model} on {table.text}", "tokens", "perplexity", rows),
+    }
+    for kind, content in files.items():
+        with replacing(folder / f"perplexity.{kind}") as file:
+            file.write(content.encode())
+
+
+def measure_perplexity(
+    loaded: Loaded,
+    ids: Sequence[int],
+    settings: PerplexitySettings,
+    table: PerplexityTable,
+    *,
+    save: Callable[[PerplexityTable], None],
+    progress: Progress | None = None,
+) -> PerplexityTable:
+    """Fill the cells of `table` that are missing; `save` is called after every pass.
+
+    Raises UsageError when the text is too short, or the model's positions are not rotary.
+    """
+    own, longest = loaded.config.position, max(settings.lengths)
+    if not isinstance(own, Rotary):
+        raise UsageError(f"model: {loaded.record.name} has no rotary positions to be extended.")
+    if len(ids) < longest * settings.windows:
+        raise UsageError(
+            f"text: has {len(ids)} tokens; {settings.windows} windows of {longest} need "
+            f"{longest * settings.windows}. Give a longer text or shorter lengths."
+        )
+    jobs = [job for name in settings.methods for job in _passes(name, own, settings, table)]
+    total = sum(max(job.lengths) for job in jobs) * settings.windows
+    done = 0
+    for job in jobs:
+        sums = dict.fromkeys(job.lengths, 0.0)
+        for window in range(settings.windows):
+            first = window * (len(ids) // settings.windows)
+            part = ids[first : first + max(job.lengths)]
+            nlls: list[torch.Tensor] = []
+            for piece in _losses(loaded, part, job):
+                nlls.append(piece)
+                done += len(piece)
+                if progress is not None:
+                    progress(f"{job.method} {max(job.lengths):,}", done / total)
+            whole = torch.cat(nlls)  # [tokens - 1], fp64
+            for length in job.lengths:
+                sums[length] += whole[: length - 1].mean().item()
+        row = table.cells.setdefault(job.method, {})
+        row.update({length: value / settings.windows for length, value in sums.items()})
+        save(table)
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One computation of a window: `lengths` are those for which `method` decides the same."""
+
+    method: str
+    position: Position
+    extension: Extension
+    lengths: tuple[int, ...]
+
+
+def _passes(
+    name: str, own: Rotary, settings: PerplexitySettings, table: PerplexityTable
+) -> list[_Pass]:
+    method, trained = METHODS[name], table.trained_tokens
+    position = method.position(own, trained)
+    decided: dict[object, tuple[Extension, list[int]]] = {}
+    for length in sorted(settings.lengths):
+        if length in table.cells.get(name, {}):
+            continue
+        extension = choose_extension(
+            position,
+            method.mode,
+            trained_tokens=trained,
+            prompt_tokens=length,
+            total_tokens=length,
+        )
+        key = extended(position, extension) if isinstance(position, Rotary) else extension
+        decided.setdefault(key, (extension, []))[1].append(length)
+    return [_Pass(name, position, extension, tuple(n)) for extension, n in decided.values()]
+
+
+class _Positioned:
+    """A context that gives every layer one and the same position spec, whatever it asks for."""
+
+    def __init__(self, inner: PagedAttention, position: Position) -> None:
+        self._inner = inner
+        self._position = position
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: Position,
+        *,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """See `AttentionContext.attend`."""
+        return self._inner.attend(layer, q, k, v, self._position, window=window)
+
+    def select(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Every row."""
+        return hidden
+
+
+def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Tensor]:
+    """Yields the negative log-likelihoods of the tokens after the first, fp64, piece by piece."""
+    model, config, device = loaded.model, loaded.config, torch.device("cpu")
+    cache = KVCache(
+        num_layers=config.num_hidden_layers,
+        num_blocks=-(-len(ids) // BLOCK_TOKENS),
+        block_tokens=BLOCK_TOKENS,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=model.dtype,
+        device=device,
+    )
+    blocks = tuple(range(-(-len(ids) // BLOCK_TOKENS)))
+    for start in range(0, len(ids) - 1, CHUNK_TOKENS):
+        part = tuple(ids[start : start + CHUNK_TOKENS])
+        plan = Plan((Chunk("window", part, start, blocks, True, job.extension),))
+        batch = build(plan, block_tokens=BLOCK_TOKENS, device=device)
+        context = _Positioned(PagedAttention(cache, batch), job.position)
+        targets = torch.tensor(ids[start + 1 : start + 1 + len(part)])
+        with torch.inference_mode():
+            logits = model(batch.ids, context)[: len(targets)]  # [tokens, vocab_size]
+            losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+        yield losses.double()

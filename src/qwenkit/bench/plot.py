@@ -1,0 +1,70 @@
+"""A table of numbers as lines in an SVG picture: logarithmic axes, no library needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from xml.sax.saxutils import escape
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 440, 64, 170, 40, 46
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+
+
+def lines_svg(title: str, x_name: str, y_name: str, rows: Mapping[str, Mapping[int, float]]) -> str:
+    """`rows` maps a line's name to its points, x to y, all positive; a line has a legend entry."""
+    points = [(x, y) for row in rows.values() for x, y in row.items()]
+    xs, ys = _span([float(x) for x, _ in points]), _span([y for _, y in points])
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<text x="{_LEFT}" y="22" font-size="14">{escape(title)}</text>',
+    ]
+    for x in sorted({x for x, _ in points}):
+        at = _across(x, xs)
+        parts += [
+            f'<path d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}" stroke="#ddd"/>',
+            f'<text x="{at:.1f}" y="{_HEIGHT - 28}" text-anchor="middle">{x:,}</text>',
+        ]
+    for step in range(5):
+        y = math.exp(ys[0] + (ys[1] - ys[0]) * step / 4)
+        at = _down(y, ys)
+        parts += [
+            f'<path d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}" stroke="#ddd"/>',
+            f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.4g}</text>',
+        ]
+    for number, (name, row) in enumerate(rows.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        path = " ".join(f"{_across(x, xs):.1f},{_down(row[x], ys):.1f}" for x in sorted(row))
+        dash = ' stroke-dasharray="6 3"' if number >= len(_COLOURS) else ""
+        y_legend = _TOP + 8 + 18 * number
+        x_legend = _WIDTH - _RIGHT + 14
+        parts += [
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>',
+            f'<path d="M{x_legend} {y_legend}h20" stroke="{colour}" stroke-width="2"{dash}/>',
+            f'<text x="{x_legend + 26}" y="{y_legend + 4}">{escape(name)}</text>',
+        ]
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts += [
+        f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_name)}</text>',
+        f'<text transform="translate(14 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_name)}</text>",
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _span(values: list[float]) -> tuple[float, float]:
+    """The logarithms of the smallest and the largest, never the same."""
+    low, high = math.log(min(values)), math.log(max(values))
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _across(x: float, span: tuple[float, float]) -> float:
+    share = (math.log(x) - span[0]) / (span[1] - span[0])
+    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+
+def _down(y: float, span: tuple[float, float]) -> float:
+    share = (math.log(y) - span[0]) / (span[1] - span[0])
+    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
