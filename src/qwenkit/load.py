@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qwenkit.checkpoint import open_checkpoint
+from qwenkit.checkpoint.layout import joined
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
 from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
@@ -192,7 +193,7 @@ def tensors_by_our_names(
 ) -> dict[str, StoredTensor]:
     """The checkpoint's tensors by the names that they have in the published weights."""
     if checkpoint.container != "gguf":
-        return dict(checkpoint.tensors)
+        return joined(checkpoint.tensors, architecture.qwen2_names)
     renamed: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         pieces = name.split(".", 2)

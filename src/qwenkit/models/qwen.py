@@ -234,6 +234,24 @@ GGUF_NAMES = {
     "blk.{}.ffn_down.weight": "transformer.h.{}.mlp.c_proj.weight",
 }
 
+_QWEN2_LAYER = {
+    "ln_1.weight": ("input_layernorm.weight",),
+    "attn.c_attn.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "attn.c_attn.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
+    "attn.c_proj.weight": ("self_attn.o_proj.weight",),
+    "ln_2.weight": ("post_attention_layernorm.weight",),
+    "mlp.w2.weight": ("mlp.gate_proj.weight",),  # not w1, as its name would suggest
+    "mlp.w1.weight": ("mlp.up_proj.weight",),
+    "mlp.c_proj.weight": ("mlp.down_proj.weight",),
+}
+QWEN2_NAMES = {
+    "transformer.wte.weight": ("model.embed_tokens.weight",),
+    "transformer.ln_f.weight": ("model.norm.weight",),
+} | {
+    f"transformer.h.{{}}.{ours}": tuple(f"model.layers.{{}}.{name}" for name in theirs)
+    for ours, theirs in _QWEN2_LAYER.items()
+}
+
 ARCHITECTURE = Architecture(
     model_types=("qwen",),
     gguf_arch="qwen",
@@ -243,4 +261,5 @@ ARCHITECTURE = Architecture(
     ignored=("rotary_emb.inv_freq", "attn.masked_bias", "attn.logn_tensor"),
     lora_targets=("c_attn", "c_proj", "w1", "w2"),
     dialect="react",
+    qwen2_names=QWEN2_NAMES,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -67,7 +67,9 @@ class Architecture:
     the key. `gguf_names` maps a GGUF tensor name to ours, with `{}` for the layer number; tensors
     of `gguf_interleaved` (our names) have their rows in GGUF's pairwise rotary order and are put
     back in rotate-half order on loading. `ignored` are tensor names that old files carry but no
-    model needs. `lora_targets` are the linear layers that adapters wrap by default.
+    model needs. `lora_targets` are the linear layers that adapters wrap by default. `qwen2_names`
+    are the names of the same weights in Qwen2's layout, if it can hold them: the first generation
+    joins the rows of several in one tensor.
     """
 
     model_types: tuple[str, ...]
@@ -79,6 +81,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     dialect: str | None = None
+    qwen2_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @cache
