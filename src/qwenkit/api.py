@@ -24,6 +24,7 @@ from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
 from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import load
 from qwenkit.record import context_limit
@@ -49,6 +50,9 @@ class _Session:
         model: str | Path,
         *,
         dtype: str = "auto",
+        weights: str = "auto",
+        group_size: int | None = None,
+        head_weights: str | None = None,
         compute: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
@@ -61,8 +65,12 @@ class _Session:
     ) -> None:
         """Load `model`: "default", a name on a hub, a folder or a .gguf file.
 
-        `dtype` "auto", "float32" or "bfloat16" is that of the activations. `compute` "auto" uses
-        the fastest kernels of this machine, "reference" the readable torch ones. `context_tokens`
+        `dtype` "auto", "float32" or "bfloat16" is that of the activations. `weights` "auto" runs
+        what is stored; "int4", "int8", "bf16" or "fp32" rounds every matrix to nearest at load,
+        with `group_size` columns to a scale (32, 64 or 128) and `head_weights` for embedding and head
+        (default: int8 with int4). `compute` "auto" uses the fastest kernels of this machine, which
+        round activations to eight bits for int4 and int8 weights, "reference" the readable torch
+        ones, which never do. `context_tokens`
         limits prompt and answer together (default: what the model's config allows); more than that
         extends the model by YaRN, up to four times what it was trained for, where it can be.
         `rope` "per-request" extends a request beyond the trained length only if its prompt and
@@ -76,10 +84,18 @@ class _Session:
         _check_arguments(model, compute, device, threads)
         self.rope = rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
-        cpu.register(threads=threads)
+        native = cpu.register(threads=threads).variant is not None and device == "cpu"
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = load(self.path, dtype=dtype, device=device, progress=progress)
+        plan = WeightPlan(weights, group_size, head_weights)
+        run_as_stored = weights == "auto" and (compute == "reference" or not native)
+        loaded = load(
+            self.path,
+            dtype=dtype,
+            device=device,
+            plan=None if run_as_stored else plan,
+            progress=progress,
+        )
         self.model = loaded.model
         self.config = loaded.config
         self.record = loaded.record

@@ -18,6 +18,7 @@ from qwenkit.checkpoint.layout import joined
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
 from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
+from qwenkit.formats.plan import WeightPlan, put
 from qwenkit.formats.spec import Format, claim
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
@@ -33,6 +34,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _PLAIN = ("F32", "F16", "BF16", "F64")
+_MATRICES = (Linear, Embedding, GroupedLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,15 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    plan: WeightPlan | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Loaded:
     """Build the model of a checkpoint (folder or .gguf file) and its tokenizer.
 
     `dtype` is that of the activations: "auto" keeps a bf16 checkpoint in bf16 where the processor
     computes in it, and is fp32 otherwise. Weights stay as they are stored where that can be: in
-    their quantized format, memory-mapped. `progress` is called with the share done, 0 to 1.
+    their quantized format, memory-mapped; with a `plan` they become what native kernels read,
+    and activations are fp32 by default. `progress` is called with the share done, 0 to 1.
 
     Raises CheckpointError, ConfigError, TokenizerError or UsageError.
     """
@@ -80,8 +84,10 @@ def load(
         )
     with torch.device("meta"):
         model = architecture.build(config)
+    if plan is not None and dtype == "auto":
+        dtype = "float32"  # what native kernels compute in, whatever they read
     model.dtype = _compute_dtype(checkpoint, dtype, device)
-    fill(model, architecture, checkpoint, device=device, progress=progress)
+    fill(model, architecture, checkpoint, device=device, plan=plan, progress=progress)
     record = read_record(checkpoint, tokenizer, config)
     return Loaded(model.eval(), config, record, tokenizer, checkpoint)
 
@@ -115,6 +121,7 @@ def fill(
     checkpoint: Checkpoint,
     *,
     device: str = "cpu",
+    plan: WeightPlan | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> None:
     """Put every tensor of the checkpoint into its slot of a model built on the meta device.
@@ -129,11 +136,11 @@ def fill(
         if module is tied:
             continue
         below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
-        _fill_module(path, module, below, model, architecture, checkpoint, device)
+        _fill_module(path, module, below, model, architecture, checkpoint, device, plan)
         if progress is not None:
             progress((done + 1) / len(slots))
     if tied is not None:
-        _tie(model, tied, tensors.pop("lm_head.weight", None), checkpoint)
+        _tie(model, tied, tensors.pop("lm_head.weight", None), checkpoint, plan)
     left = [n for n in tensors if not n.endswith(architecture.ignored)]
     if left:
         names = ", ".join(sorted(left)[:5])
@@ -217,12 +224,13 @@ def _fill_module(
     architecture: Architecture,
     checkpoint: Checkpoint,
     device: str,
+    plan: WeightPlan | None,
 ) -> None:
     index = None
     if checkpoint.container == "gguf" and path.endswith(architecture.gguf_interleaved):
         index = _halves_from_pairs(next(iter(module.parameters())).shape[0], model.config.head_dim)
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    if isinstance(module, Linear | Embedding | GroupedLinear):
+    if isinstance(module, _MATRICES):
         storage = {part: t.storage for part, t in below.items() if part != "bias"}
         chosen = claim(storage, checkpoint.config.get("quantization_config") or {})
         if chosen is not None:
@@ -242,8 +250,12 @@ def _fill_module(
             )
         value = stored.read()
         value = value if index is None else value[index]
-        value = value.to(device=device, dtype=model.dtype)
+        matrix = plan is not None and part == "weight" and isinstance(module, _MATRICES)
+        value = value.to(device=device, dtype=None if matrix else model.dtype)
         setattr(module, part, nn.Parameter(value, requires_grad=False))
+    if plan is not None and isinstance(module, _MATRICES):
+        is_head = isinstance(module, Embedding) or path == "lm_head"
+        put(module, plan.apply(path, module.weight, is_head=is_head))
     if below:
         names = ", ".join(f"{path}.{part}" for part in sorted(below))
         raise CheckpointError(
@@ -287,21 +299,39 @@ def _halves_from_pairs(rows: int, head_dim: int) -> torch.Tensor:
 
 
 def _tie(
-    model: CausalModel, head: nn.Module, stored: StoredTensor | None, checkpoint: Checkpoint
+    model: CausalModel,
+    head: nn.Module,
+    stored: StoredTensor | None,
+    checkpoint: Checkpoint,
+    plan: WeightPlan | None,
 ) -> None:
     """Make the head use the embedding's own weight; a head in the file must be the same."""
     embedding = next(m for m in model.modules() if isinstance(m, Embedding))
-    if stored is not None:
-        weight = embedding.weight
-        same = isinstance(weight, nn.Parameter) and torch.equal(
-            weight, stored.read().to(weight.dtype)
+    weight = embedding.weight
+    if stored is not None and not _same(weight, stored, plan):
+        raise CheckpointError(
+            stored.file,
+            "lm_head.weight",
+            "differs from the embedding although config.json says tie_word_embeddings; "
+            "set it to false to use both.",
         )
-        if not same:
-            raise CheckpointError(
-                stored.file,
-                "lm_head.weight",
-                "differs from the embedding although config.json says tie_word_embeddings; "
-                "set it to false to use both.",
-            )
     del head.weight
-    head.weight = embedding.weight
+    head.weight = weight
+
+
+def _same(
+    weight: nn.Parameter | QuantWeight, stored: StoredTensor, plan: WeightPlan | None
+) -> bool:
+    if stored.storage not in _PLAIN:
+        return False
+    value: torch.Tensor | QuantWeight = stored.read()
+    if plan is not None:
+        value = plan.apply("lm_head", value, is_head=True)
+    if isinstance(weight, QuantWeight) and isinstance(value, QuantWeight):
+        ours, theirs = dict(weight.named_buffers()), dict(value.named_buffers())
+        return ours.keys() == theirs.keys() and all(
+            torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+        )
+    if isinstance(weight, torch.Tensor) and isinstance(value, torch.Tensor):
+        return torch.equal(weight, value.to(weight.dtype))
+    return False

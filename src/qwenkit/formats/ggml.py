@@ -102,11 +102,18 @@ class GgmlWeight(QuantWeight):
         numbers: torch.Tensor = block_dequantize(taken, self.block_type, dtype)
         return numbers  # [tokens, columns]
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+    def matmul(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
-            return super().matmul(x)
+            return super().matmul(x, bias, residual)
         y: torch.Tensor = block_matmul(x.reshape(-1, self.shape[1]), self.blocks, self.block_type)
-        return y.view(*x.shape[:-1], self.shape[0])
+        y = y.view(*x.shape[:-1], self.shape[0])
+        y = y if bias is None else y + bias
+        return y if residual is None else residual + y
 
     def grouped_matmul(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():

@@ -87,7 +87,7 @@ def nibbles_from_numbers(numbers: torch.Tensor) -> torch.Tensor:
 
 def numbers_from_nibbles(nibbles: torch.Tensor) -> torch.Tensor:
     """The inverse of `nibbles_from_numbers`."""
-    sixteens = nibbles.reshape(nibbles.shape[0], -1, 16)  # [rows, columns / 32, 16]
+    sixteens = nibbles.reshape(len(nibbles), nibbles.shape[1] // 16, 16)  # [rows, columns / 32, 16]
     return torch.stack((sixteens & 15, sixteens >> 4), 2).flatten(1)  # [rows, columns]
 
 

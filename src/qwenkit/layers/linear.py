@@ -22,12 +22,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features]."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features]; `residual`, of that shape, is added."""
         if isinstance(self.weight, QuantWeight):
-            y = self.weight.matmul(x)
-            return y if self.bias is None else y + self.bias
-        return functional.linear(x, self.weight, self.bias)
+            return self.weight.matmul(x, self.bias, residual)
+        y = functional.linear(x, self.weight, self.bias)
+        return y if residual is None else residual + y
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, bias={self.bias is not None}"

@@ -18,10 +18,10 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [tokens, hidden_size] to the same shape; `residual`, of that shape, is added."""
         hidden: torch.Tensor = silu_mul(
             self.gate_proj(x), self.up_proj(x)
         )  # [tokens, intermediate]
-        y: torch.Tensor = self.down_proj(hidden)
+        y: torch.Tensor = self.down_proj(hidden, residual)
         return y

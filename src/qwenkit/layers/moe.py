@@ -69,7 +69,9 @@ class SparseMoe(nn.Module):
         ends = torch.searchsorted(by_expert, every_expert, right=True)  # [experts]
         rows = x.index_select(0, order // self.experts_per_token)
         outputs = self.experts(rows, ends).index_select(0, order.argsort())
-        outputs = outputs.view(*chosen.shape, x.shape[-1])  # [tokens, experts_per_token, hidden_size]
+        outputs = outputs.view(
+            *chosen.shape, x.shape[-1]
+        )  # [tokens, experts_per_token, hidden_size]
         y: torch.Tensor = (outputs * weights[:, :, None]).sum(1)  # [tokens, hidden_size]
         if self.has_shared_expert:
             y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)

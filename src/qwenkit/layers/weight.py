@@ -59,9 +59,18 @@ class QuantWeight(nn.Module):
         """Bytes held."""
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., columns] times the transposed weight: [..., rows]. Differentiable in x."""
-        return functional.linear(x, self.dequantize(x.dtype))
+    def matmul(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [..., columns] times the transposed weight, plus bias [rows] and residual [..., rows].
+
+        [..., rows]; differentiable in x.
+        """
+        y = functional.linear(x, self.dequantize(x.dtype), bias)
+        return y if residual is None else residual + y
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of the given ids [tokens] as [tokens, columns] in `dtype`."""

@@ -102,8 +102,10 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape."""
+    def forward(
+        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """x [tokens, hidden_size] to the same shape, with `residual`, of that shape, added."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, heads, head_dim]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, kv_heads, head_dim]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, kv_heads, head_dim]
@@ -112,7 +114,7 @@ class Attention(nn.Module):
         output = context.attend(
             self.layer, q, k, v, self.position, window=self.window
         )  # [tokens, heads, head_dim]
-        y: torch.Tensor = self.o_proj(output.flatten(-2))
+        y: torch.Tensor = self.o_proj(output.flatten(-2), residual)
         return y
 
 
@@ -128,8 +130,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), context, residual=x)
+        x = self.mlp(self.post_attention_layernorm(x), residual=x)
         return x
 
 

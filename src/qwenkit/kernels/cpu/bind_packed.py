@@ -19,7 +19,7 @@ class PackedMatmulArguments(ctypes.Structure):
     _fields_ = (
         *((n, c_void_p) for n in ("x", "data", "scales", "mins", "bias", "residual", "y", "next")),
         *((n, c_int64) for n in ("tokens", "rows", "columns", "group", "kind", "zero_point")),
-        ("threads", c_int64),
+        *((n, c_int64) for n in ("precise", "threads")),
     )
 
 
@@ -45,12 +45,15 @@ def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
         kind: str,
         rows: int,
         zero_point: int,
+        precise: bool,
     ) -> torch.Tensor:
         packed = data, scales, mins
         if not x.is_floating_point() or not x.numel() or not rows:
-            return reference(x, *packed, bias, residual, kind, rows, zero_point)  # type: ignore[no-any-return]
+            given = kind, rows, zero_point, precise
+            return reference(x, *packed, bias, residual, *given)  # type: ignore[no-any-return]
         if x.dtype is not float32:
-            return run(x.to(float32), *packed, bias, residual, kind, rows, zero_point).to(x.dtype)
+            given = kind, rows, zero_point, precise
+            return run(x.to(float32), *packed, bias, residual, *given).to(x.dtype)
         tokens, columns = x.shape
         _check(x, packed, kind, rows, columns)
         x = x.contiguous()
@@ -67,8 +70,9 @@ def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
         y = x.new_empty((tokens, rows))
         tensors = x, data, scales, mins, bias, residual, y
         group = columns if scales is None else columns // scales.shape[1]
-        sizes = tokens, rows, columns, group, KINDS.index(kind), zero_point, get_num_threads()
-        if call(PackedMatmulArguments(*map(_address, tensors), None, *sizes)):
+        sizes = tokens, rows, columns, group, KINDS.index(kind), zero_point
+        how = precise, get_num_threads()
+        if call(PackedMatmulArguments(*map(_address, tensors), None, *sizes, *how)):
             raise KernelError(f"packed_matmul: no memory for {tokens} rows of {columns} numbers.")
         return y
 
@@ -106,6 +110,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+_MOST_GROUP = 128  # columns to a scale
 _BITS = {"int4": 4, "int8": 8, "bf16": 16, "fp32": 32}
 
 
@@ -136,6 +141,7 @@ def _check(
                 and values.dtype is torch.float16
                 and values.shape == (panels, groups, PANEL_ROWS)
                 and columns % (32 * groups) == 0
+                and columns <= _MOST_GROUP * groups
             )
     if not fits:
         raise refuse(f"a packed {kind} matrix of {rows} × {columns}", first=first, data=data)

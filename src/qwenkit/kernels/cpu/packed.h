@@ -22,12 +22,18 @@ constexpr int per_panel = panel_rows / lanes;  // vectors across a panel
 constexpr int wide = lanes == 16 ? 2 : 1;      // panels that a tile takes side by side
 constexpr int prefetch_bytes = 4096;           // how far ahead of the weights memory is asked for
 
-// Tokens rounded to eight bits by groups of columns, or to bf16, or as they are.
-struct Activations {
+// Tokens in eight bits by groups of columns.
+struct Quantized {
     const int8_t* quants;    // [tokens, columns]
     const float* scales;     // [tokens, groups]
     const int32_t* offsets;  // [tokens, groups]: minus the zero point times the sum of quants
-    const float* sums;       // [tokens, groups]: scale times the sum of quants
+};
+
+// Tokens rounded to eight bits by groups of columns, or to bf16, or as they are. What rounding
+// left of a group with outliers is in `rest`, in eight bits again; elsewhere it is all zeros.
+struct Activations {
+    Quantized main, rest;
+    const float* sums;       // [tokens, groups]: the sum of the rounded numbers
     const uint16_t* halves;  // [tokens, columns], bf16
     const float* numbers;    // [tokens, columns]
     int64_t columns, group, groups;
@@ -92,6 +98,40 @@ struct Bytes {
     }
 };
 
+// Adds the products of one group: exact sums, times both scales, to y.
+template <class Kind, int Tokens, int Vectors>
+inline void add_group(const uint8_t* const* group_data, const Activations& x, const Quantized& q,
+                      int64_t token, int64_t g, const vec scales[Vectors],
+                      vec y[Tokens][Vectors]) {
+    const uint8_t* data[Vectors];
+    QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] = group_data[v];
+    int64_t at = token * x.groups + g;
+    words sums[Tokens][Vectors];
+    QK_UNROLL for (int t = 0; t < Tokens; t++) {
+        words offset = splat_word(q.offsets[at + t * x.groups]);
+        QK_UNROLL for (int v = 0; v < Vectors; v++) sums[t][v] = offset;
+    }
+    const int8_t* quants = q.quants + token * x.columns + g * x.group;
+    for (int64_t column = 0; column < x.group; column += 32) {
+        if constexpr (Kind::ahead) {
+            QK_UNROLL for (int v = 0; v < Vectors; v += per_panel) {
+                QK_UNROLL for (int i = 0; i < Kind::bytes_per_32; i += 64) {
+                    __builtin_prefetch(data[v] + prefetch_bytes + i);
+                }
+            }
+        }
+        Kind::template add<Tokens, Vectors>(data, quants, x.columns, sums);
+        QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] += Kind::bytes_per_32;
+        quants += 32;
+    }
+    QK_UNROLL for (int t = 0; t < Tokens; t++) {
+        vec scale = splat(q.scales[at + t * x.groups]);
+        QK_UNROLL for (int v = 0; v < Vectors; v++) {
+            y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
+        }
+    }
+}
+
 // y of some tokens × some panels of whole numbers.
 template <class Kind, int Tokens, int Count>
 void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
@@ -104,36 +144,20 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
         QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
     }
-    const int8_t* quants = x.quants + token * x.columns;
+    int64_t group_bytes = x.group / 32 * Kind::bytes_per_32;
     for (int64_t g = 0; g < x.groups; g++) {
         int64_t at = token * x.groups + g;
-        words sums[Tokens][vectors];
-        QK_UNROLL for (int t = 0; t < Tokens; t++) {
-            words offset = splat_word(x.offsets[at + t * x.groups]);
-            QK_UNROLL for (int v = 0; v < vectors; v++) sums[t][v] = offset;
-        }
-        for (int64_t column = 0; column < x.group; column += 32) {
-            if constexpr (Kind::ahead) {
-                for (int p = 0; p < Count; p++) {
-                    for (int i = 0; i < Kind::bytes_per_32; i += 64) {
-                        __builtin_prefetch(data[p * per_panel] + prefetch_bytes + i);
-                    }
-                }
-            }
-            Kind::template add<Tokens, vectors>(data, quants, x.columns, sums);
-            QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += Kind::bytes_per_32;
-            quants += 32;
-        }
         vec scales[vectors];
         QK_UNROLL for (int p = 0; p < Count; p++) {
             widen_halves(panels.scales + (p * x.groups + g) * panel_rows, scales + p * per_panel);
         }
+        add_group<Kind, Tokens, vectors>(data, x, x.main, token, g, scales, y);
+        bool rest = false;
         QK_UNROLL for (int t = 0; t < Tokens; t++) {
-            vec scale = splat(x.scales[at + t * x.groups]);
-            QK_UNROLL for (int v = 0; v < vectors; v++) {
-                y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
-            }
+            rest = rest || x.rest.scales[at + t * x.groups] != 0;
         }
+        if (rest) add_group<Kind, Tokens, vectors>(data, x, x.rest, token, g, scales, y);
+        QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
         if (panels.mins) {
             QK_UNROLL for (int p = 0; p < Count; p++) {
                 widen_halves(panels.mins + (p * x.groups + g) * panel_rows, scales + p * per_panel);

@@ -17,7 +17,9 @@ struct PackedMatmulArguments {
     const float *bias, *residual;     // [rows] and [tokens, rows] to be added, or null
     float* y;
     const PackedMatmulArguments* next;  // another matrix that takes the same x, or null
-    int64_t tokens, rows, columns, group, kind, zero_point, threads;
+    int64_t tokens, rows, columns, group, kind, zero_point;
+    int64_t precise;  // not 0: activations in nearly sixteen bits
+    int64_t threads;
 };
 
 namespace qk {
@@ -34,9 +36,8 @@ int64_t row_bytes(int64_t kind, int64_t columns) {
 
 // ---- activations --------------------------------------------------------------------------
 
-// One group to whole numbers in [-127, 127], to nearest even. A group with NaN or infinity in it
-// gets a scale of NaN, so that what becomes of it is seen. Returns the sum of the whole numbers.
-int32_t quantize_group(const float* x, int64_t count, int8_t* quants, float* scale) {
+// Of one group of numbers: the largest magnitude; infinite when one is NaN or infinite.
+float largest(const float* x, int64_t count) {
     words most{};
     for (int64_t i = 0; i < count; i += lanes) {
         words magnitude = (words)load(x + i) & 0x7fffffff;
@@ -44,24 +45,26 @@ int32_t quantize_group(const float* x, int64_t count, int8_t* quants, float* sca
     }
     int32_t highest = 0;
     for (int i = 0; i < lanes; i++) highest = std::max<int32_t>(highest, most[i]);
-    float amax;
-    std::memcpy(&amax, &highest, 4);
-    bool finite = highest < 0x7f800000;
-    float inverse = finite && amax > 1e-30f ? 127.0f / amax : 0.0f;
-    *scale = finite ? (inverse > 0 ? amax / 127.0f : 0.0f)
-                    : std::numeric_limits<float>::quiet_NaN();
-    if (!finite) {
-        std::memset(quants, 0, static_cast<size_t>(count));
-        return 0;
-    }
+    if (highest >= 0x7f800000) return std::numeric_limits<float>::infinity();
+    float result;
+    std::memcpy(&result, &highest, 4);
+    return result;
+}
+
+// One group to whole numbers in [-127, 127], to nearest even, times `scale`; what is left of each
+// number goes to `left` where it is not null. Returns the sum of the whole numbers.
+int32_t quantize_group(const float* x, int64_t count, float scale, int8_t* quants, float* left) {
+    using narrow = int8_t __attribute__((vector_size(lanes)));
     const vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
+    vec inverse = splat(1.0f / scale);
     words total{};
     for (int64_t i = 0; i < count; i += lanes) {
-        words whole = (words)(load(x + i) * splat(inverse) + magic) - (words)magic;
+        vec number = load(x + i), rounded = number * inverse + magic;
+        words whole = (words)rounded - (words)magic;
         total += whole;
-        using narrow = int8_t __attribute__((vector_size(lanes)));
         narrow stored = __builtin_convertvector(whole, narrow);
         std::memcpy(quants + i, &stored, sizeof stored);
+        if (left) store(left + i, number - (rounded - magic) * splat(scale));
     }
     int32_t sum = 0;
     for (int i = 0; i < lanes; i++) sum += total[i];
@@ -78,25 +81,62 @@ void round_to_bf16(const float* x, int64_t count, uint16_t* out) {
     }
 }
 
+// Where a call keeps its rounded tokens.
 struct Rounded {
-    int8_t* quants;
-    float *scales, *sums;
-    int32_t* offsets;
+    int8_t* quants[2];  // the numbers, and what rounding left of them
+    float* scales[2];
+    int32_t* offsets[2];
+    float* sums;
     uint16_t* halves;
 };
+
+constexpr float smallest = 1e-30f;  // what is less counts as nothing
+constexpr float outlier = 8.0f;     // root mean squares of its token
+
+// A group whose largest number stands out of its token by so much that rounding the rest beside it
+// would cost precision is rounded twice; so is every group when the result must be precise.
+void round_group(const PackedMatmulArguments& a, const Rounded& out, int64_t token, int64_t g,
+                 float limit) {
+    const float* x = a.x + token * a.columns + g * a.group;
+    int64_t at = token * (a.columns / a.group) + g, column = token * a.columns + g * a.group;
+    for (int part = 0; part < 2; part++) {
+        out.scales[part][at] = 0;
+        out.offsets[part][at] = 0;
+        std::memset(out.quants[part] + column, 0, static_cast<size_t>(a.group));
+    }
+    out.sums[at] = 0;
+    float amax = largest(x, a.group);
+    if (std::isinf(amax)) {  // so that what becomes of it is seen
+        out.scales[0][at] = out.sums[at] = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    float left[128];
+    bool twice = amax > limit;
+    for (int part = 0; part < (twice ? 2 : 1); part++) {
+        if (part) amax = largest(left, a.group);
+        if (amax < smallest) return;
+        float scale = amax / 127.0f;
+        int32_t sum = quantize_group(part ? left : x, a.group, scale, out.quants[part] + column,
+                                     twice && !part ? left : nullptr);
+        out.scales[part][at] = scale;
+        out.offsets[part][at] = -static_cast<int32_t>(a.zero_point) * sum;
+        out.sums[at] += scale * static_cast<float>(sum);
+    }
+}
 
 void round_token(const PackedMatmulArguments& a, const Rounded& out, int64_t token) {
     const float* x = a.x + token * a.columns;
     if (a.kind == bf16) return round_to_bf16(x, a.columns, out.halves + token * a.columns);
-    int64_t groups = a.columns / a.group;
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t at = token * groups + g;
-        int32_t sum = quantize_group(x + g * a.group, a.group,
-                                     out.quants + token * a.columns + g * a.group,
-                                     out.scales + at);
-        out.offsets[at] = -static_cast<int32_t>(a.zero_point) * sum;
-        out.sums[at] = out.scales[at] * static_cast<float>(sum);
+    vec squares[4] = {};
+    for (int64_t i = 0, turn = 0; i < a.columns; i += lanes, turn++) {
+        vec v = load(x + i);
+        squares[turn % 4] = fma(v, v, squares[turn % 4]);
     }
+    float sums[4];
+    sum4(squares, sums);
+    float mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(a.columns);
+    float limit = a.precise ? 0.0f : outlier * std::sqrt(mean);
+    for (int64_t g = 0; g < a.columns / a.group; g++) round_group(a, out, token, g, limit);
 }
 
 // ---- tiles --------------------------------------------------------------------------------
@@ -223,19 +263,25 @@ QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* first) {
     int64_t groups = a.kind <= int8 ? a.columns / a.group : 0;
     auto numbers = static_cast<size_t>(a.tokens * a.columns);
     size_t per_group = padded(static_cast<size_t>(a.tokens * groups) * 4);
-    size_t rounded = a.kind <= int8 ? padded(numbers) + 3 * per_group
-                     : a.kind == bf16 ? padded(numbers * 2) : 0;
+    size_t rounded = a.kind <= int8   ? 2 * padded(numbers) + 5 * per_group
+                     : a.kind == bf16 ? padded(numbers * 2)
+                                      : 0;
     bool apart = a.kind == int4 && a.tokens >= many_tokens;
     size_t per_slot = apart ? static_cast<size_t>(wide * panel_rows * a.columns) : 0;
     auto threads = static_cast<int>(a.threads);
     auto* memory = reinterpret_cast<uint8_t*>(
         scratch((rounded + per_slot * static_cast<size_t>(threads) + 64) / 4));
     if (!memory) return 2;
-    uint8_t* at = memory + padded(numbers);
-    Rounded out{reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(at),
-                reinterpret_cast<float*>(at + per_group),
-                reinterpret_cast<int32_t*>(at + 2 * per_group),
-                reinterpret_cast<uint16_t*>(memory)};
+    Rounded out{};
+    out.halves = reinterpret_cast<uint16_t*>(memory);
+    uint8_t* at = memory;
+    for (int part = 0; part < 2; part++, at += 2 * per_group) {
+        out.quants[part] = reinterpret_cast<int8_t*>(at);
+        at += padded(numbers);
+        out.scales[part] = reinterpret_cast<float*>(at);
+        out.offsets[part] = reinterpret_cast<int32_t*>(at + per_group);
+    }
+    out.sums = reinterpret_cast<float*>(at);
     if (a.kind != fp32) {
         int64_t per_chunk = std::max<int64_t>(1, 16384 / a.columns);
         parallel((a.tokens + per_chunk - 1) / per_chunk, threads, [&](int64_t chunk, int) {
@@ -243,8 +289,9 @@ QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* first) {
             for (int64_t t = chunk * per_chunk; t < end; t++) round_token(a, out, t);
         });
     }
-    Activations x{out.quants, out.scales, out.offsets, out.sums, out.halves,
-                  a.x, a.columns, a.group, groups};
+    Activations x{{out.quants[0], out.scales[0], out.offsets[0]},
+                  {out.quants[1], out.scales[1], out.offsets[1]},
+                  out.sums, out.halves, a.x, a.columns, a.group, groups};
     int64_t total = 0, all_bytes = 0;
     for (auto* m = first; m; m = m->next) {
         total += units(*m);

@@ -27,11 +27,13 @@ def _reference(
     kind: str,
     rows: int,
     zero_point: int,
+    precise: bool,
 ) -> torch.Tensor:
     """x [tokens, columns] to x Wᵀ + bias + residual, [tokens, rows], in x's dtype.
 
     W is the matrix that `kernels.packed.Packed` describes; `bias` is [rows], `residual`
-    [tokens, rows]. Multiplies in fp32.
+    [tokens, rows]. Multiplies in fp32; a backend may round activations for int4 and int8 to eight
+    bits, and, when `precise` says so, no further than to fifteen.
     """
     packed = Packed(kind, rows, x.shape[1], data, scales, mins, zero_point)
     y = x.to(torch.float32) @ unpack(packed, torch.float32).T  # [tokens, rows]
@@ -52,6 +54,7 @@ def _shape(
     kind: str,
     rows: int,
     zero_point: int,
+    precise: bool,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], rows))
 
@@ -90,9 +93,11 @@ def _arguments(
     packed: Packed,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    *,
+    precise: bool = False,
 ) -> Arguments:
     tensors = packed.data, packed.scales, packed.mins, bias, residual
-    return x, *tensors, packed.kind, packed.rows, packed.zero_point
+    return x, *tensors, packed.kind, packed.rows, packed.zero_point, precise
 
 
 def _cases() -> Iterator[Arguments]:
@@ -124,6 +129,7 @@ def _cases() -> Iterator[Arguments]:
             outliers = x.clone()
             outliers[:, first.abs().argmax()] = 1e4  # of Qwen's size
             yield _arguments(outliers, matrix)
+            yield _arguments(outliers, matrix, precise=True)
         yield _arguments(torch.zeros_like(x), matrix)
         yield _arguments(x * 1e-35, matrix, bias)
         yield _arguments(x.to(torch.bfloat16), matrix)
@@ -133,7 +139,7 @@ def _cases() -> Iterator[Arguments]:
 packed_matmul = Op(
     name="packed_matmul",
     schema="(Tensor x, Tensor data, Tensor? scales, Tensor? mins, Tensor? bias, Tensor? residual, "
-    "str kind, int rows, int zero_point) -> Tensor",
+    "str kind, int rows, int zero_point, bool precise) -> Tensor",
     reference=_reference,
     shape=_shape,
     cases=_cases,

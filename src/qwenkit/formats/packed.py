@@ -1,0 +1,264 @@
+"""Weights in the form that the native products read: panels of sixteen rows.
+
+Every stored form that this knows is repacked by moving bytes, so `to_tensors` gives back exactly
+what was stored: Q4_0, Q4_1 and Q8_0 of GGUF, plain bf16 and fp32. `round_to_nearest` makes int4 and
+int8 of any numbers; what it makes is stored as rows of kept numbers beside their scales, under tags
+such as INT4_G32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+
+from qwenkit.errors import CheckpointError, NonFiniteError, UsageError, suggest
+from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.kernels.ops.packed_matmul import packed_matmul
+from qwenkit.kernels.ops.packed_rows import packed_rows
+from qwenkit.kernels.packed import (
+    COLUMN_MULTIPLE,
+    PANEL_ROWS,
+    Packed,
+    deinterleave,
+    deinterleave_groups,
+    interleave,
+    interleave_groups,
+    nibbles_from_numbers,
+    unpack,
+)
+from qwenkit.layers.weight import QuantWeight
+
+GROUP_SIZES = (128, 64, 32)
+WEIGHT_KINDS = ("int4", "int8", "bf16", "fp32")
+
+# GGML's types of one scale per 32 columns: kind, bytes of scale and minimum, zero point.
+_BLOCKS = {"Q4_0": ("int4", 2, 8), "Q4_1": ("int4", 4, 0), "Q8_0": ("int8", 2, 128)}
+_PLAIN = {"BF16": ("bf16", torch.bfloat16), "F32": ("fp32", torch.float32)}
+_ROUNDED = {
+    f"{kind.upper()}_G{group}": (kind, group) for kind in ("int4", "int8") for group in GROUP_SIZES
+}
+
+
+class PackedWeight(QuantWeight):
+    """A matrix in panels; `storage` says what `to_tensors` makes of it. Never written to."""
+
+    data: torch.Tensor
+    scales: torch.Tensor | None
+    mins: torch.Tensor | None
+
+    precise = False  # activations are rounded to fifteen bits instead of eight
+
+    def __init__(self, packed: Packed, storage: str) -> None:
+        super().__init__()
+        self.shape = (packed.rows, packed.columns)
+        self.kind, self.zero_point = packed.kind, packed.zero_point
+        self.register_buffer("data", packed.data)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("mins", packed.mins)
+        self._storage = storage
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], *, shape: tuple[int, int], storage: str
+    ) -> Self:
+        """Repack what `to_tensors` gave for this tag: "weight" as GGML blocks, as plain numbers, or
+        as row form with "scales". Raises CheckpointError for another tag or shape.
+        """
+        rows, columns = shape
+        stored = tensors["weight"]
+        if storage in _PLAIN:
+            kind, dtype = _PLAIN[storage]
+            _expect(storage, stored, dtype, shape)
+            return cls(Packed(kind, rows, columns, interleave(_bytes(stored))), storage)
+        if storage in _ROUNDED:
+            kind, group = _ROUNDED[storage]
+            _expect(storage, stored, torch.uint8, (rows, columns // (2 if kind == "int4" else 1)))
+            _expect(storage, tensors["scales"], torch.float16, (rows, columns // group))
+            scales = interleave_groups(tensors["scales"])
+            packed = Packed(kind, rows, columns, interleave(stored), scales, None, _middle(kind))
+            return cls(packed, storage)
+        if storage not in _BLOCKS:
+            raise CheckpointError(
+                f"{storage} tensor", "weight", suggest(storage, [*_BLOCKS, *_PLAIN, *_ROUNDED])
+            )
+        kind, head, zero_point = _BLOCKS[storage]
+        body = 16 if kind == "int4" else 32
+        _expect(storage, stored, torch.uint8, (rows, columns // 32 * (head + body)))
+        blocks = stored.view(rows, columns // 32, head + body)
+        kept = blocks[:, :, head:]  # [rows, groups, body]
+        if kind == "int8":
+            kept = kept ^ 128  # from two's complement to 128 added
+        halves = [
+            interleave_groups(blocks[:, :, i : i + 2].contiguous().view(torch.float16)[:, :, 0])
+            for i in range(0, head, 2)
+        ]
+        data = interleave(kept.reshape(rows, -1))
+        mins = halves[1] if len(halves) > 1 else None
+        return cls(Packed(kind, rows, columns, data, halves[0], mins, zero_point), storage)
+
+    @classmethod
+    def round_to_nearest(
+        cls, weight: torch.Tensor, kind: str, *, group_size: int | None = None
+    ) -> Self:
+        """Of float [rows, columns]. `group_size` columns share a scale; where it does not divide,
+        the largest smaller one of 128, 64, 32 that does is taken. Default: 32 for int4, 128 for
+        int8.
+
+        Raises UsageError for another kind or size, or columns that none of them divides;
+        NonFiniteError when a number is NaN or infinite.
+        """
+        rows, columns = weight.shape
+        if kind not in WEIGHT_KINDS:
+            raise UsageError(f"weights: got {kind!r}. {suggest(kind, WEIGHT_KINDS)}")
+        if columns % COLUMN_MULTIPLE[kind]:
+            raise UsageError(f"weights {kind}: {columns} columns are no multiple of 32.")
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteError("the weight has NaN or infinite numbers; fetch the file again.")
+        if kind in ("bf16", "fp32"):
+            tag = "BF16" if kind == "bf16" else "F32"
+            plain = weight.to(_PLAIN[tag][1])
+            return cls.from_tensors({"weight": plain}, shape=(rows, columns), storage=tag)
+        group = fitting_group(columns, group_size or (32 if kind == "int4" else 128))
+        grouped = weight.to(torch.float32).view(rows, columns // group, group)
+        at = grouped.abs().argmax(2, keepdim=True)  # [rows, groups, 1]
+        most = grouped.gather(2, at)
+        # Of int4 the number of largest magnitude gets the one level that has no opposite.
+        scales = (most / -8 if kind == "int4" else most.abs() / 127).to(torch.float16)
+        inverse = torch.where(scales == 0, 0.0, 1.0 / scales.to(torch.float32))
+        middle = _middle(kind)
+        kept = (grouped * inverse).round_().add_(middle).clamp_(0, 2 * middle - 1)
+        numbers = kept.to(torch.uint8).view(rows, columns)
+        row_form = nibbles_from_numbers(numbers) if kind == "int4" else numbers
+        tensors = {"weight": row_form, "scales": scales[:, :, 0]}
+        storage = f"{kind.upper()}_G{group}"
+        return cls.from_tensors(tensors, shape=(rows, columns), storage=storage)
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        rows = self.shape[0]
+        kept = deinterleave(self.data, rows)
+        if self._storage in _PLAIN:
+            return {"weight": kept.view(_PLAIN[self._storage][1])}
+        assert self.scales is not None
+        scales = deinterleave_groups(self.scales, rows)  # [rows, groups]
+        if self._storage in _ROUNDED:
+            return {"weight": kept, "scales": scales.contiguous()}
+        heads = [scales] if self.mins is None else [scales, deinterleave_groups(self.mins, rows)]
+        parts = [h.contiguous().view(torch.uint8).view(*h.shape, 2) for h in heads]
+        kept = kept.view(*scales.shape, kept.shape[1] // scales.shape[1])
+        if self.kind == "int8":
+            kept = kept ^ 128
+        return {"weight": torch.cat((*parts, kept), 2).flatten(1)}
+
+    @property
+    def storage(self) -> str:
+        return self._storage
+
+    @property
+    def packed(self) -> Packed:
+        """The matrix as the ops take it."""
+        rows, columns = self.shape
+        return Packed(self.kind, rows, columns, self.data, self.scales, self.mins, self.zero_point)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return unpack(self.packed, dtype)  # [rows, columns]
+
+    def select_rows(self, index: torch.Tensor) -> Self:
+        tensors = {name: t.index_select(0, index) for name, t in self.to_tensors().items()}
+        shape = (len(index), self.shape[1])
+        return self.from_tensors(tensors, shape=shape, storage=self._storage)
+
+    def row_range(self, start: int, stop: int) -> Self:
+        if start % PANEL_ROWS or (stop % PANEL_ROWS and stop != self.shape[0]):
+            return super().row_range(start, stop)
+        panels = slice(start // PANEL_ROWS, -(-stop // PANEL_ROWS))
+        packed = Packed(
+            self.kind,
+            stop - start,
+            self.shape[1],
+            self.data[panels],
+            None if self.scales is None else self.scales[panels],
+            None if self.mins is None else self.mins[panels],
+            self.zero_point,
+        )
+        return type(self)(packed, self._storage)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        tensors = self.data, self.scales, self.mins
+        numbers: torch.Tensor = packed_rows(
+            ids, *tensors, self.kind, *self.shape, self.zero_point
+        )  # [tokens, columns]
+        return numbers.to(dtype)
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return super().matmul(x, bias, residual)
+        rows, columns = self.shape
+        y: torch.Tensor = packed_matmul(
+            x.reshape(-1, columns),
+            self.data,
+            self.scales,
+            self.mins,
+            bias,
+            None if residual is None else residual.reshape(-1, rows),
+            self.kind,
+            rows,
+            self.zero_point,
+            self.precise,
+        )
+        return y.view(*x.shape[:-1], rows)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]} × {self.shape[1]}, {self._storage}, packed"
+
+
+def fitting_group(columns: int, wanted: int) -> int:
+    """The largest of 128, 64, 32 that is at most `wanted` and divides `columns`.
+
+    Raises UsageError for another size, or when none divides.
+    """
+    if wanted not in GROUP_SIZES:
+        raise UsageError(f"group_size: got {wanted}; choose one of 32, 64 and 128.")
+    for group in GROUP_SIZES:
+        if group <= wanted and columns % group == 0:
+            return group
+    raise UsageError(f"weights: rows of {columns} numbers are no multiple of 32.")
+
+
+def pack(weight: QuantWeight | torch.Tensor) -> QuantWeight | torch.Tensor:
+    """The same numbers in panels; what has no packed form comes back as it is."""
+    if isinstance(weight, GgmlWeight) and weight.block_type in _BLOCKS:
+        return PackedWeight.from_tensors(
+            weight.to_tensors(), shape=weight.shape, storage=weight.block_type
+        )
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        tag = "BF16" if weight.dtype == torch.bfloat16 else "F32"
+        kind, dtype = _PLAIN[tag]
+        rows, columns = weight.shape
+        if columns % COLUMN_MULTIPLE[kind] == 0:
+            plain = weight.detach().to(dtype)  # fp16 is not fast anywhere, and bf16 would lose bits
+            return PackedWeight.from_tensors({"weight": plain}, shape=(rows, columns), storage=tag)
+    return weight
+
+
+def _middle(kind: str) -> int:
+    return 8 if kind == "int4" else 128
+
+
+def _bytes(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.contiguous().view(torch.uint8)
+
+
+def _expect(storage: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{storage} tensor",
+            "weight",
+            f"got {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}.",
+        )

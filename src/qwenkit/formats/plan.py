@@ -1,0 +1,79 @@
+"""What the weights of a model become when it is loaded to run on native kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from qwenkit.errors import NonFiniteError, UsageError, suggest
+from qwenkit.formats.packed import GROUP_SIZES, WEIGHT_KINDS, PackedWeight, pack
+from qwenkit.layers.weight import QuantWeight
+
+WEIGHTS = ("auto", *WEIGHT_KINDS)
+_KEPT = (".gate", ".shared_expert_gate")  # routers: small, and a wrong expert costs most
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """`weights` "auto" packs what is stored, as it is; another kind rounds every matrix to nearest.
+
+    `group_size` columns share a scale (None: the kind's default). `head` is the kind of embedding
+    and head; None: int8 for int4, else that of the rest. Raises UsageError for anything unknown.
+    """
+
+    weights: str = "auto"
+    group_size: int | None = None
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"weights: got {self.weights!r}. {suggest(self.weights, WEIGHTS)}")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise UsageError(f"group_size: got {self.group_size}; choose one of 32, 64 and 128.")
+        if self.group_size is not None and self.weights not in ("int4", "int8"):
+            raise UsageError("group_size: only weights int4 and int8 have groups.")
+        if self.head is not None and self.head not in WEIGHT_KINDS:
+            raise UsageError(f"head_weights: got {self.head!r}. {suggest(self.head, WEIGHT_KINDS)}")
+        if self.head is not None and self.weights == "auto":
+            raise UsageError("head_weights: needs weights to be int4, int8, bf16 or fp32 as well.")
+
+    def apply(
+        self, path: str, weight: QuantWeight | torch.Tensor, *, is_head: bool
+    ) -> QuantWeight | torch.Tensor:
+        """The weight to run with, of the module at `path`. A head's is made precise: where the best
+        two tokens are close, eight bits would choose between them by chance.
+
+        Raises NonFiniteError naming the weight when it is to be rounded and is not finite.
+        """
+        made = self._make(path, weight, is_head)
+        if isinstance(made, PackedWeight):
+            made.precise = is_head
+        return made
+
+    def _make(
+        self, path: str, weight: QuantWeight | torch.Tensor, is_head: bool
+    ) -> QuantWeight | torch.Tensor:
+        if self.weights == "auto" or path.endswith(_KEPT):
+            return pack(weight)
+        kind = self.weights
+        if is_head:
+            kind = self.head or ("int8" if kind == "int4" else kind)
+        if weight.shape[1] % 32:
+            return pack(weight)
+        numbers = weight.dequantize(torch.float32) if isinstance(weight, QuantWeight) else weight
+        group_size = self.group_size if kind in ("int4", "int8") else None
+        try:
+            return PackedWeight.round_to_nearest(numbers.detach(), kind, group_size=group_size)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}.weight: {error}") from error
+
+
+def put(module: torch.nn.Module, weight: QuantWeight | torch.Tensor) -> None:
+    """Make it the module's weight."""
+    if isinstance(weight, QuantWeight):
+        del module.weight
+        module.weight = weight
+    else:
+        module.weight = cast(torch.nn.Parameter, weight)
