@@ -15,16 +15,16 @@ from qwenkit.checkpoint.members import clip
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import CheckpointError
 
-_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}  # where GGUF's spelling differs
+MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}  # where GGUF's spelling differs
 
-_REQUIRED = {
+REQUIRED = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "context_length": "max_position_embeddings",
 }
-_OPTIONAL = {
+OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
@@ -36,12 +36,16 @@ _OPTIONAL = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "expert_weights_norm": "norm_topk_prob",
+    # ours, for GGUF has none: how the first Qwen goes beyond its trained length
+    "seq_length": "seq_length",
+    "use_dynamic_ntk": "use_dynamic_ntk",
+    "use_logn_attn": "use_logn_attn",
 }
 _IMPLIED: Mapping[str, Mapping[str, Any]] = {  # what the architecture's name says, and no key
     "qwen2moe": {"norm_topk_prob": False},
     "qwen3moe": {"norm_topk_prob": True},
 }
-_ROPE_SCALING = {
+ROPE_SCALING = {
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
     "attn_factor": "attention_factor",
@@ -49,14 +53,14 @@ _ROPE_SCALING = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
-_SAMPLING = {
+SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-_TOKEN_IDS = {  # GGUF's word → Hugging Face's
+TOKEN_IDS = {  # GGUF's word → Hugging Face's
     "bos": "bos",
     "eos": "eos",
     "padding": "pad",
@@ -66,7 +70,9 @@ _FRACTIONS = frozenset(
     {"rms_norm_eps", "layer_norm_epsilon", "rope_theta", "factor", "attention_factor"}
     | {"beta_fast", "beta_slow", "temperature", "top_p", "min_p", "repetition_penalty"}
 )
-_FLAGS = frozenset({"norm_topk_prob", "add_bos_token", "add_eos_token"})
+_FLAGS = frozenset(
+    {"norm_topk_prob", "add_bos_token", "add_eos_token", "use_dynamic_ntk", "use_logn_attn"}
+)
 
 
 def open_gguf(file: Path) -> Checkpoint:
@@ -106,14 +112,14 @@ class _Reading:
     def config(self) -> dict[str, Any]:
         """The keys of `config.json`, as far as the file says."""
         name = self.architecture
-        config: dict[str, Any] = {"model_type": _MODEL_TYPES.get(name, name)}
+        config: dict[str, Any] = {"model_type": MODEL_TYPES.get(name, name)}
         config |= _IMPLIED.get(name, {})
-        for key, ours in _REQUIRED.items():
+        for key, ours in REQUIRED.items():
             value = self._value(f"{name}.{key}", ours)
             if value is None:
                 raise CheckpointError(self.file, f"{name}.{key}", "is missing; the model needs it.")
             config[ours] = value
-        for key, ours in _OPTIONAL.items():
+        for key, ours in OPTIONAL.items():
             value = self._value(f"{name}.{key}", ours)
             if value is not None:
                 config[ours] = value
@@ -154,7 +160,7 @@ class _Reading:
         if kind in (None, "none"):
             return {}
         scaling: dict[str, Any] = {"rope_type": kind}
-        for key, ours in _ROPE_SCALING.items():
+        for key, ours in ROPE_SCALING.items():
             value = self._value(f"{prefix}.{key}", ours)
             if value is not None:
                 scaling[ours] = value
@@ -171,12 +177,12 @@ class _Reading:
 
     def sampling(self) -> dict[str, Any]:
         """The model's own sampling defaults, under the keys of `generation_config.json`."""
-        values = {ours: self._value(f"general.sampling.{k}", ours) for k, ours in _SAMPLING.items()}
+        values = {ours: self._value(f"general.sampling.{k}", ours) for k, ours in SAMPLING.items()}
         return {key: value for key, value in values.items() if value is not None}
 
     def token_ids(self) -> dict[str, int]:
         """Ids of the tokens with a role, by Hugging Face's short name ("bos", "eos", …)."""
-        ids = {ours: self._token_id(word) for word, ours in _TOKEN_IDS.items()}
+        ids = {ours: self._token_id(word) for word, ours in TOKEN_IDS.items()}
         return {word: i for word, i in ids.items() if i is not None}
 
     def all_eos(self) -> dict[str, Any]:

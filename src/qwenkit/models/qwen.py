@@ -252,13 +252,16 @@ QWEN2_NAMES = {
     for ours, theirs in _QWEN2_LAYER.items()
 }
 
+# Buffers that some files carry.
+IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.logn_tensor")
+
 ARCHITECTURE = Architecture(
     model_types=("qwen",),
     gguf_arch="qwen",
     config=read_config,
     build=Model,
     gguf_names=GGUF_NAMES,
-    ignored=("rotary_emb.inv_freq", "attn.masked_bias", "attn.logn_tensor"),
+    ignored=IGNORED,
     lora_targets=("c_attn", "c_proj", "w1", "w2"),
     dialect="react",
     qwen2_names=QWEN2_NAMES,
