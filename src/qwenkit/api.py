@@ -56,6 +56,7 @@ class _Session:
         compute: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
+        pin_threads: bool = False,
         rope: str = "per-request",
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
@@ -67,15 +68,15 @@ class _Session:
 
         `dtype` "auto", "float32" or "bfloat16" is that of the activations. `weights` "auto" runs
         what is stored; "int4", "int8", "bf16" or "fp32" rounds every matrix to nearest at load,
-        with `group_size` columns to a scale (32, 64 or 128) and `head_weights` for embedding and head
-        (default: int8 with int4). `compute` "auto" uses the fastest kernels of this machine, which
-        round activations to eight bits for int4 and int8 weights, "reference" the readable torch
-        ones, which never do. `context_tokens`
-        limits prompt and answer together (default: what the model's config allows); more than that
-        extends the model by YaRN, up to four times what it was trained for, where it can be.
-        `rope` "per-request" extends a request beyond the trained length only if its prompt and
-        `max_tokens` need it, and only so far; "as-config" does what the config says, always.
-        `kv_cache_tokens` is the room for all requests together. `offline` never touches the
+        with `group_size` columns to a scale (32, 64 or 128) and `head_weights` for embedding and
+        head (default: int8 with int4). `compute` "auto" uses the fastest kernels of this machine,
+        which round activations to eight bits for int4 and int8 weights, "reference" the readable
+        torch ones, which never do. `pin_threads` gives each helper thread a core of its own.
+        `context_tokens` limits prompt and answer together (default: what the model's config
+        allows); more than that extends the model by YaRN, up to four times what it was trained for,
+        where it can be. `rope` "per-request" extends a request beyond the trained length only if
+        its prompt and `max_tokens` need it, and only so far; "as-config" does what the config says,
+        always. `kv_cache_tokens` is the room for all requests together. `offline` never touches the
         network; `revision` names a hub's branch, tag or commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
@@ -84,7 +85,8 @@ class _Session:
         _check_arguments(model, compute, device, threads)
         self.rope = rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
-        native = cpu.register(threads=threads).variant is not None and device == "cpu"
+        kernels = cpu.register(threads=threads, pin_threads=pin_threads)
+        native = kernels.variant is not None and device == "cpu"
         if threads is not None:
             torch.set_num_threads(threads)
         plan = WeightPlan(weights, group_size, head_weights)

@@ -56,7 +56,8 @@ def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path
     flags = "-c some/model -s 7 --cpu-only --top-p 0.5 --top-k 3 --min-p 0.1 --max-tokens 5"
     more = "--repetition-penalty 1.1 --stop A --stop B --threads 2 --dtype float32 --context 512"
     last = f"--compute reference --offline --greedy --system-file {tmp_path / 'system.txt'}"
-    result = run(*f"{flags} {more} {last}".split(), "--rope", "as-config", "--prompt", "q")
+    rest = ("--pin-threads", "--rope", "as-config", "--prompt", "q")
+    result = run(*f"{flags} {more} {last}".split(), *rest)
     assert result.exit_code == 0, result.stderr
     assert loaded == [
         {
@@ -64,6 +65,7 @@ def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path
             "dtype": "float32",
             "compute": "reference",
             "threads": 2,
+            "pin_threads": True,
             "context": 512,
             "rope": "as-config",
             "offline": True,

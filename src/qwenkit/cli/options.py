@@ -65,6 +65,9 @@ Threads = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="CPU threads. [default: the machine's cores]"),
 ]
+PinThreads = Annotated[
+    bool, typer.Option("--pin-threads", help="Give each helper thread a core of its own.")
+]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="Activations: auto, float32 or bfloat16.")]
 Compute = Annotated[
     str,
