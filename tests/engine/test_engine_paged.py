@@ -157,6 +157,43 @@ def test_a_cache_that_cannot_be_had_names_the_setting() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.int8, 0.02)]
+)
+def test_attention_over_a_narrow_cache_stays_near(dtype: torch.dtype, error: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(
+        num_layers=2,
+        num_blocks=3,
+        block_tokens=4,
+        kv_heads=2,
+        head_dim=8,
+        dtype=dtype,
+        device=CPU,
+    )
+    q = torch.randn(9, 4, 8, generator=generator)
+    k, v = torch.randn(2, 9, 2, 8, generator=generator)
+    plan = Plan((chunk("a", list(range(9)), 0, 9, (2, 0, 1)),))
+    context = PagedAttention(cache, build(plan, block_tokens=4, device=CPU))
+    expected = PackedCausal([9]).attend(0, q, k, v, None)
+    torch.testing.assert_close(context.attend(1, q, k, v, None), expected, rtol=0, atol=error)
+    scale_bytes = 4 if dtype is torch.int8 else 0
+    assert cache.size_bytes == 2 * 2 * 3 * 4 * 2 * (8 * dtype.itemsize + scale_bytes)
+
+
+def test_a_cache_of_another_type_is_refused() -> None:
+    with pytest.raises(UsageError, match="float64"):
+        KVCache(
+            num_layers=1,
+            num_blocks=1,
+            block_tokens=4,
+            kv_heads=2,
+            head_dim=8,
+            dtype=torch.float64,
+            device=CPU,
+        )
+
+
 def test_untouched_blocks_cost_no_memory_but_are_counted() -> None:
     cache = KVCache(
         num_layers=3,

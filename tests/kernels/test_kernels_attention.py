@@ -45,7 +45,18 @@ def _two_threads() -> Iterator[None]:
 class Story:
     """One sequence of random queries, keys and values, and its keys and values in a cache."""
 
-    def __init__(self, tokens: int, heads: int, kv_heads: int, head_dim: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        seed: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        window: int = 0,
+        alibi: bool = False,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.q = torch.randn(tokens, heads, head_dim, generator=generator)
         self.k = torch.randn(tokens, kv_heads, head_dim, generator=generator)
@@ -53,12 +64,20 @@ class Story:
         self.count = -(-tokens // BLOCK_TOKENS)
         self.table = torch.randperm(self.count + 2, generator=generator)[: self.count]
         shape = (self.count + 2, BLOCK_TOKENS, kv_heads, head_dim)
-        self.keys, self.values = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        empty = torch.full(shape, torch.nan)
+        self.scales: tuple[torch.Tensor | None, ...] = None, None
+        if dtype is torch.int8:
+            self.keys, self.values = torch.zeros(2, *shape, dtype=dtype).unbind()
+            self.scales = empty[..., 0].clone(), empty[..., 0].clone()
+        else:
+            self.keys, self.values = empty.to(dtype, copy=True), empty.to(dtype, copy=True)
+        slopes = torch.linspace(0.5, 0.01, heads) if alibi else None
+        self.options = head_dim**-0.5, window, slopes, *self.scales
 
     def fill(self, kernels: dict[str, Kernel]) -> None:
         places = torch.arange(len(self.k))
         slots = self.table[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS
-        kernels["kv_write"](self.k, self.v, self.keys, self.values, slots)
+        kernels["kv_write"](self.k, self.v, self.keys, self.values, slots, *self.scales)
 
     def attend(self, kernels: dict[str, Kernel], first: int, last: int) -> torch.Tensor:
         """Queries first … last - 1, alone in a call."""
@@ -69,7 +88,7 @@ class Story:
             self.table[None],
             torch.tensor([last - first]),
             torch.tensor([last]),
-            self.q.shape[2] ** -0.5,
+            *self.options,
         )
         return result
 
@@ -91,6 +110,49 @@ def test_chunks_of_a_prompt_give_the_same_bits(
         assert torch.equal(torch.cat(pieces), whole)
     torch.set_num_threads(1)
     assert torch.equal(story.attend(kernels, 0, 75), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False), (300, True)])
+def test_chunks_give_the_same_bits_over_any_cache(
+    kernels: dict[str, Kernel], dtype: torch.dtype, window: int, alibi: bool
+) -> None:
+    """Three segments of keys, more rows of queries than one piece of work has."""
+    story = Story(600, 7, 1, 80, seed=2, dtype=dtype, window=window, alibi=alibi)
+    story.fill(kernels)
+    whole = story.attend(kernels, 0, 600)
+    assert not whole.isnan().any()
+    want = story.attend({"paged_attention": paged_attention.reference}, 0, 600)
+    torch.testing.assert_close(whole, want, rtol=0, atol=2e-6)
+    torch.set_num_threads(1)
+    for cut in ([511, 512, 513, 600], [100, 256, 257, 590, 600]):
+        pieces = [story.attend(kernels, a, b) for a, b in zip([0, *cut], cut, strict=False)]
+        assert torch.equal(torch.cat(pieces), whole)
+    torch.set_num_threads(2)
+    for last in (1, 255, 256, 257, 600):
+        assert torch.equal(story.attend(kernels, last - 1, last)[0], whole[last - 1])
+
+
+def test_keys_with_outliers_stay_as_exact_as_fp32_allows(kernels: dict[str, Kernel]) -> None:
+    """Keys of the first Qwen2 models have channels around a thousand."""
+    story = Story(300, 7, 1, 64, seed=8)
+    story.k[..., 5] += 1000
+    story.fill(kernels)
+    got = story.attend(kernels, 299, 300)[0].double()
+    products = story.k[:, 0].double() @ story.q[299].double().T / 8  # [keys, heads]
+    want = torch.softmax(products, 0).T @ story.v[:, 0].double()  # [heads, head_dim]
+    size = (story.k[:, 0].double().abs() @ story.q[299].double().abs().T / 8).amax(0)  # [heads]
+    assert ((got - want).abs().amax(1) <= size * 2**-23 * 8).all()
+
+
+def test_blocks_before_the_window_are_not_read(kernels: dict[str, Kernel]) -> None:
+    story = Story(300, 6, 2, 64, seed=9, window=20)
+    story.fill(kernels)
+    want = story.attend(kernels, 290, 300)
+    story.keys[story.table[:16]] = torch.nan
+    story.values[story.table[:16]] = torch.nan
+    story.table[:16] = -1
+    assert torch.equal(story.attend(kernels, 290, 300), want)
 
 
 @_every_shape

@@ -6,14 +6,18 @@ import torch
 
 from qwenkit.errors import UsageError
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
 
 class KVCache:
     """Keys and values of every layer, in blocks.
 
-    `keys[layer]` and `values[layer]` are [num_blocks, block_tokens, kv_heads, head_dim]; keys are
-    kept rotated. The memory is not initialised: on a CPU a page costs nothing until it is written.
+    `keys[layer]` and `values[layer]` are [num_blocks, block_tokens, kv_heads, head_dim] of `dtype`;
+    keys are kept rotated. With int8 `key_scales[layer]` and `value_scales[layer]` are [num_blocks,
+    block_tokens, kv_heads] fp32, one for each token and head; otherwise None. The memory is not
+    initialised: on a CPU a page costs nothing until it is written.
 
-    Raises UsageError when the machine refuses that much memory.
+    Raises UsageError for another dtype, or when the machine refuses that much memory.
     """
 
     def __init__(
@@ -27,15 +31,30 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        if dtype not in DTYPES:
+            raise UsageError(
+                f"A KV cache of {dtype} was asked for; it can be {', '.join(map(str, DTYPES))}."
+            )
         self.block_tokens = block_tokens
         shape = (num_blocks, block_tokens, kv_heads, head_dim)
+        layers = range(num_layers)
         try:
             self.keys, self.values = (
-                [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+                [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+                for _ in ("keys", "values")
+            )
+            self.key_scales, self.value_scales = (
+                [
+                    torch.empty(shape[:3], device=device, dtype=torch.float32)
+                    if dtype is torch.int8
+                    else None
+                    for _ in layers
+                ]
                 for _ in ("keys", "values")
             )
         except RuntimeError as error:
-            bytes_per_token = 2 * num_layers * kv_heads * head_dim * dtype.itemsize
+            scale_bytes = 4 if dtype is torch.int8 else 0
+            bytes_per_token = 2 * num_layers * kv_heads * (head_dim * dtype.itemsize + scale_bytes)
             raise UsageError(
                 f"kv_cache_tokens: {num_blocks * block_tokens} tokens of {bytes_per_token} bytes "
                 f"do not fit the memory of {device}; ask for fewer. ({error})"
@@ -44,4 +63,5 @@ class KVCache:
     @property
     def size_bytes(self) -> int:
         """Bytes of address space; on a CPU resident only where written."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        parts = (*self.keys, *self.values, *self.key_scales, *self.value_scales)
+        return sum(tensor.nbytes for tensor in parts if tensor is not None)

@@ -56,7 +56,8 @@ class PagedAttention:
 
     def _keep(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        kv_write(k, v, keys, values, self._batch.slots)
+        scales = self._cache.key_scales[layer], self._cache.value_scales[layer]
+        kv_write(k, v, keys, values, self._batch.slots, *scales)
 
     def _over_cache(
         self,
@@ -75,6 +76,8 @@ class PagedAttention:
             q.shape[2] ** -0.5,
             window,
             slopes,
+            self._cache.key_scales[layer],
+            self._cache.value_scales[layer],
         )  # [tokens, heads, head_dim]
         return output
 
@@ -105,6 +108,8 @@ class PagedAttention:
             *chunks.long,
             chunks.factors * q.shape[2] ** -0.5,
             spec.period,
+            self._cache.key_scales[layer],
+            self._cache.value_scales[layer],
         )
         return output
 
