@@ -11,7 +11,6 @@ import asyncio
 import numbers
 import os
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Self, overload
@@ -20,6 +19,7 @@ import torch
 
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
+from qwenkit.engine.collector import Collector
 from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
@@ -28,8 +28,8 @@ from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import load
 from qwenkit.record import context_limit
-from qwenkit.types.completion import Completion, Timing, TokenLogprob
-from qwenkit.types.events import Event, FinishEvent, TokenEvent
+from qwenkit.types.completion import Completion
+from qwenkit.types.events import Event
 from qwenkit.types.extension import rope_mode
 from qwenkit.types.messages import Message, Tool, parse_messages, parse_tools
 from qwenkit.types.sampling import SamplingParams
@@ -89,15 +89,9 @@ class _Session:
         native = kernels.variant is not None and device == "cpu"
         if threads is not None:
             torch.set_num_threads(threads)
-        plan = WeightPlan(weights, group_size, head_weights)
         run_as_stored = weights == "auto" and (compute == "reference" or not native)
-        loaded = load(
-            self.path,
-            dtype=dtype,
-            device=device,
-            plan=None if run_as_stored else plan,
-            progress=progress,
-        )
+        plan = None if run_as_stored else WeightPlan(weights, group_size, head_weights)
+        loaded = load(self.path, dtype=dtype, device=device, plan=plan, progress=progress)
         self.model = loaded.model
         self.config = loaded.config
         self.record = loaded.record
@@ -108,17 +102,18 @@ class _Session:
             kv_cache_tokens=kv_cache_tokens or self.context_tokens,
             reference_ops=compute == "reference",
         )
-        self._service = EngineService(
-            Engine(
-                loaded.model,
-                loaded.tokenizer,
-                settings,
-                stop_token_ids=self.record.stop_token_ids,
-                context_tokens=self.context_tokens,
-                trained_tokens=self.record.trained_context_tokens,
-                rope=self.rope,
-                device=device,
-            )
+        self._service = EngineService(self._engine(settings, device))
+
+    def _engine(self, settings: EngineSettings, device: str) -> Engine:
+        return Engine(
+            self.model,
+            self.tokenizer,
+            settings,
+            stop_token_ids=self.record.stop_token_ids,
+            context_tokens=self.context_tokens,
+            trained_tokens=self.record.trained_context_tokens,
+            rope=self.rope,
+            device=device,
         )
 
     def __repr__(self) -> str:
@@ -229,7 +224,7 @@ class LLM(_Session):
         self.close()
 
     def _complete(self, requests: Sequence[Request]) -> list[Completion]:
-        collectors = {request.id: _Collector(request) for request in requests}
+        collectors = {request.id: Collector(request) for request in requests}
         for event in self._service.stream_many(requests):
             collectors[event.request_id].add(event)
         return [collectors[request.id].completion() for request in requests]
@@ -290,7 +285,7 @@ class AsyncLLM(_Session):
         await self.close()
 
     async def _complete(self, request: Request) -> Completion:
-        collector = _Collector(request)
+        collector = Collector(request)
         async for event in self._service.astream(request):
             collector.add(event)
         return collector.completion()
@@ -354,57 +349,3 @@ def _check_device(device: str) -> None:
         found = accelerator is not None and accelerator.type == kind
     if not found:
         raise UsageError(f"device: {device!r} is not there. 'cpu' always is.")
-
-
-class _Collector:
-    """Gathers one request's events into a Completion."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._tokens: list[TokenEvent] = []
-        self._finish: FinishEvent | None = None
-        self._start_s = time.perf_counter()
-        self._first_s: float | None = None
-        self._end_s = self._start_s
-
-    def add(self, event: Event) -> None:
-        self._end_s = time.perf_counter()
-        if isinstance(event, FinishEvent):
-            self._finish = event
-            return
-        self._tokens.append(event)
-        if self._first_s is None:
-            self._first_s = self._end_s
-
-    def completion(self) -> Completion:
-        finish = self._finish
-        assert finish is not None, "every accepted request ends in a FinishEvent"
-        first_s = self._end_s if self._first_s is None else self._first_s
-        seed = self._request.sampling.seed
-        assert seed is not None, "a seed is drawn for every request"
-        return Completion(
-            prompt_token_ids=self._request.prompt_ids,
-            token_ids=tuple(t.token_id for t in self._tokens),
-            text="".join(t.text for t in self._tokens) + finish.text,
-            finish_reason=finish.reason,
-            usage=finish.usage,
-            seed=seed,
-            timing=Timing(
-                prompt_tokens=finish.usage.prompt_tokens,
-                completion_tokens=finish.usage.completion_tokens,
-                first_token_s=first_s - self._start_s,
-                total_s=self._end_s - self._start_s,
-            ),
-            matched_stop=finish.matched_stop,
-            logprobs=self._logprobs(),
-            error=finish.error,
-        )
-
-    def _logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        if self._request.sampling.logprobs is None:
-            return None
-        return tuple(
-            TokenLogprob(t.token_id, t.logprob, t.top_logprobs or ())
-            for t in self._tokens
-            if t.logprob is not None
-        )

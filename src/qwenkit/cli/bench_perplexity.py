@@ -70,12 +70,28 @@ def perplexity(
       qwenkit bench perplexity book.txt --out results
       qwenkit bench perplexity book.txt --length 4096 --length 16384 --method none --method yarn
     """
-    options.check_name("--compute", compute, options.COMPUTE)
     settings = PerplexitySettings(
         methods=tuple(dict.fromkeys(method or METHODS)),
         lengths=tuple(sorted(set(length or _LENGTHS))),
         windows=windows,
     )
+    table = _measure(text, model, settings, out=out, threads=threads, compute=compute)
+    if as_json:
+        console.say_json(table.to_json())
+    else:
+        console.say(table.to_markdown(), end="")
+
+
+def _measure(
+    text: Path,
+    model: str,
+    settings: PerplexitySettings,
+    *,
+    out: Path | None,
+    threads: int | None,
+    compute: str,
+) -> PerplexityTable:
+    options.check_name("--compute", compute, options.COMPUTE)
     content = options.read_text_file("TEXT", text)
     if compute == "auto":
         cpu.register(threads=threads)
@@ -84,7 +100,7 @@ def perplexity(
         model=loaded.record.name,
         text=text.name,
         trained_tokens=loaded.record.trained_context_tokens,
-        windows=windows,
+        windows=settings.windows,
         command=shlex.join(["qwenkit", *sys.argv[1:]]),
     )
     if out is not None:
@@ -97,11 +113,7 @@ def perplexity(
 
     ids = loaded.tokenizer.encode(content)
     with ProgressBar() as progress:
-        measure_perplexity(loaded, ids, settings, table, save=save, progress=progress)
-    if as_json:
-        console.say_json(table.to_json())
-    else:
-        console.say(table.to_markdown(), end="")
+        return measure_perplexity(loaded, ids, settings, table, save=save, progress=progress)
 
 
 def _make(folder: Path) -> None:
