@@ -38,6 +38,7 @@ def report(
         turns_each=len(ours),
         compute="auto",
         machine="a machine",
+        vendor="AuthenticAMD",
         version="0",
         engines=[
             EngineResult("qwenkit", "0", turns=turns(ours)),

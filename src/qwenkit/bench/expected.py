@@ -2,7 +2,8 @@
 
 A slow peer makes every ratio look good. So its best turn must reach nine tenths of the table, which
 is scaled from the table's machine to this one by the calibration: prefill by products, decoding by
-the lesser of reads and products.
+the lesser of reads and products. Scaling holds only between machines of a kind (an engine's kernels
+suit one processor better than another), so there is a table for each vendor's.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ def expected(
     *,
     best: Calibration,
     prompt_tokens: int,
+    vendor: str,
 ) -> Expectation | None:
-    """None where the table has no such row. `best` is the best calibration of the run."""
-    table = _table()
-    row = _row(engine, shape, weights)
+    """None where the table has no such row. `best` is the best calibration of the run, `vendor` the
+    processor's as its system names it: another's than those of the tables is held to the first.
+    """
+    table = _table(vendor)
+    row = _row(table, engine, shape, weights)
     if row is None or measure not in row or measure == "engine":
         return None
     if measure == "prefill" and prompt_tokens != _TABLE_PROMPT_TOKENS:
@@ -52,13 +56,15 @@ def expected(
     return Expectation(reached * scale * table["share_needed"], reached, scale)
 
 
-def _row(engine: str, shape: str | None, weights: WeightSetting | None) -> dict[str, Any] | None:
+def _row(
+    table: dict[str, Any], engine: str, shape: str | None, weights: WeightSetting | None
+) -> dict[str, Any] | None:
     """The row of exactly this setting, or of this kind of weights where an engine has but one."""
     if engine == "transformers":  # computes in bf16 whatever the others hold
         names = ["fp32" if weights is not None and weights.name == "fp32" else "bf16"]
     else:
         names = [] if weights is None else [weights.label, weights.name]
-    rows = [r for r in _table()["rows"] if r["engine"] == engine and r["shape"] == shape]
+    rows = [r for r in table["rows"] if r["engine"] == engine and r["shape"] == shape]
     for name in names:
         for row in rows:
             if row["weights"] == name:
@@ -68,6 +74,12 @@ def _row(engine: str, shape: str | None, weights: WeightSetting | None) -> dict[
 
 
 @cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(_TABLE.read_text(encoding="utf-8"))
-    return table
+def _tables() -> dict[str, Any]:
+    tables: dict[str, Any] = json.loads(_TABLE.read_text(encoding="utf-8"))
+    return tables
+
+
+def _table(vendor: str) -> dict[str, Any]:
+    machines = _tables()["machines"]
+    of_vendor = [machine for machine in machines if machine["vendor"] == vendor]
+    return {"share_needed": _tables()["share_needed"], **(of_vendor or machines)[0]}

@@ -83,7 +83,7 @@ def _packed_matmul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
             torchs = _torch_products(kind, group, out, columns, generator)
             for n in _rows_of(name, rows):
                 x = _x(n, columns)
-                tail = (matrix.kind, matrix.rows, matrix.zero_point)
+                tail = (matrix.kind, matrix.rows, matrix.zero_point, name == "head")
                 yield Job(
                     what=f"{name} {out}x{columns} {kind}" + (f" g{group}" if group > 2 else ""),
                     rows=n,

@@ -65,6 +65,7 @@ class SpeedReport:
     turns_each: int
     compute: str
     machine: str
+    vendor: str
     version: str
     engines: list[EngineResult]
 
@@ -98,6 +99,7 @@ class SpeedReport:
             measure,
             best=best,
             prompt_tokens=prompt,
+            vendor=self.vendor,
         )
 
     def void(self, peer: EngineResult, measure: str) -> bool:

@@ -98,6 +98,7 @@ def measure_speed(settings: SpeedSettings, *, progress: Progress | None = None) 
         turns_each=settings.turns,
         compute=settings.compute,
         machine=machine(),
+        vendor=processor_fact("vendor_id") or "",
         version=qwenkit.__version__,
         engines=list(results.values()),
     )
@@ -157,9 +158,14 @@ def _take_turns(
 
 def machine() -> str:
     """The processor's name, as the system gives it."""
+    return processor_fact("model name") or platform.processor() or platform.machine()
+
+
+def processor_fact(name: str) -> str | None:
+    """A line of what Linux says about the first processor; None elsewhere."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return None

@@ -65,7 +65,10 @@ def speed(
     ] = 128,
     head: Annotated[
         str | None,
-        typer.Option(help="What the peers hold the output matrix as.", show_default="their own"),
+        typer.Option(
+            help="What the output matrix is held as, where an engine lets it be said.",
+            show_default="each engine's own",
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -104,7 +105,7 @@ def _remarks(report: SpeedReport) -> list[str]:
 
 
 def show_kernels(report: KernelReport) -> None:
-    """A table for each op, and the ceilings that its shares are of."""
+    """A table for each op and model, and the ceilings that the shares are of."""
     terminal = Console()
     terminal.print(
         f"{report.machine}, {report.threads} threads, kernels: {report.variant}", markup=False
@@ -116,15 +117,16 @@ def show_kernels(report: KernelReport) -> None:
         products = (("fp32", ceilings.fp32), ("int8", ceilings.int8), ("bf16", ceilings.bf16))
         rates = [f"{kind} {rate:.0f} GOP/s" for kind, rate in products if rate]
         terminal.print(f"Ceilings: reads {ceilings.read:.1f} GB/s, " + ", ".join(rates))
-    for op in dict.fromkeys(result.op for result in report.results):
-        table = Table(title=op, title_justify="left")
-        table.add_column("model")
-        table.add_column("what")
-        for title in ("rows", "time µs", "GB/s", "GOP/s", "of ceiling", "torch ÷ ours"):
-            table.add_column(title, justify="right")
-        for result in report.results:
-            if result.op == op:
-                table.add_row(*_kernel_row(result, ceilings))
+    groups = dict.fromkeys((result.op, result.shape) for result in report.results)
+    for op, shape in groups:
+        table = Table(title=f"{op}, {shape}", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("what", no_wrap=True)
+        for title in ("rows", "µs", "GB/s", "GOP/s", "of ceiling", "torch÷ours"):
+            table.add_column(title, justify="right", no_wrap=True)
+        shown = [r for r in report.results if (r.op, r.shape) == (op, shape)]
+        for before, result in zip([None, *shown], shown, strict=False):
+            repeated = before is not None and before.what == result.what
+            table.add_row(*_kernel_row(result, ceilings, repeated=repeated))
         terminal.print(table)
     for op, reason in report.failed.items():
         terminal.print(f"{op} failed: {reason}", style="yellow", markup=False)
@@ -132,11 +134,10 @@ def show_kernels(report: KernelReport) -> None:
         terminal.print(f"Not benched: {', '.join(report.not_benched)}.", markup=False)
 
 
-def _kernel_row(result: KernelResult, ceilings: Ceilings | None) -> list[str]:
+def _kernel_row(result: KernelResult, ceilings: Ceilings | None, *, repeated: bool) -> list[str]:
     beside = None if result.torch_seconds is None else result.torch_seconds / result.seconds
     return [
-        result.shape,
-        result.what + ("" if result.native else " (torch)"),
+        "" if repeated else result.what + ("" if result.native else " (torch)"),
         str(result.rows),
         f"{result.seconds * 1e6:.1f}",
         f"{result.gb_per_s:.1f}",

@@ -21,6 +21,8 @@ class Qwenkit:
             given["weights"] = weights.name
             if weights.name in ("int4", "int8"):
                 given["group_size"] = weights.group_size
+            if weights.head is not None:
+                given["head_weights"] = weights.head
         self.setting = "as stored" if weights is None else weights.label
         self._params = SamplingParams
         self._llm = LLM(model, threads=options.threads, **given)
