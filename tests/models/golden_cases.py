@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.request import Limits, Request
 from qwenkit.engine.scheduler import Chunk, Plan
+from qwenkit.kernels import cpu
+from qwenkit.kernels.registry import reference_only
 from qwenkit.models.spec import CausalModel, find
 from qwenkit.types.sampling import SamplingParams
 
@@ -49,13 +52,19 @@ def worst(logits: torch.Tensor, reference: Mapping[str, torch.Tensor], case: str
 
 
 def paged_logits(
-    model: CausalModel, sequences: Sequence[torch.Tensor], cuts: Sequence[Sequence[int]]
+    model: CausalModel,
+    sequences: Sequence[torch.Tensor],
+    cuts: Sequence[Sequence[int]],
+    *,
+    native: bool = False,
 ) -> list[torch.Tensor]:
     """All logits of several sequences, served together; `cuts` are the ends of their chunks.
 
     The first chunks of a sequence, up to the first cut, are its prompt: what a request is extended
-    by is decided from its length, as the engine does.
+    by is decided from its length, as the engine does. `native`: by this machine's kernels.
     """
+    if native:
+        cpu.register()
     blocks_each = max(-(-len(ids) // BLOCK_TOKENS) for ids in sequences)
     cache = KVCache(
         num_layers=model.config.num_hidden_layers,
@@ -78,7 +87,8 @@ def paged_logits(
         ]
         batch = build(Plan(tuple(placed)), block_tokens=BLOCK_TOKENS, device=torch.device("cpu"))
         batch = dataclasses.replace(batch, rows=None)  # every token's logits, not the last ones'
-        logits = model(batch.ids, PagedAttention(cache, batch))  # [tokens, vocab_size]
+        with nullcontext() if native else reference_only():
+            logits = model(batch.ids, PagedAttention(cache, batch))  # [tokens, vocab_size]
         lengths = [len(chunk.token_ids) for chunk in placed]
         for (n, _), piece in zip(part, logits.split(lengths), strict=True):
             rows[n].append(piece)

@@ -43,9 +43,11 @@ def test_whole_sequences(folder: Path, reference: Reference) -> None:
         assert worst(other, reference, f"full.n{n}") < NEAR
 
 
-def test_token_by_token(folder: Path, reference: Reference) -> None:
+@pytest.mark.parametrize("native", [False, True], ids=["reference", "kernels"])
+def test_token_by_token(folder: Path, reference: Reference, native: bool) -> None:
     model = golden_model(folder)
-    (logits,) = paged_logits(model, [reference["input_ids"][:40]], [range(12, 41)])
+    ids = reference["input_ids"][:40]
+    (logits,) = paged_logits(model, [ids], [range(12, 41)], native=native)
     assert worst(logits, reference, "incr.p12.e40") < NEAR
 
 

@@ -14,7 +14,9 @@ from torch.nn import functional
 from fakes import ByteTokenizer
 from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
+from qwenkit.kernels import cpu
 from qwenkit.kernels.ops.rotary import rotary
+from qwenkit.kernels.registry import reference_only
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.position import Position, Rotary, choose_extension, extended
 from qwenkit.layers.rope import log_n_scale, rotary_tables
@@ -73,12 +75,14 @@ def test_token_by_token(
     assert worst(logits, reference, case) < NEAR
 
 
-def test_incremental_cases_in_one_batch(folder: Path, reference: Reference) -> None:
+@pytest.mark.parametrize("native", [False, True], ids=["reference", "kernels"])
+def test_incremental_cases_in_one_batch(folder: Path, reference: Reference, native: bool) -> None:
     model = golden_model(folder)
     cases = INCREMENTAL[:3]
     sequences = [reference["input_ids"][:end] for _, _, end, _ in cases]
     cuts = [range(prompt, end + 1) for _, prompt, end, _ in cases]
-    for (case, *_), logits in zip(cases, paged_logits(model, sequences, cuts), strict=True):
+    found = paged_logits(model, sequences, cuts, native=native)
+    for (case, *_), logits in zip(cases, found, strict=True):
         assert worst(logits, reference, case) < NEAR
 
 
@@ -97,6 +101,8 @@ def test_greedy_answer(folder: Path, reference: Reference, native: bool) -> None
     class Tokenizer(ByteTokenizer):
         vocab_size = 320
 
+    if native:
+        cpu.register()
     expected = reference["greedy.p30.n24"].tolist()
     model = golden_model(folder)
     engine = Engine(
@@ -166,8 +172,8 @@ class OriginalInt8Cache:
         self._start = 0
         self.layers: dict[int, list[tuple[torch.Tensor, ...]]] = {}
 
-    def copy(self) -> OriginalInt8Cache:
-        other = OriginalInt8Cache(self._prompt, self._quantize)
+    def copy(self, quantize: Quantize) -> OriginalInt8Cache:
+        other = OriginalInt8Cache(self._prompt, quantize)
         other._start = self._start
         other.layers = {layer: list(stored) for layer, stored in self.layers.items()}
         return other
@@ -224,61 +230,74 @@ def _truncated(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def test_the_original_s_int8_cache(
     folder: Path, reference: Reference, case: str, prompt: int, end: int, changes: dict[str, Any]
 ) -> None:
+    """The largest number of each head in each call lies on the very edge between the levels 254 and
+    255: the last bit of a matrix product decides, and that differs between machines. It moves
+    logits by some thousandths; rounding, as ours does, would move them by some hundredths.
+    """
     model = golden_model(folder, **changes)
     ids = reference["input_ids"][:end]
     cache = OriginalInt8Cache(prompt)
-    logits = [model(ids[:prompt], cache)]
+    with reference_only():
+        logits = [model(ids[:prompt], cache)]
+        stored = cache.layers[0][0]
+        logits += [model(ids[n : n + 1], cache) for n in range(prompt, end)]
     for name, got in zip(
-        ("k_q", "k_scale", "k_zero", "v_q", "v_scale", "v_zero"), cache.layers[0][0], strict=True
+        ("k_q", "k_scale", "k_zero", "v_q", "v_scale", "v_zero"), stored, strict=True
     ):
         expected = reference[f"{case}.L0.{name}"]
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    logits += [model(ids[n : n + 1], cache) for n in range(prompt, end)]
-    rows, expected = reference[f"{case}.rows"].long(), reference[case]
-    largest = expected.abs().max()
-    error = (torch.cat(logits)[rows] - expected).abs().amax(1) / largest  # [rows]
-    assert error[rows < prompt].max() < NEAR
-    # A call with one token has its largest number on the very edge between the levels 254 and 255:
-    # the last bit of a matrix product decides, and that differs between machines. It moves logits
-    # by some thousandths; rounding would move them by some hundredths, in the prompt already.
-    assert error[rows == prompt] < 1e-3
-    assert error.max() < 2e-2
+        apart = 0 if name.endswith(("scale", "zero")) else 1
+        torch.testing.assert_close(got.float(), expected.float(), rtol=1e-5, atol=1e-6 + apart)
+        assert (got != expected).sum() <= 4 or not apart  # one of each head, at most
+    assert worst(torch.cat(logits), reference, case) < 2e-2
 
 
 def test_one_choice_at_the_edge_gives_the_original_s_first_token(
     folder: Path, reference: Reference
 ) -> None:
+    """With the levels at the edge chosen as on the original's machine, the logits are its own."""
     case, prompt = "incr.p40.e60.kvq", 40
     model, ids = golden_model(folder), reference["input_ids"][: prompt + 1]
-    expected = reference[case][reference[f"{case}.rows"].tolist().index(prompt)]
-    chosen: list[int] = []  # the largest level of each head in each tensor of the one token
+    rows, expected = reference[f"{case}.rows"].long(), reference[case]
+    caches = [OriginalInt8Cache(prompt)]  # before each call
+    for part, wanted in ((ids[:prompt], rows < prompt), (ids[prompt:], rows == prompt)):
+        chosen: list[int] = []  # the level of the largest number of each head of each tensor
+        used: list[int] = []
 
-    def truncated(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        levels, scale, zero = _truncated(x)
-        for head in range(4 if len(x) == 1 else 0):
-            place = int(levels[head, 0].argmax())
-            if len(levels_given) < len(chosen):
-                levels[head, 0, place] = chosen[len(levels_given)]
-            levels_given.append(int(levels[head, 0, place]))
-        return levels, scale, zero
+        def truncated(
+            x: torch.Tensor, chosen: list[int] = chosen, used: list[int] = used
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            levels, scale, zero = _truncated(x)
+            for head in levels:
+                place = divmod(int(head.argmax()), head.shape[1])
+                if len(used) < len(chosen):
+                    head[place] = chosen[len(used)]
+                used.append(int(head[place]))
+            return levels, scale, zero
 
-    def error() -> float:
-        levels_given.clear()
-        logits = model(ids[prompt:], cache.copy())
-        return ((logits[0] - expected).abs().max() / expected.abs().max()).item()
+        def tried(
+            quantize: Quantize = truncated,
+            part: torch.Tensor = part,
+            wanted: torch.Tensor = wanted,
+            used: list[int] = used,
+        ) -> tuple[float, OriginalInt8Cache]:
+            used.clear()
+            cache = caches[-1].copy(quantize)
+            with reference_only():
+                logits = model(part, cache)[rows[wanted] % prompt]
+            return ((logits - expected[wanted]).abs().max() / expected.abs().max()).item(), cache
 
-    levels_given: list[int] = []
-    cache = OriginalInt8Cache(prompt, truncated)
-    model(ids[:prompt], cache)
-    best = error()
-    chosen = list(levels_given)
-    assert set(chosen) <= {254, 255}
-    assert len(chosen) == 3 * 2 * 4
-    for place in [*range(len(chosen))] * 2:
-        chosen[place] ^= 1  # 254 is even
-        tried = error()
-        if tried < best:
-            best = tried
-        else:
-            chosen[place] ^= 1
-    assert best < 1e-5
+        best = tried()
+        chosen += used
+        assert set(chosen) <= {254, 255}
+        assert len(chosen) == 3 * 2 * 4
+        for place in [*range(len(chosen))] * 2:
+            if best[0] < 1e-5:
+                break
+            chosen[place] ^= 1  # 254 is even
+            other = tried()
+            if other[0] < best[0]:
+                best = other
+            else:
+                chosen[place] ^= 1
+        assert best[0] < 1e-5
+        caches.append(best[1])

@@ -114,12 +114,14 @@ class Attention(nn.Module):
         self.W_pack = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape."""
+    def forward(
+        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """x [tokens, hidden_size] to the same shape, with `residual`, of that shape, added."""
         packed = self.W_pack(x).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = packed.unbind(1)  # each [tokens, heads, head_dim]
         output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
-        y: torch.Tensor = self.o_proj(output.flatten(-2))
+        y: torch.Tensor = self.o_proj(output.flatten(-2), residual)
         return y
 
 
@@ -135,8 +137,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), context, residual=x)
+        x = self.mlp(self.post_attention_layernorm(x), residual=x)
         return x
 
 
@@ -172,10 +174,10 @@ class NormalisedHead(Linear):
         super().__init__(in_features, out_features, bias=False)
         self._measured: tuple[object, torch.Tensor] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features]."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features]; `residual`, of that shape, is added."""
         y: torch.Tensor = super().forward(x) / self._lengths().to(x.dtype)
-        return y
+        return y if residual is None else residual + y
 
     def _lengths(self) -> torch.Tensor:
         """The length of each row of the weight: fp32 [out_features]."""

@@ -139,12 +139,14 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.hidden_size, 3 * size, bias=True)
         self.c_proj = Linear(size, config.hidden_size, bias=not config.no_bias)
 
-    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape."""
+    def forward(
+        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """x [tokens, hidden_size] to the same shape, with `residual`, of that shape, added."""
         packed = self.c_attn(x).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = packed.unbind(1)  # each [tokens, heads, head_dim]
         output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
-        y: torch.Tensor = self.c_proj(output.flatten(-2))
+        y: torch.Tensor = self.c_proj(output.flatten(-2), residual)
         return y
 
 
@@ -158,10 +160,10 @@ class MLP(nn.Module):
         self.w2 = Linear(config.hidden_size, half, bias=bias)
         self.c_proj = Linear(half, config.hidden_size, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [tokens, hidden_size] to the same shape; `residual`, of that shape, is added."""
         hidden: torch.Tensor = silu_mul(self.w2(x), self.w1(x))  # [tokens, intermediate_size / 2]
-        y: torch.Tensor = self.c_proj(hidden)
+        y: torch.Tensor = self.c_proj(hidden, residual)
         return y
 
 
@@ -177,8 +179,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
-        x = x + self.attn(self.ln_1(x), context)
-        x = x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), context, residual=x)
+        x = self.mlp(self.ln_2(x), residual=x)
         return x
 
 
