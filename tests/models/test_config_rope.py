@@ -116,6 +116,7 @@ def test_dual_chunk_attention_of_the_million_token_models() -> None:
         ),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor"),
         ({"rope_theta": 1.0}, r"rope_theta: 1 gives"),
+        ({"dual_chunk_attention_config": {}, "use_sliding_window": True}, r"use_sliding_window"),
         ({"dual_chunk_attention_config": 3}, r"dual_chunk_attention_config: expected"),
         (
             {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},

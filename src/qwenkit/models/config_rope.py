@@ -38,7 +38,11 @@ def rotary_position(
         raise ConfigError(f"{block_name}: {error}") from error
     rotary = Rotary(head_dim, rotary_base, scaling)
     chunks = config.get("dual_chunk_attention_config")
-    return rotary if chunks is None else _dual_chunk(chunks, rotary)
+    if chunks is None:
+        return rotary
+    if flag(config, "use_sliding_window", False):
+        raise ConfigError("use_sliding_window: dual chunk attention has no window; keep one.")
+    return _dual_chunk(chunks, rotary)
 
 
 def _block(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
