@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.formats.packed import PackedWeight
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.moe import SparseMoe
 from qwenkit.layers.weight import QuantWeight
@@ -105,10 +106,14 @@ def test_the_router_decides_in_fp32() -> None:
     assert layer.route(x)[0].dtype == torch.bfloat16
 
 
-def _quantized(layer: SparseMoe) -> None:
+def _quantized(layer: SparseMoe, how: str) -> None:
     for module in (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj):
         assert isinstance(module.weight, torch.Tensor)
-        weight = GgmlWeight.quantize(module.weight.detach(), "Q8_0")
+        weight: QuantWeight = GgmlWeight.quantize(module.weight.detach(), "Q8_0")
+        if how == "packed":
+            weight = PackedWeight.from_tensors(
+                weight.to_tensors(), shape=weight.shape, storage="Q8_0"
+            )
         del module.weight
         module.weight = weight
 
@@ -118,17 +123,18 @@ def _poison(module: GroupedLinear, experts: set[int]) -> None:
     for expert in experts:
         weight = module.group_weight(expert)
         if isinstance(weight, QuantWeight):
-            weight.to_tensors()["weight"].fill_(0xFF)
+            stored = weight.get_buffer("scales" if isinstance(weight, PackedWeight) else "blocks")
+            stored.view(torch.uint8).fill_(0xFF)
         else:
             with torch.no_grad():
                 weight.fill_(torch.nan)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_experts_that_no_token_chose_are_not_read(quantized: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "blocks", "packed"])
+def test_experts_that_no_token_chose_are_not_read(how: str) -> None:
     layer, x = mixture().requires_grad_(False), inputs(2)
-    if quantized:
-        _quantized(layer)
+    if how != "plain":
+        _quantized(layer, how)
     expected = layer(x)
     active = chosen_experts(layer, x)
     assert len(active) < EXPERTS
@@ -139,11 +145,28 @@ def test_experts_that_no_token_chose_are_not_read(quantized: bool) -> None:
     assert layer(x).isnan().any()
 
 
-def test_quantized_experts_give_what_their_numbers_give() -> None:
+@pytest.mark.parametrize("how", ["blocks", "packed"])
+def test_quantized_experts_give_what_their_numbers_give(how: str) -> None:
     layer, x = mixture().requires_grad_(False), inputs(17)
     plain = layer(x)
-    _quantized(layer)
+    _quantized(layer, how)
     assert (layer(x) - plain).square().mean() < 1e-3 * plain.square().mean()
+
+
+@pytest.mark.parametrize("out_features", [32, 24], ids=["whole panels", "parts of panels"])
+def test_packed_groups_are_those_of_the_stored_blocks(out_features: int) -> None:
+    numbers = torch.randn(3 * out_features, 64, generator=torch.Generator().manual_seed(2))
+    blocks = GgmlWeight.quantize(numbers, "Q4_0")
+    packed = PackedWeight.from_tensors(blocks.to_tensors(), shape=blocks.shape, storage="Q4_0")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    ends = torch.tensor([1, 1, 5])
+    expected = blocks.grouped_matmul(x, ends)
+    near = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(packed.grouped_matmul(x, ends), expected, rtol=0, atol=near)
+    x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(packed.grouped_matmul(x, ends).sum(), x)
+    (other,) = torch.autograd.grad(blocks.grouped_matmul(x, ends).sum(), x)
+    torch.testing.assert_close(gradient, other)
 
 
 def test_groups_have_paths_and_weights_of_their_own() -> None:

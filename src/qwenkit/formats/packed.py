@@ -15,6 +15,7 @@ import torch
 
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError, suggest
 from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.kernels.ops.grouped_matmul import segments
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.ops.packed_rows import packed_rows
 from qwenkit.kernels.packed import (
@@ -213,6 +214,19 @@ class PackedWeight(QuantWeight):
             self.precise,
         )
         return y.view(*x.shape[:-1], rows)
+
+    def grouped_matmul(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        rows = self.shape[0] // ends.numel()
+        if rows % PANEL_ROWS or (x.requires_grad and torch.is_grad_enabled()):
+            return super().grouped_matmul(x, ends)
+        y = x.new_empty((x.shape[0], rows))
+        how = None, None, self.kind, rows, self.zero_point, self.precise
+        for group, a, b in segments(ends):
+            panels = slice(group * rows // PANEL_ROWS, (group + 1) * rows // PANEL_ROWS)
+            scales = None if self.scales is None else self.scales[panels]
+            mins = None if self.mins is None else self.mins[panels]
+            y[a:b] = packed_matmul(x[a:b], self.data[panels], scales, mins, *how)
+        return y  # [rows of x, rows]
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]}, {self._storage}, packed"
