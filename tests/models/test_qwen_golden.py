@@ -207,7 +207,7 @@ class OriginalInt8Cache:
         values = torch.cat([scale * (levels - zero) for *_, levels, scale, zero in stored], 1)
         scores = q.transpose(0, 1) @ keys.transpose(1, 2) / q.shape[2] ** 0.5
         hidden = torch.arange(keys.shape[1]) > places[:, None]  # [tokens, kv_tokens]
-        output = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+        output: torch.Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
         return output.transpose(0, 1)
 
     def select(self, hidden: torch.Tensor) -> torch.Tensor:
