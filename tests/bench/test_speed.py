@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwenkit.bench.calibrate import Calibration, Calibrator
+from qwenkit.bench.expected import expected
 from qwenkit.bench.peers.spec import WeightSetting, Work, prompt_ids
 from qwenkit.bench.random_model import write_random_gguf
 from qwenkit.bench.report import EngineResult, SpeedReport, Turn
@@ -205,6 +206,17 @@ def test_a_peer_below_what_it_is_known_to_reach_makes_its_figure_void() -> None:
     assert slow.void(slow.engines[1], "prefill")
     assert slow.to_json()["engines"][1]["prefill"]["void"] is True
     assert not slow.void(slow.engines[0], "prefill")  # nothing is known of ours
+    same = expected(
+        "onnxruntime",
+        "qwen2-0.5b",
+        WeightSetting(name="int4", head="int4"),  # which is how it holds the head by itself
+        "decode",
+        best=Calibration(15.0, 230.0),
+        prompt_tokens=512,
+        vendor="AuthenticAMD",
+    )
+    assert same is not None
+    assert (same.table, same.scale) == (103.1, 0.5)
     unknown = report([500.0], [1.0])
     assert unknown.expectation(unknown.engines[1], "prefill") is None
 

@@ -9,7 +9,7 @@ suit one processor better than another), so there is a table for each vendor's.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ def _row(
         names = ["fp32" if weights is not None and weights.name == "fp32" else "bf16"]
     else:
         names = [] if weights is None else [weights.label, weights.name]
+    if engine == "onnxruntime" and weights is not None and weights.head == weights.name:
+        names.append(replace(weights, head=None).label)  # its head is as the rest by itself
     rows = [r for r in table["rows"] if r["engine"] == engine and r["shape"] == shape]
     for name in names:
         for row in rows:
