@@ -6,7 +6,7 @@ import torch
 
 from qwenkit.errors import UsageError
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
 
 class KVCache:
