@@ -52,8 +52,9 @@ def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
             given = kind, rows, zero_point, precise
             return reference(x, *packed, bias, residual, *given)  # type: ignore[no-any-return]
         if x.dtype is not float32:
-            given = kind, rows, zero_point, precise
-            return run(x.to(float32), *packed, bias, residual, *given).to(x.dtype)
+            wide = x.to(float32)
+            y = run(wide, *packed, bias, residual, kind, rows, zero_point, precise)
+            return y.to(x.dtype)
         tokens, columns = x.shape
         _check(x, packed, kind, rows, columns)
         x = x.contiguous()

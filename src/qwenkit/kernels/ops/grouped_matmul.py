@@ -29,7 +29,7 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tor
     end is the number of rows.
     """
     _out_rows(x, weight, ends)
-    matrices = weight.unflatten(0, (ends.numel(), -1)).unbind(0)  # each [out_rows, columns]
+    matrices = weight.view(ends.numel(), -1, weight.shape[1]).unbind(0)  # each [out_rows, columns]
     pieces = [functional.linear(x[a:b], matrices[group]) for group, a, b in segments(ends)]
     return torch.cat(pieces) if pieces else _shape(x, weight, ends)
 
