@@ -83,14 +83,15 @@ class _Session:
         UsageError.
         """
         _check_arguments(model, compute, device, threads)
+        plan: WeightPlan | None = WeightPlan(weights, group_size, head_weights)
         self.rope = rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
         native = kernels.variant is not None and device == "cpu"
         if threads is not None:
             torch.set_num_threads(threads)
-        run_as_stored = weights == "auto" and (compute == "reference" or not native)
-        plan = None if run_as_stored else WeightPlan(weights, group_size, head_weights)
+        if weights == "auto" and (compute == "reference" or not native):
+            plan = None  # run what is stored, as it is stored
         loaded = load(self.path, dtype=dtype, device=device, plan=plan, progress=progress)
         self.model = loaded.model
         self.config = loaded.config

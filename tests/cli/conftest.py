@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import pytest
 
+from qwenkit.cli.options import ModelOptions
 from qwenkit.errors import RequestError, UsageError
 from qwenkit.types.events import Event, FinishEvent, FinishReason, TokenEvent, Usage
 from qwenkit.types.messages import Message
@@ -119,8 +120,8 @@ def loaded(model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> list[dict[s
     """Lets the commands open the scripted model; holds what they asked to load."""
     calls: list[dict[str, Any]] = []
 
-    def load_model(name: str, **options: Any) -> ScriptedModel:
-        calls.append({"name": name, **options})
+    def load_model(name: str, given: ModelOptions) -> ScriptedModel:
+        calls.append({"name": name, **asdict(given)})
         return model
 
     monkeypatch.setattr("qwenkit.cli.loading.load_model", load_model)

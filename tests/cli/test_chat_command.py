@@ -57,12 +57,16 @@ def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path
     more = "--repetition-penalty 1.1 --stop A --stop B --threads 2 --dtype float32 --context 512"
     last = f"--compute reference --offline --greedy --system-file {tmp_path / 'system.txt'}"
     rest = ("--pin-threads", "--rope", "as-config", "--prompt", "q")
-    result = run(*f"{flags} {more} {last}".split(), *rest)
+    kinds = ("--weights", "int4", "--group-size", "64", "--head-weights", "bf16")
+    result = run(*kinds, *f"{flags} {more} {last}".split(), *rest)
     assert result.exit_code == 0, result.stderr
     assert loaded == [
         {
             "name": "some/model",
             "dtype": "float32",
+            "weights": "int4",
+            "group_size": 64,
+            "head_weights": "bf16",
             "compute": "reference",
             "threads": 2,
             "pin_threads": True,

@@ -2,26 +2,69 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from qwenkit.cli import loading
+from qwenkit.cli import console, loading
 from qwenkit.cli.main import app
+from qwenkit.cli.options import ModelOptions
 from qwenkit.errors import UsageError
 
 
 def test_names_of_settings_are_checked_before_any_download() -> None:
     with pytest.raises(UsageError, match=r"^--dtype: got 'float16'\. .*'bfloat16'"):
-        loading.load_model("no/model", dtype="float16", offline=True)
+        loading.load_model("no/model", ModelOptions(dtype="float16", offline=True))
     with pytest.raises(UsageError, match=r"^--compute: got 'fast'.*reference"):
-        loading.load_model("no/model", compute="fast", offline=True)
+        loading.load_model("no/model", ModelOptions(compute="fast", offline=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": "int5"}, r"^--weights: got 'int5'\. .*'int[48]'"),
+        ({"weights": "int4", "group_size": 48}, "^--group-size: got 48; .* 32, 64 and 128"),
+        ({"weights": "bf16", "group_size": 32}, "^--group-size: only weights int4 and int8"),
+        ({"group_size": 32}, "^--group-size: only weights int4 and int8"),
+        ({"weights": "int4", "head_weights": "q4"}, "^--head-weights: got 'q4'"),
+        ({"head_weights": "int8"}, "^--head-weights: needs weights to be int4"),
+    ],
+)
+def test_kinds_of_weights_are_checked_before_any_download(given: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        loading.load_model("no/model", ModelOptions(**given, offline=True))
+
+
+def test_weights_rounded_while_loading_answer(default_model_path: Path) -> None:
+    kinds = ["--weights", "int8", "--group-size", "32", "--head-weights", "bf16"]
+    prompt = ["--prompt", "The capital of France is", "--max-tokens", "2", "--greedy"]
+    result = CliRunner().invoke(app, ["generate", str(default_model_path), *kinds, *prompt])
+    assert (result.exit_code, result.stdout) == (0, " Paris.\n"), result.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_person_sees_a_bar_and_a_program_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with console.progress("Loading") as show:
+        assert show is None
+    written = Terminal()
+    monkeypatch.setattr("sys.stderr", written)
+    with console.progress("Loading \x1b[2J[bold]x") as show:
+        assert show is not None
+        show(0.5)
+        show(1.0)
+    assert "Loading \u241b[2J[bold]x" in written.getvalue()
 
 
 def test_a_context_that_the_model_lacks(default_model_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--context: got 99999999; .* allows 1 to 32768"):
-        loading.load_model(str(default_model_path), context=99_999_999)
+        loading.load_model(str(default_model_path), ModelOptions(context=99_999_999))
 
 
 def test_a_tiny_context_and_a_longer_prompt(default_model_path: Path) -> None:

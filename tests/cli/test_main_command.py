@@ -22,7 +22,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     """Makes the loading of a model fail with the exception put into this list."""
     errors: list[Exception] = []
 
-    def load_model(name: str, **options: Any) -> None:
+    def load_model(name: str, given: Any) -> None:
         logging.getLogger("qwenkit.load").warning("a %s warning", "\x1b[2J")
         logging.getLogger("qwenkit.load").info("a detail")
         raise errors[0]

@@ -11,6 +11,7 @@ import typer
 from qwenkit.cli import console, loading, options
 from qwenkit.cli.chat_session import ChatSession
 from qwenkit.cli.chat_terminal import converse, welcome
+from qwenkit.cli.grouped import grouped
 from qwenkit.cli.reply import show_reply
 from qwenkit.errors import QwenkitError, UsageError
 
@@ -47,6 +48,7 @@ CpuOnly = Annotated[
 ]
 
 
+@grouped
 def command(
     model: options.ModelName = None,
     question: Question = None,
@@ -54,23 +56,12 @@ def command(
     prompt: Prompt = None,
     system: System = None,
     system_file: SystemFile = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
     max_tokens: MaxTokens = None,
-    stop: options.Stop = None,
-    greedy: options.Greedy = False,
     seed: Seed = SEED,
-    threads: options.Threads = None,
-    pin_threads: options.PinThreads = False,
-    dtype: options.Dtype = "auto",
-    compute: options.Compute = "auto",
-    context: options.Context = None,
-    rope: options.Rope = "per-request",
-    offline: options.Offline = False,
     cpu_only: CpuOnly = False,
+    *,
+    sampling: options.SamplingOptions,
+    loaded_as: options.ModelOptions,
 ) -> None:
     """Talk with a model. Without MODEL the embedded SmolLM2-135M-Instruct speaks (not a Qwen).
 
@@ -85,33 +76,14 @@ def command(
       qwenkit chat --prompt "What is the capital of France?" --greedy
       cat letter.txt | qwenkit chat --system "Summarise the letter."
     """
-    changes = options.sampling_changes(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        max_tokens=max_tokens,
-        stop=stop,
-        greedy=greedy,
-        seed=seed,
-    )
+    changes = sampling.changes(max_tokens=max_tokens, seed=seed)
     name = options.one_of({"MODEL": model, "--checkpoint-path": checkpoint_path})
     name = options.check_model_name(name, takes_prompt=True)
     system = _system_prompt(system, system_file)
     asked = _question(options.one_of({"PROMPT": question, "--prompt": prompt}))
-    with loading.load_model(
-        name,
-        dtype=dtype,
-        compute=compute,
-        threads=threads,
-        pin_threads=pin_threads,
-        context=context,
-        rope=rope,
-        offline=offline,
-    ) as llm:
-        sampling = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
-        session = ChatSession(llm, sampling=sampling, system=system)
+    with loading.load_model(name, loaded_as) as llm:
+        params = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
+        session = ChatSession(llm, sampling=params, system=system)
         if asked is None:
             _converse(session, name)
         else:

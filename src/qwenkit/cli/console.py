@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,3 +112,22 @@ def busy(text: str) -> Iterator[None]:
 
     with Console(stderr=True).status(Text(visible(text))):
         yield
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[float], None] | None]:
+    """The same with a bar, to which the share done, 0 to 1, is told; None when nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as rich_progress  # slow to import, and only needed here
+    from rich.console import Console
+
+    columns = (
+        rich_progress.SpinnerColumn(),
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(visible(text), total=None)
+        yield lambda share: shown.update(task, total=1.0, completed=share)

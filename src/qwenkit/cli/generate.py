@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenkit.cli import console, loading, options
+from qwenkit.cli.grouped import grouped
 from qwenkit.cli.reply import Reply, show_reply
 from qwenkit.errors import QwenkitError, UsageError
 from qwenkit.types.sampling import SamplingParams
@@ -71,30 +72,20 @@ AsJson = Annotated[
 Echo = Annotated[bool, typer.Option("--echo", help="Put the prompt before the text.")]
 
 
+@grouped
 def command(
     model: options.ModelName = None,
     model_name_or_path: ModelAlias = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
     max_tokens: MaxTokens = None,
-    stop: options.Stop = None,
-    greedy: options.Greedy = False,
     seed: Seed = None,
     logprobs: Logprobs = None,
     as_json: AsJson = False,
     echo: Echo = False,
-    threads: options.Threads = None,
-    pin_threads: options.PinThreads = False,
-    dtype: options.Dtype = "auto",
-    compute: options.Compute = "auto",
-    context: options.Context = None,
-    rope: options.Rope = "per-request",
-    offline: options.Offline = False,
+    *,
+    sampling: options.SamplingOptions,
+    loaded_as: options.ModelOptions,
 ) -> None:
     """Continue a text with a model, without a chat template and without control tokens in it.
 
@@ -112,33 +103,13 @@ def command(
     """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs has nowhere to go without --json; add it.")
-    changes = options.sampling_changes(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        max_tokens=max_tokens,
-        stop=stop,
-        greedy=greedy,
-        seed=seed,
-        logprobs=logprobs,
-    )
+    changes = sampling.changes(max_tokens=max_tokens, seed=seed, logprobs=logprobs)
     name = options.one_of({"MODEL": model, "--model_name_or_path": model_name_or_path})
     name = options.check_model_name(name, takes_prompt=True)
     text = _prompt(prompt, prompt_file)
-    with loading.load_model(
-        name,
-        dtype=dtype,
-        compute=compute,
-        threads=threads,
-        pin_threads=pin_threads,
-        context=context,
-        rope=rope,
-        offline=offline,
-    ) as llm:
-        sampling = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
-        (_write_json if as_json else _write_text)(llm, text, sampling, echo=echo)
+    with loading.load_model(name, loaded_as) as llm:
+        params = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
+        (_write_json if as_json else _write_text)(llm, text, params, echo=echo)
 
 
 def _prompt(text: str | None, file: Path | None) -> str:

@@ -20,6 +20,7 @@ from qwenkit.types.sampling import SamplingParams
 DEFAULT_MODEL = "default"
 DTYPES = ("auto", "float32", "bfloat16")
 COMPUTE = ("auto", "reference")
+_KINDS = "int4, int8, bf16 or fp32"
 _SAMPLING = "[default: the model's own]"
 
 ModelName = Annotated[
@@ -69,6 +70,29 @@ PinThreads = Annotated[
     bool, typer.Option("--pin-threads", help="Give each helper thread a core of its own.")
 ]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="Activations: auto, float32 or bfloat16.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help=f"auto: as stored; {_KINDS}: every matrix rounded to it while loading.",
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With int4 or int8, columns to a scale: 32, 64 or 128. "
+        "[default: 32 for int4, 128 for int8]",
+    ),
+]
+HeadWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help=f"With --weights, what embedding and head become: {_KINDS}. "
+        "[default: int8 with int4, else the same]",
+    ),
+]
 Compute = Annotated[
     str,
     typer.Option(metavar="NAME", help="auto: fastest kernels; reference: plain, unquantized ones."),
@@ -93,39 +117,59 @@ Offline = Annotated[
 ]
 
 
-def sampling_changes(
-    *,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    max_tokens: int | None,
-    stop: list[str] | None,
-    greedy: bool,
-    seed: int | None,
-    logprobs: int | None = None,
-) -> dict[str, Any]:
-    """The options that were given, as changes to a model's sampling defaults.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """How a command loads its model; see `qwenkit.cli.grouped`."""
 
-    Raises RequestError naming the one that is out of range: now, not after the model is loaded.
-    """
-    if greedy and temperature not in (None, 0.0):
-        raise UsageError(f"--greedy is --temperature 0; {temperature} was also given. Drop one.")
-    given = {
-        "temperature": 0.0 if greedy else temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "max_tokens": max_tokens,
-        "stop": tuple(stop) if stop else None,
-        "seed": seed,
-        "logprobs": logprobs,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    SamplingParams.from_mapping(changes)
-    return changes
+    threads: Threads = None
+    pin_threads: PinThreads = False
+    dtype: Dtype = "auto"
+    weights: Weights = "auto"
+    group_size: GroupSize = None
+    head_weights: HeadWeights = None
+    compute: Compute = "auto"
+    context: Context = None
+    rope: Rope = "per-request"
+    offline: Offline = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How a command samples; see `qwenkit.cli.grouped`."""
+
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    repetition_penalty: RepetitionPenalty = None
+    stop: Stop = None
+    greedy: Greedy = False
+
+    def changes(
+        self, *, max_tokens: int | None, seed: int | None, logprobs: int | None = None
+    ) -> dict[str, Any]:
+        """The options that were given, as changes to a model's sampling defaults.
+
+        Raises RequestError naming the one that is out of range: now, not after the model is loaded.
+        """
+        if self.greedy and self.temperature not in (None, 0.0):
+            raise UsageError(
+                f"--greedy is --temperature 0; {self.temperature} was also given. Drop one."
+            )
+        given = {
+            "temperature": 0.0 if self.greedy else self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "max_tokens": max_tokens,
+            "stop": tuple(self.stop) if self.stop else None,
+            "seed": seed,
+            "logprobs": logprobs,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        SamplingParams.from_mapping(changes)
+        return changes
 
 
 def for_model(
