@@ -15,9 +15,10 @@ import torch
 
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
-from qwenkit.engine.runner import Runner, ServedModel
+from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Choice, Sampler
 from qwenkit.engine.scheduler import Scheduler, SchedulerStatus
+from qwenkit.engine.served import ServedModel
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import QwenkitError, RequestError, UsageError
 from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage

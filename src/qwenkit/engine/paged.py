@@ -16,12 +16,17 @@ from qwenkit.types.extension import NO_EXTENSION
 
 
 class PagedAttention:
-    """One forward pass of `batch` over `cache`; an `AttentionContext`."""
+    """One forward pass of `batch` over `cache`; an `AttentionContext`.
 
-    def __init__(self, cache: KVCache, batch: Batch) -> None:
+    `tables` holds the rotations that were asked for, or those to use.
+    """
+
+    def __init__(
+        self, cache: KVCache, batch: Batch, tables: dict[Rotary, Tables] | None = None
+    ) -> None:
         self._cache = cache
         self._batch = batch
-        self._tables: dict[Rotary, Tables] = {}
+        self.tables: dict[Rotary, Tables] = {} if tables is None else tables
         self._chunks: _Chunks | None = None
 
     def attend(
@@ -38,10 +43,8 @@ class PagedAttention:
         if isinstance(position, DualChunk):
             return self._in_chunks(layer, q, k, v, position)
         if isinstance(position, Rotary):
-            cos, sin = self._rotation(position)
-            heads = q.shape[1]
-            rotated = rotary(torch.cat((q, k), 1), cos, sin)  # [tokens, heads + kv_heads, head_dim]
-            q, k = rotated[:, :heads], rotated[:, heads:]
+            cos, sin = self.rotation(position)
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
             if position.log_n is not None:
                 scale = log_n_scale(position.log_n, self._batch.positions)  # [tokens]
                 q = q * scale[:, None, None].to(q.dtype)
@@ -117,12 +120,13 @@ class PagedAttention:
         device = self._batch.ids.device
         return torch.tensor(position.slopes, dtype=torch.float32, device=device)  # [heads]
 
-    def _rotation(self, spec: Rotary) -> Tables:
-        if spec not in self._tables:
+    def rotation(self, spec: Rotary) -> Tables:
+        """Cosine and sine of each token, fp32 [tokens, head_dim / 2]."""
+        if spec not in self.tables:
             batch = self._batch
             specs = [extended(spec, extension) for extension in batch.extensions]
-            self._tables[spec] = rotary_tables(specs, batch.positions, batch.extension_index)
-        return self._tables[spec]
+            self.tables[spec] = rotary_tables(specs, batch.positions, batch.extension_index)
+        return self.tables[spec]
 
 
 class _Chunks:

@@ -1,47 +1,19 @@
-"""One forward pass of the model for one plan, and what the engine asks of a model."""
+"""One forward pass of the model for one plan."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Protocol
 
 import torch
 
 from qwenkit.engine.batch import build
 from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
+from qwenkit.engine.replay import Replayer
 from qwenkit.engine.scheduler import Plan
+from qwenkit.engine.served import ServedModel
+from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.registry import reference_only
-from qwenkit.layers.attention import AttentionContext
-from qwenkit.layers.position import Position
-
-
-class ServedConfig(Protocol):
-    """The shapes that the engine reads of a model's config."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def position(self) -> Position: ...
-
-
-class ServedModel(Protocol):
-    """A built model: flat ids [tokens] and a context in, logits [rows, vocab_size] out.
-
-    `dtype` is what it computes in, and so what keys and values are kept in.
-    """
-
-    @property
-    def config(self) -> ServedConfig: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def __call__(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor: ...
 
 
 class Runner:
@@ -70,12 +42,18 @@ class Runner:
             dtype=model.dtype,
             device=device,
         )
+        native = not reference_ops and device.type == "cpu" and "cpu" in packed_matmul.backends
+        self._replayer = Replayer(model, self._cache) if native else None
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> torch.Tensor:
         """Compute the plan's tokens; return logits [rows, vocab_size], a row for each of
-        `plan.sampled_ids`, in whatever dtype the model gives.
+        `plan.sampled_ids`, in whatever dtype the model gives. The next run may overwrite them.
         """
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
+        if self._replayer is not None:
+            logits = self._replayer.run(batch)
+            if logits is not None:
+                return logits
         with reference_only() if self._reference_ops else nullcontext():
             return self._model(batch.ids, PagedAttention(self._cache, batch))

@@ -91,7 +91,7 @@ struct Rounded {
 };
 
 constexpr float smallest = 1e-30f;  // what is less counts as nothing
-constexpr float outlier = 3.0f;     // root mean squares of its token
+constexpr float outlier = 5.0f;     // root mean squares of its token
 
 // A group whose largest number stands out of its token by so much that rounding the rest beside it
 // would cost precision is rounded twice; so is every group when the result must be precise.

@@ -1,0 +1,105 @@
+"""Decoding steps repeated in native code: the same kernel calls on inputs refilled in place.
+
+A step in which every sequence computes one token and samples makes the same calls each time, with
+other numbers in the same small tensors. Of each number of sequences the first step runs as always,
+which tells what positions the model asks for; the second is recorded while it runs; later ones are
+repeated. A model that computes with anything but native kernels is never recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+
+from qwenkit.engine.batch import Batch
+from qwenkit.engine.kv import KVCache
+from qwenkit.engine.paged import PagedAttention
+from qwenkit.engine.served import ServedModel
+from qwenkit.kernels.cpu.replay import NotReplayableError, Program, record
+from qwenkit.layers.position import Rotary
+from qwenkit.layers.rope import Tables
+
+_MOST_TOKENS = 16  # beyond, a step takes long enough for Python not to be noticed
+_MOST_PROGRAMS = 32
+_REFILLED = ("ids", "positions", "slots", "query_lengths", "kv_lengths")
+
+Key = tuple[int, int, int]  # tokens, width of the block tables, threads
+
+
+class Replayer:
+    """The recorded steps of one model over one cache."""
+
+    def __init__(self, model: ServedModel, cache: KVCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._specs: dict[Key, tuple[Rotary, ...]] = {}
+        self._steps: dict[Key, _Step] = {}
+        self._refused = False
+
+    def run(self, batch: Batch) -> torch.Tensor | None:
+        """Logits [tokens, vocab_size], overwritten by the next call; None where the step is not one
+        that is repeated: then it must be computed as always.
+        """
+        tokens = len(batch.ids)
+        if self._refused or batch.rows is not None or len(batch.query_lengths) != tokens:
+            return None
+        if tokens > _MOST_TOKENS:
+            return None
+        width = 1 << (batch.block_tables.shape[1] - 1).bit_length()
+        key = tokens, width, torch.get_num_threads()
+        context = PagedAttention(self._cache, batch)
+        if key in self._steps:
+            return self._steps[key].run(batch, context)
+        if key not in self._specs:
+            result = self._model(batch.ids, context)
+            self._specs[key] = tuple(context.tables)
+            return result
+        if len(self._steps) >= _MOST_PROGRAMS:
+            self._steps.clear()
+        try:
+            step = _Step(self._model, self._cache, batch, context, self._specs[key], width)
+        except NotReplayableError:
+            self._refused = True
+            return None
+        self._steps[key] = step
+        return step.result
+
+
+class _Step:
+    """One recorded step: its inputs, its calls and what they make."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        cache: KVCache,
+        batch: Batch,
+        context: PagedAttention,
+        specs: tuple[Rotary, ...],
+        width: int,
+    ) -> None:
+        own = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        own |= {name: own[name].clone() for name in _REFILLED}
+        own["block_tables"] = torch.zeros((len(batch.ids), width), dtype=torch.int64)
+        self._batch = inputs = replace(batch, **own)
+        self._fill_tables(batch)
+        self._tables: dict[Rotary, Tables] = {
+            spec: (cos.clone(), sin.clone())
+            for spec, (cos, sin) in ((spec, context.rotation(spec)) for spec in specs)
+        }
+        recorded = PagedAttention(cache, inputs, self._tables)
+        self._program: Program = record(lambda: model(inputs.ids, recorded))
+        self.result = self._program.result
+
+    def run(self, batch: Batch, context: PagedAttention) -> torch.Tensor:
+        """Refill the inputs from a batch and its context, and compute."""
+        for name in _REFILLED:
+            getattr(self._batch, name).copy_(getattr(batch, name))
+        self._fill_tables(batch)
+        for spec, kept in self._tables.items():
+            for into, table in zip(kept, context.rotation(spec), strict=True):
+                into.copy_(table)
+        return self._program.run()
+
+    def _fill_tables(self, batch: Batch) -> None:
+        self._batch.block_tables[:, : batch.block_tables.shape[1]] = batch.block_tables
