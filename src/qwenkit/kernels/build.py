@@ -70,6 +70,7 @@ def _x86(name: str, features: frozenset[str]) -> Variant:
 
 # From the fastest to the one that runs everywhere. On ARM "plain" has NEON, which is always there.
 VARIANTS = (
+    _x86("amx", _AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}),
     _x86("avx512_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}),
     _x86("avx512_vnni", _AVX512 | {"avx512_vnni"}),
     _x86("avx512", _AVX512),

@@ -33,6 +33,8 @@ struct Quantized {
 // left of a group with outliers is in `rest`, in eight bits again; elsewhere it is all zeros.
 struct Activations {
     Quantized main, rest;
+    const uint8_t* with_rest;  // [groups, bytes_of_bits]: bit t for each token that has a rest
+    int64_t bytes_of_bits;
     const float* sums;       // [tokens, groups]: the sum of the rounded numbers
     const uint16_t* halves;  // [tokens, columns], bf16
     const float* numbers;    // [tokens, columns]
@@ -98,6 +100,13 @@ struct Bytes {
     }
 };
 
+// Whether any of a few tokens has a rest in a group.
+inline bool has_rest(const Activations& x, int64_t g, int64_t token, int tokens) {
+    uint32_t bits;
+    std::memcpy(&bits, x.with_rest + g * x.bytes_of_bits + token / 8, 4);
+    return bits >> token % 8 & ((1u << tokens) - 1);
+}
+
 // Adds the products of one group: exact sums, times both scales, to y.
 template <class Kind, int Tokens, int Vectors>
 inline void add_group(const uint8_t* const* group_data, const Activations& x, const Quantized& q,
@@ -152,11 +161,9 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
             widen_halves(panels.scales + (p * x.groups + g) * panel_rows, scales + p * per_panel);
         }
         add_group<Kind, Tokens, vectors>(data, x, x.main, token, g, scales, y);
-        bool rest = false;
-        QK_UNROLL for (int t = 0; t < Tokens; t++) {
-            rest = rest || x.rest.scales[at + t * x.groups] != 0;
+        if (has_rest(x, g, token, Tokens)) {
+            add_group<Kind, Tokens, vectors>(data, x, x.rest, token, g, scales, y);
         }
-        if (rest) add_group<Kind, Tokens, vectors>(data, x, x.rest, token, g, scales, y);
         QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
         if (panels.mins) {
             QK_UNROLL for (int p = 0; p < Count; p++) {

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "packed.h"
+#include "packed_amx.h"
 #include "threads.h"
 
 struct PackedMatmulArguments {
@@ -87,6 +88,8 @@ struct Rounded {
     float* scales[2];
     int32_t* offsets[2];
     float* sums;
+    uint8_t* with_rest;
+    int64_t bytes_of_bits;
     uint16_t* halves;
 };
 
@@ -121,6 +124,17 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, int64_t tok
         out.scales[part][at] = scale;
         out.offsets[part][at] = -static_cast<int32_t>(a.zero_point) * sum;
         out.sums[at] += scale * static_cast<float>(sum);
+    }
+}
+
+// Which tokens have a rest, as bits, so that a tile sees it at one glance.
+void find_rests(const Rounded& out, int64_t tokens, int64_t groups) {
+    std::memset(out.with_rest, 0, static_cast<size_t>(groups * out.bytes_of_bits));
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t g = 0; g < groups; g++) {
+            bool rest = out.scales[1][t * groups + g] != 0;
+            out.with_rest[g * out.bytes_of_bits + t / 8] |= static_cast<uint8_t>(rest << t % 8);
+        }
     }
 }
 
@@ -199,14 +213,14 @@ struct Floats {
     }
 };
 
-// All tokens over `wide` panels, in tiles as equal as can be.
+// All tokens from `token` on over `wide` panels, in tiles as equal as can be.
 template <class Multiply>
 void multiply_all(const PackedMatmulArguments& a, const Panels& panels, const Activations& x,
-                  int64_t row, bool both) {
-    int64_t tiles = (a.tokens + tile_tokens - 1) / tile_tokens;
-    int64_t token = 0;
+                  int64_t row, bool both, int64_t token = 0) {
+    int64_t left = a.tokens - token, start = token;
+    int64_t tiles = (left + tile_tokens - 1) / tile_tokens;
     for (int64_t i = 0; i < tiles; i++) {
-        int64_t end = (i + 1) * a.tokens / tiles;
+        int64_t end = start + (i + 1) * left / tiles;
         Tiles<Multiply, tile_tokens>::go(a, panels, x, row, token, end - token, both);
         token = end;
     }
@@ -224,6 +238,64 @@ void take_apart(const uint8_t* nibbles, int64_t columns, uint8_t* out) {
     }
 }
 
+#if defined(QK_TILES)
+
+bool in_int_tiles(const PackedMatmulArguments& a) {
+    return a.kind <= int8 && a.tokens >= many_tokens && a.group % 64 == 0 &&
+           (a.kind == int4 || a.zero_point == 128);
+}
+
+bool in_bf16_tiles(const PackedMatmulArguments& a) {
+    return a.kind == bf16 && a.columns % 32 == 0;
+}
+
+// As many tokens as fill tiles; returns how many those were.
+int64_t multiply_int_tiles(const PackedMatmulArguments& a, const Panels& panels,
+                           const Activations& x, int64_t row, int count, uint8_t* apart) {
+    TileUnit unit;
+    int64_t whole = a.tokens / tile_side * tile_side;
+    for (int p = 0; p < count; p++) {
+        Panels one{panels.data + p * panels.bytes, panels.scales + p * x.groups * panel_rows,
+                   panels.mins ? panels.mins + p * x.groups * panel_rows : nullptr, 0};
+        take_apart_signed(one.data, a.kind == int4, static_cast<int>(a.zero_point), a.columns,
+                          apart);
+        for (int64_t token = 0; token < whole; token += tile_side) {
+            vec sums[tile_side][1];
+            multiply_int_tile(apart, one, x, token, sums[0]);
+            put<tile_side, 1>(a, row + p * panel_rows, token, sums);
+        }
+    }
+    return whole;
+}
+
+template <int Blocks, int Count>
+void multiply_bf16_block(const PackedMatmulArguments& a, const Panels& panels,
+                         const Activations& x, int64_t row, int64_t token) {
+    alignas(64) TileResults results[Blocks][Count];
+    multiply_bf16_tiles<Blocks, Count>(panels, x, token, results);
+    int64_t tokens = std::min<int64_t>(Blocks * tile_side, a.tokens - token);
+    for (int64_t t = 0; t < tokens; t++) {
+        vec sums[1][Count];
+        for (int p = 0; p < Count; p++) {
+            sums[0][p] = load(results[t / tile_side][p][t % tile_side]);
+        }
+        put<1, Count>(a, row, token + t, sums);
+    }
+}
+
+template <int Count>
+void multiply_bf16_all(const PackedMatmulArguments& a, const Panels& panels, const Activations& x,
+                       int64_t row) {
+    TileUnit unit;
+    int64_t token = 0;
+    for (; a.tokens - token > tile_side; token += 2 * tile_side) {
+        multiply_bf16_block<2, Count>(a, panels, x, row, token);
+    }
+    if (token < a.tokens) multiply_bf16_block<1, Count>(a, panels, x, row, token);
+}
+
+#endif
+
 // One unit of work: `wide` panels of a matrix, or the last one alone.
 void multiply_unit(const PackedMatmulArguments& a, const Activations& x, int64_t unit,
                    uint8_t* apart) {
@@ -231,12 +303,25 @@ void multiply_unit(const PackedMatmulArguments& a, const Activations& x, int64_t
     bool both = row + panel_rows < a.rows;
     int64_t bytes = row_bytes(a.kind, a.columns) * panel_rows;
     Panels panels{a.data + first * bytes, nullptr, nullptr, bytes};
+#if defined(QK_TILES)
+    if (in_bf16_tiles(a)) {
+        return both ? multiply_bf16_all<2>(a, panels, x, row)
+                    : multiply_bf16_all<1>(a, panels, x, row);
+    }
+#endif
     if (a.kind == bf16) return multiply_all<Floats<Halves>>(a, panels, x, row, both);
     if (a.kind == fp32) return multiply_all<Floats<Singles>>(a, panels, x, row, both);
     panels.scales = a.scales + first * x.groups * panel_rows;
     if (a.mins) panels.mins = a.mins + first * x.groups * panel_rows;
-    if (a.kind == int8) return multiply_all<Ints<Bytes<255>>>(a, panels, x, row, both);
-    if (!apart) return multiply_all<Ints<Nibbles>>(a, panels, x, row, both);
+    int64_t done = 0;
+#if defined(QK_TILES)
+    if (in_int_tiles(a)) {
+        done = multiply_int_tiles(a, panels, x, row, both ? 2 : 1, apart);
+        apart = nullptr;
+    }
+#endif
+    if (a.kind == int8) return multiply_all<Ints<Bytes<255>>>(a, panels, x, row, both, done);
+    if (!apart) return multiply_all<Ints<Nibbles>>(a, panels, x, row, both, done);
     for (int i = 0; i < (both ? wide : 1); i++) {
         take_apart(panels.data + i * bytes, a.columns, apart + i * bytes * 2);
     }
@@ -263,10 +348,14 @@ QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* first) {
     int64_t groups = a.kind <= int8 ? a.columns / a.group : 0;
     auto numbers = static_cast<size_t>(a.tokens * a.columns);
     size_t per_group = padded(static_cast<size_t>(a.tokens * groups) * 4);
-    size_t rounded = a.kind <= int8   ? 2 * padded(numbers) + 5 * per_group
-                     : a.kind == bf16 ? padded(numbers * 2)
+    int64_t bytes_of_bits = a.tokens / 8 + 4;  // four are read at once
+    size_t per_bits = padded(static_cast<size_t>(groups * bytes_of_bits));
+    // Rows that fill up a tile of bf16 are zeros.
+    auto halves = static_cast<size_t>((a.tokens + 31) / 32 * 32 * a.columns) * 2;
+    size_t rounded = a.kind <= int8   ? 2 * padded(numbers) + 5 * per_group + per_bits
+                     : a.kind == bf16 ? padded(halves)
                                       : 0;
-    bool apart = a.kind == int4 && a.tokens >= many_tokens;
+    bool apart = a.kind <= int8 && a.tokens >= many_tokens;
     size_t per_slot = apart ? static_cast<size_t>(wide * panel_rows * a.columns) : 0;
     auto threads = static_cast<int>(a.threads);
     auto* memory = reinterpret_cast<uint8_t*>(
@@ -282,6 +371,9 @@ QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* first) {
         out.offsets[part] = reinterpret_cast<int32_t*>(at + per_group);
     }
     out.sums = reinterpret_cast<float*>(at);
+    out.with_rest = at + per_group;
+    out.bytes_of_bits = bytes_of_bits;
+    if (a.kind == bf16) std::memset(out.halves + numbers, 0, halves - numbers * 2);
     if (a.kind != fp32) {
         int64_t per_chunk = std::max<int64_t>(1, 16384 / a.columns);
         parallel((a.tokens + per_chunk - 1) / per_chunk, threads, [&](int64_t chunk, int) {
@@ -289,9 +381,10 @@ QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* first) {
             for (int64_t t = chunk * per_chunk; t < end; t++) round_token(a, out, t);
         });
     }
+    if (a.kind <= int8) find_rests(out, a.tokens, groups);
     Activations x{{out.quants[0], out.scales[0], out.offsets[0]},
                   {out.quants[1], out.scales[1], out.offsets[1]},
-                  out.sums, out.halves, a.x, a.columns, a.group, groups};
+                  out.with_rest, out.bytes_of_bits, out.sums, out.halves, a.x, a.columns, a.group, groups};
     int64_t total = 0, all_bytes = 0;
     for (auto* m = first; m; m = m->next) {
         total += units(*m);

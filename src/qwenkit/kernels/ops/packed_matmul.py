@@ -143,5 +143,5 @@ packed_matmul = Op(
     reference=_reference,
     shape=_shape,
     cases=_cases,
-    tolerance=0.1,  # a backend may round activations to eight bits per group, outliers included
+    tolerance=2e-2,  # a backend may round activations to eight bits per group of columns
 )
