@@ -108,7 +108,7 @@ class PackedWeight(QuantWeight):
         int8.
 
         Raises UsageError for another kind or size, or columns that none of them divides;
-        NonFiniteError when a number is NaN or infinite.
+        NonFiniteError when a number is NaN, infinite or too large for its scale.
         """
         rows, columns = weight.shape
         if kind not in WEIGHT_KINDS:
@@ -127,6 +127,8 @@ class PackedWeight(QuantWeight):
         most = grouped.gather(2, at)
         # Of int4 the number of largest magnitude gets the one level that has no opposite.
         scales = (most / -8 if kind == "int4" else most.abs() / 127).to(torch.float16)
+        if not bool(torch.isfinite(scales).all()):
+            raise NonFiniteError("the weight has numbers too large for a scale in fp16.")
         inverse = torch.where(scales == 0, 0.0, 1.0 / scales.to(torch.float32))
         middle = _middle(kind)
         kept = (grouped * inverse).round_().add_(middle).clamp_(0, 2 * middle - 1)
