@@ -132,11 +132,15 @@ def fill(
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
     _arrange_experts(slots, tensors, checkpoint)
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
+    # A plan copies what it reads: without this a file would be in memory beside its copy.
+    releases = {t.release for t in checkpoint.tensors.values() if plan is not None and t.release}
     for done, (path, module) in enumerate(slots):
         if module is tied:
             continue
         below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
         _fill_module(path, module, below, model, architecture, checkpoint, device, plan)
+        for release in releases:
+            release()
         if progress is not None:
             progress((done + 1) / len(slots))
     if tied is not None:

@@ -317,6 +317,7 @@ def _lay_out(
             size_bytes=entry.size_bytes,
             file=mapped.file,
             read=partial(mapped.view, entry.storage, entry.shape, start),
+            release=mapped.release,
         )
         expected = _round_up(expected + entry.size_bytes, alignment)
     return tensors

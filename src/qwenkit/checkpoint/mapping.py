@@ -59,3 +59,10 @@ class MappedFile:
         if offset % dtype.itemsize:  # a header of odd length: kernels may not read such addresses
             raw = raw.clone()
         return raw.view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Let go of the pages in memory; views stay valid, and what is read again is read from the
+        file. What was written through a view is lost.
+        """
+        if sys.platform == "linux":  # elsewhere the same advice means something else
+            self.buffer.madvise(mmap.MADV_DONTNEED)

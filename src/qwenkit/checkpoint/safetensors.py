@@ -62,6 +62,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             size_bytes=e.end - e.begin,
             file=file,
             read=partial(mapped.view, e.dtype, e.shape, data_start + e.begin),
+            release=mapped.release,
         )
         for e in entries
     }

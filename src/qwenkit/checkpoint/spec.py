@@ -21,6 +21,8 @@ class StoredTensor:
     "I8", "U8", "I16", "I32", "I64", "BOOL", "F8_E4M3", "F8_E5M2") or a GGML block type ("Q4_0",
     "Q8_0", "Q6_K", …). `read()` returns a memory-mapped, read-only view: of `shape` and its dtype
     for a plain dtype; uint8 [..., bytes_per_row] for a block type. Nothing is copied or converted.
+    `release()`, where there is one, lets the memory go that reading its file has filled; views stay
+    valid and are read from the file again.
     """
 
     name: str
@@ -29,6 +31,7 @@ class StoredTensor:
     size_bytes: int
     file: Path
     read: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    release: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
