@@ -56,6 +56,7 @@ def register(*, threads: int | None = None, pin_threads: bool = False) -> Kernel
     """
     if threads is not None:
         set_threads(threads)
+    _keep_freed_memory()
     with _lock:
         info, kernels = _load()
         for name, kernel in kernels.items():
@@ -82,6 +83,18 @@ def set_threads(threads: int) -> None:
     if threads < 1:
         raise KernelError(f"threads: expected at least 1, got {threads}.")
     torch.set_num_threads(threads)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep what large activations leave for the next layer's: given back to the system
+    and taken again, their pages cost more time than the work done in them.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        set_option(trim_threshold, 512 << 20)
+        set_option(mmap_threshold, 32 << 20)
 
 
 @cache

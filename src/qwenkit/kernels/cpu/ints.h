@@ -15,6 +15,37 @@ using floats = float __attribute__((vector_size(lanes * 4)));
 inline words splat_word(int32_t v) { return words{} + v; }
 inline vec to_float(words w) { return (vec) __builtin_convertvector(w, floats); }
 
+inline int32_t highest_word(words w) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)w);
+#else
+    int32_t highest = w[0];
+    for (int i = 1; i < lanes; i++) highest = w[i] > highest ? w[i] : highest;
+    return highest;
+#endif
+}
+
+inline int32_t sum_of_words(words w) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)w);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < lanes; i++) sum += w[i];
+    return sum;
+#endif
+}
+
+// The lowest byte of each lane.
+inline void store_narrow(int8_t* p, words w) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)w));
+#else
+    using narrow = int8_t __attribute__((vector_size(lanes)));
+    narrow stored = __builtin_convertvector(w, narrow);
+    std::memcpy(p, &stored, sizeof stored);
+#endif
+}
+
 inline bytes load_bytes(const uint8_t* p) {
     bytes v;
     std::memcpy(&v, p, sizeof v);

@@ -30,10 +30,11 @@ struct Quantized {
 };
 
 // Tokens rounded to eight bits by groups of columns, or to bf16, or as they are. What rounding
-// left of a group with outliers is in `rest`, in eight bits again; elsewhere it is all zeros.
+// left of a group with outliers is in `rest`, in eight bits again; elsewhere its scale is 0.
 struct Activations {
     Quantized main, rest;
-    const uint8_t* with_rest;  // [groups, bytes_of_bits]: bit t for each token that has a rest
+    const uint8_t* with_rest;  // [groups + 1, bytes_of_bits]: bit t for each token that has a rest
+                               // in the group; at last, in any
     int64_t bytes_of_bits;
     const float* sums;       // [tokens, groups]: the sum of the rounded numbers
     const uint16_t* halves;  // [tokens, columns], bf16
@@ -109,9 +110,10 @@ inline bool has_rest(const Activations& x, int64_t g, int64_t token, int tokens)
 
 // Adds the products of one group: exact sums, times both scales, to y.
 template <class Kind, int Tokens, int Vectors>
-inline void add_group(const uint8_t* const* group_data, const Activations& x, const Quantized& q,
-                      int64_t token, int64_t g, const vec scales[Vectors],
-                      vec y[Tokens][Vectors]) {
+__attribute__((always_inline)) inline void add_group(const uint8_t* const* group_data,
+                                                     const Activations& x, const Quantized& q,
+                                                     int64_t token, int64_t g, const vec* scales,
+                                                     vec (*y)[Vectors]) {
     const uint8_t* data[Vectors];
     QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] = group_data[v];
     int64_t at = token * x.groups + g;
@@ -141,8 +143,8 @@ inline void add_group(const uint8_t* const* group_data, const Activations& x, co
     }
 }
 
-// y of some tokens × some panels of whole numbers.
-template <class Kind, int Tokens, int Count>
+// y of some tokens × some panels of whole numbers. Without `Rest` none of the tokens has one.
+template <class Kind, int Tokens, int Count, bool Rest>
 void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
                    vec y[Tokens][Count * per_panel]) {
     constexpr int vectors = Count * per_panel;
@@ -161,8 +163,10 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
             widen_halves(panels.scales + (p * x.groups + g) * panel_rows, scales + p * per_panel);
         }
         add_group<Kind, Tokens, vectors>(data, x, x.main, token, g, scales, y);
-        if (has_rest(x, g, token, Tokens)) {
-            add_group<Kind, Tokens, vectors>(data, x, x.rest, token, g, scales, y);
+        if constexpr (Rest) {
+            if (has_rest(x, g, token, Tokens)) {
+                add_group<Kind, Tokens, vectors>(data, x, x.rest, token, g, scales, y);
+            }
         }
         QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
         if (panels.mins) {

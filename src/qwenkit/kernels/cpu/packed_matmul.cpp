@@ -44,8 +44,7 @@ float largest(const float* x, int64_t count) {
         words magnitude = (words)load(x + i) & 0x7fffffff;
         most = magnitude > most ? magnitude : most;
     }
-    int32_t highest = 0;
-    for (int i = 0; i < lanes; i++) highest = std::max<int32_t>(highest, most[i]);
+    int32_t highest = highest_word(most);
     if (highest >= 0x7f800000) return std::numeric_limits<float>::infinity();
     float result;
     std::memcpy(&result, &highest, 4);
@@ -55,7 +54,6 @@ float largest(const float* x, int64_t count) {
 // One group to whole numbers in [-127, 127], to nearest even, times `scale`; what is left of each
 // number goes to `left` where it is not null. Returns the sum of the whole numbers.
 int32_t quantize_group(const float* x, int64_t count, float scale, int8_t* quants, float* left) {
-    using narrow = int8_t __attribute__((vector_size(lanes)));
     const vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
     vec inverse = splat(1.0f / scale);
     words total{};
@@ -63,13 +61,10 @@ int32_t quantize_group(const float* x, int64_t count, float scale, int8_t* quant
         vec number = load(x + i), rounded = number * inverse + magic;
         words whole = (words)rounded - (words)magic;
         total += whole;
-        narrow stored = __builtin_convertvector(whole, narrow);
-        std::memcpy(quants + i, &stored, sizeof stored);
+        store_narrow(quants + i, whole);
         if (left) store(left + i, number - (rounded - magic) * splat(scale));
     }
-    int32_t sum = 0;
-    for (int i = 0; i < lanes; i++) sum += total[i];
-    return sum;
+    return sum_of_words(total);
 }
 
 void round_to_bf16(const float* x, int64_t count, uint16_t* out) {
@@ -103,13 +98,12 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, int64_t tok
     const float* x = a.x + token * a.columns + g * a.group;
     int64_t at = token * (a.columns / a.group) + g, column = token * a.columns + g * a.group;
     for (int part = 0; part < 2; part++) {
-        out.scales[part][at] = 0;
+        out.scales[part][at] = 0;  // whatever is in `quants` then counts nothing
         out.offsets[part][at] = 0;
-        std::memset(out.quants[part] + column, 0, static_cast<size_t>(a.group));
     }
     out.sums[at] = 0;
     float amax = largest(x, a.group);
-    if (std::isinf(amax)) {  // so that what becomes of it is seen
+    if (__builtin_expect(std::isinf(amax), false)) {  // so that what becomes of it is seen
         out.scales[0][at] = out.sums[at] = std::numeric_limits<float>::quiet_NaN();
         return;
     }
@@ -129,11 +123,13 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, int64_t tok
 
 // Which tokens have a rest, as bits, so that a tile sees it at one glance.
 void find_rests(const Rounded& out, int64_t tokens, int64_t groups) {
-    std::memset(out.with_rest, 0, static_cast<size_t>(groups * out.bytes_of_bits));
+    std::memset(out.with_rest, 0, static_cast<size_t>((groups + 1) * out.bytes_of_bits));
     for (int64_t t = 0; t < tokens; t++) {
+        auto bit = static_cast<uint8_t>(1 << t % 8);
         for (int64_t g = 0; g < groups; g++) {
-            bool rest = out.scales[1][t * groups + g] != 0;
-            out.with_rest[g * out.bytes_of_bits + t / 8] |= static_cast<uint8_t>(rest << t % 8);
+            if (out.scales[1][t * groups + g] == 0) continue;
+            out.with_rest[g * out.bytes_of_bits + t / 8] |= bit;
+            out.with_rest[groups * out.bytes_of_bits + t / 8] |= bit;
         }
     }
 }
@@ -200,7 +196,11 @@ struct Ints {
     template <int Tokens, int Count>
     static void run(const Panels& p, const Activations& x, int64_t token,
                     vec y[Tokens][Count * per_panel]) {
-        multiply_ints<Kind, Tokens, Count>(p, x, token, y);
+        if (has_rest(x, x.groups, token, Tokens)) {
+            multiply_ints<Kind, Tokens, Count, true>(p, x, token, y);
+        } else {
+            multiply_ints<Kind, Tokens, Count, false>(p, x, token, y);
+        }
     }
 };
 
@@ -349,7 +349,7 @@ QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* first) {
     auto numbers = static_cast<size_t>(a.tokens * a.columns);
     size_t per_group = padded(static_cast<size_t>(a.tokens * groups) * 4);
     int64_t bytes_of_bits = a.tokens / 8 + 4;  // four are read at once
-    size_t per_bits = padded(static_cast<size_t>(groups * bytes_of_bits));
+    size_t per_bits = padded(static_cast<size_t>((groups + 1) * bytes_of_bits));
     // Rows that fill up a tile of bf16 are zeros.
     auto halves = static_cast<size_t>((a.tokens + 31) / 32 * 32 * a.columns) * 2;
     size_t rounded = a.kind <= int8   ? 2 * padded(numbers) + 5 * per_group + per_bits
