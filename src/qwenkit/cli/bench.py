@@ -12,17 +12,30 @@ from qwenkit.bench.environments import RECIPES
 from qwenkit.bench.kernel_jobs import ROWS
 from qwenkit.bench.kernels import DEFAULT_SHAPES, KernelSettings, measure_kernels
 from qwenkit.bench.peers.spec import WEIGHTS, WeightName, WeightSetting
-from qwenkit.bench.shapes import SHAPES, shape
+from qwenkit.bench.shapes import shape
 from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console
+from qwenkit.cli.bench_options import (
+    DEFAULT_PEERS,
+    Contexts,
+    GroupSize,
+    Head,
+    MakePeers,
+    Model,
+    PeerPython,
+    Peers,
+    ShapeName,
+    Storage,
+    Streams,
+    WeightKind,
+)
 from qwenkit.cli.bench_perplexity import perplexity
 from qwenkit.cli.bench_tables import ProgressBar, show_kernels, show_speed
 from qwenkit.errors import UsageError, suggest
 
 GROUP_SIZES = (32, 64, 128)
-_DEFAULT_PEERS = ("llama.cpp", "transformers")
 _DEFAULT_STREAMS = (8,)
 
 app = typer.Typer(
@@ -38,73 +51,20 @@ app.command()(perplexity)
 
 @app.command()
 def speed(
-    model: Annotated[
-        str, typer.Argument(help="A model: name, folder or .gguf file.", show_default=True)
-    ] = "default",
-    shape_name: Annotated[
-        str | None,
-        typer.Option(
-            "--shape",
-            help=f"Random weights of a published shape instead: {', '.join(SHAPES)}.",
-            show_default=False,
-        ),
-    ] = None,
-    storage: Annotated[
-        str, typer.Option(help="How --shape stores a GGUF file's matrices: Q4_0, Q8_0, BF16 …")
-    ] = "Q4_0",
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="What every engine holds weights as, each in its nearest way, instead of "
-            f"--storage: {', '.join(WEIGHTS)}.",
-            show_default=False,
-        ),
-    ] = None,
-    group_size: Annotated[
-        int, typer.Option(help="Numbers that share a scale in int4 and int8: 32, 64 or 128.")
-    ] = 128,
-    head: Annotated[
-        str | None,
-        typer.Option(
-            help="What the output matrix is held as, where an engine lets it be said.",
-            show_default="each engine's own",
-        ),
-    ] = None,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"An engine to compare with, repeatable: {', '.join(RECIPES)}, or none "
-            f"[default: {' and '.join(_DEFAULT_PEERS)}].",
-            show_default=False,
-        ),
-    ] = None,
-    make_peers: Annotated[
-        bool,
-        typer.Option("--make-peers", help="Make the environments that peers need: 0.5 to 3.5 GB."),
-    ] = False,
-    peer_python: Annotated[
-        Path | None,
-        typer.Option(help="A Python that has the peers installed.", show_default="each its own"),
-    ] = None,
+    model: Model = "default",
+    shape_name: ShapeName = None,
+    storage: Storage = "Q4_0",
+    weights: WeightKind = None,
+    group_size: GroupSize = 128,
+    head: Head = None,
+    peer: Peers = None,
+    make_peers: MakePeers = False,
+    peer_python: PeerPython = None,
     threads: Annotated[int, typer.Option(help="Threads of every engine.", min=1)] = 2,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prefill.", min=1)] = 512,
     decode_tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 48,
-    streams: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Decode so many sequences at once, repeatable; 1 for none. [default: 8]",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    context: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Decode after so many tokens too (2048, 8192), repeatable.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
+    streams: Streams = None,
+    context: Contexts = None,
     turns: Annotated[int, typer.Option(help="Measured turns of each engine.", min=1)] = 5,
     compute: Annotated[str, typer.Option(help="Our kernels: auto or reference.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
@@ -222,7 +182,7 @@ def _setting(weights: str | None, group_size: int, head: str | None) -> WeightSe
 def _peers(given: list[str] | None) -> tuple[str, ...]:
     known = [*RECIPES, "none"]
     if given is None:
-        return _DEFAULT_PEERS
+        return DEFAULT_PEERS
     if "none" in given and len(given) > 1:
         raise UsageError("peer: 'none' stands alone.")
     for name in given:

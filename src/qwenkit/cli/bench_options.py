@@ -1,0 +1,79 @@
+"""The options of `qwenkit bench speed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenkit.bench.environments import RECIPES
+from qwenkit.bench.peers.spec import WEIGHTS
+from qwenkit.bench.shapes import SHAPES
+
+DEFAULT_PEERS = ("llama.cpp", "transformers")
+
+Model = Annotated[
+    str, typer.Argument(help="A model: name, folder or .gguf file.", show_default=True)
+]
+ShapeName = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        help=f"Random weights of a published shape instead: {', '.join(SHAPES)}.",
+        show_default=False,
+    ),
+]
+Storage = Annotated[
+    str, typer.Option(help="How --shape stores a GGUF file's matrices: Q4_0, Q8_0, BF16 …")
+]
+WeightKind = Annotated[
+    str | None,
+    typer.Option(
+        help="What every engine holds weights as, each in its nearest way, instead of "
+        f"--storage: {', '.join(WEIGHTS)}.",
+        show_default=False,
+    ),
+]
+GroupSize = Annotated[
+    int, typer.Option(help="Numbers that share a scale in int4 and int8: 32, 64 or 128.")
+]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        help="What the output matrix is held as, where an engine lets it be said.",
+        show_default="each engine's own",
+    ),
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"An engine to compare with, repeatable: {', '.join(RECIPES)}, or none "
+        f"[default: {' and '.join(DEFAULT_PEERS)}].",
+        show_default=False,
+    ),
+]
+MakePeers = Annotated[
+    bool,
+    typer.Option("--make-peers", help="Make the environments that peers need: 0.5 to 3.5 GB."),
+]
+PeerPython = Annotated[
+    Path | None,
+    typer.Option(help="A Python that has the peers installed.", show_default="each its own"),
+]
+Streams = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Decode so many sequences at once, repeatable; 1 for none. [default: 8]",
+        min=1,
+        show_default=False,
+    ),
+]
+Contexts = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Decode after so many tokens too (2048, 8192), repeatable.",
+        min=1,
+        show_default=False,
+    ),
+]
