@@ -70,7 +70,7 @@ fix: $(ENV)/.installed-for-tests
 	$(ENV)/bin/ruff format src tests
 
 bench: $(ORACLE_ENV)/.installed
-	$(ORACLE_ENV)/bin/qwenkit bench speed $(ARGS)
+	$(ORACLE_ENV)/bin/qwenkit bench speed --peer-python $(ORACLE_ENV)/bin/python $(ARGS)
 
 docs: $(ENV)/.installed
 	$(ENV)/bin/python -m qwenkit.cli.docs docs/cli.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from qwenkit.bench.random_model import write_random_gguf
 from qwenkit.bench.shapes import shape
+from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 
 # Looked for, not imported: the engines run in processes of their own.
@@ -30,7 +32,15 @@ def test_every_engine_gives_figures_and_ratios(prompt_tokens: int, tmp_path: Pat
     path = tmp_path / "random.gguf"
     write_random_gguf(path, shape("qwen2-0.5b") | SMALL)
     result = measure_speed(
-        SpeedSettings(model=path, threads=1, prompt_tokens=prompt_tokens, decode_tokens=3, turns=2)
+        SpeedSettings(
+            source=Source(model=path),
+            cache=tmp_path,
+            threads=1,
+            prompt_tokens=prompt_tokens,
+            decode_tokens=3,
+            turns=2,
+            peer_python=sys.executable,
+        )
     )
     assert [e.engine for e in result.engines] == ["qwenkit", "llama.cpp", "transformers"]
     assert [e.error for e in result.engines] == [None, None, None]
