@@ -175,3 +175,9 @@ def test_no_file_names_a_folder_of_one_machine() -> None:
         and folders.search((ROOT / name).read_text(encoding="utf-8", errors="replace"))
     ]
     assert wrong == []
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
