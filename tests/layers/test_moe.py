@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from qwenkit.formats.ggml import GgmlWeight
 from qwenkit.formats.packed import PackedWeight
+from qwenkit.kernels.registry import reference_only
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.moe import SparseMoe
 from qwenkit.layers.weight import QuantWeight
@@ -160,9 +161,11 @@ def test_packed_groups_are_those_of_the_stored_blocks(out_features: int) -> None
     packed = PackedWeight.from_tensors(blocks.to_tensors(), shape=blocks.shape, storage="Q4_0")
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
     ends = torch.tensor([1, 1, 5])
-    expected = blocks.grouped_matmul(x, ends)
+    with reference_only():  # native kernels, where another test has put them in, round activations
+        expected = blocks.grouped_matmul(x, ends)
+        found = packed.grouped_matmul(x, ends)
     near = 1e-5 * expected.abs().max().item()
-    torch.testing.assert_close(packed.grouped_matmul(x, ends), expected, rtol=0, atol=near)
+    torch.testing.assert_close(found, expected, rtol=0, atol=near)
     x.requires_grad_(True)
     (gradient,) = torch.autograd.grad(packed.grouped_matmul(x, ends).sum(), x)
     (other,) = torch.autograd.grad(blocks.grouped_matmul(x, ends).sum(), x)
