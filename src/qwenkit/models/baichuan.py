@@ -17,7 +17,7 @@ from torch import nn
 
 from qwenkit.errors import ConfigError
 from qwenkit.layers.attention import AttentionContext
-from qwenkit.layers.linear import Embedding, Linear
+from qwenkit.layers.linear import Embedding, Linear, project
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import Alibi
@@ -115,11 +115,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor
+        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor, norm: RMSNorm
     ) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape, with `residual`, of that shape, added."""
-        packed = self.W_pack(x).unflatten(-1, (3, -1, self.head_dim))
-        q, k, v = packed.unbind(1)  # each [tokens, heads, head_dim]
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape, with `residual`, of that
+        shape, added.
+        """
+        [packed] = project(x, (self.W_pack,), norm)
+        q, k, v = packed.unflatten(-1, (3, -1, self.head_dim)).unbind(
+            1
+        )  # each [tokens, heads, head_dim]
         output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
         y: torch.Tensor = self.o_proj(output.flatten(-2), residual)
         return y
@@ -137,8 +141,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
-        x = self.self_attn(self.input_layernorm(x), context, residual=x)
-        x = self.mlp(self.post_attention_layernorm(x), residual=x)
+        x = self.self_attn(x, context, residual=x, norm=self.input_layernorm)
+        x = self.mlp(x, residual=x, norm=self.post_attention_layernorm)
         return x
 
 
