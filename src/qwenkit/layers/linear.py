@@ -39,8 +39,8 @@ class Linear(nn.Module):
 def project(
     x: torch.Tensor, linears: Sequence[nn.Module], norm: RMSNorm | None = None
 ) -> Sequence[torch.Tensor]:
-    """Each of `linears` of norm(x), x [..., in_features]: in one product where the weights have one,
-    the same otherwise. Whatever wraps a `Linear` is called by itself.
+    """Each of `linears` of norm(x), x [..., in_features], in one product where the weights have one
+    and with the same results where not. Whatever wraps a `Linear` is called by itself.
     """
     weights = [each.weight for each in linears if type(each) is Linear]
     if len(weights) == len(linears) and isinstance(weights[0], QuantWeight):

@@ -142,8 +142,8 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor, norm: RMSNorm
     ) -> torch.Tensor:
-        """x [tokens, hidden_size], normalised by `norm`, to the same shape, with `residual`, of that
-        shape, added.
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
+        shape, is added.
         """
         [packed] = project(x, (self.c_attn,), norm)
         q, k, v = packed.unflatten(-1, (3, -1, self.head_dim)).unbind(

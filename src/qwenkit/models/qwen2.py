@@ -109,12 +109,12 @@ class Attention(nn.Module):
         residual: torch.Tensor,
         norm: RMSNorm,
     ) -> torch.Tensor:
-        """x [tokens, hidden_size], normalised by `norm`, to the same shape, with `residual`, of that
-        shape, added.
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
+        shape, is added.
         """
         projections = project(x, (self.q_proj, self.k_proj, self.v_proj), norm)
         # [tokens, heads, head_dim] and twice [tokens, kv_heads, head_dim]
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)
+        q, k, v = (y.view(len(y), -1, self.head_dim) for y in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
         output = context.attend(
