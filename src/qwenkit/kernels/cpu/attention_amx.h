@@ -17,6 +17,7 @@ constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
 
 #ifdef QK_TILES
 
+constexpr int64_t keys_ahead = 32;  // asked for before they are needed
 constexpr int64_t panel_words = tile_side / 2;  // a panel's words for each number of its length
 
 // Memory of one thread. Panels are [length / 2][16] words, each a pair of bf16 numbers: sixteen keys
@@ -58,13 +59,21 @@ inline void multiply_tiles(const uint16_t* a, int64_t a_stride, const uint32_t* 
     if constexpr (Blocks == 2 && Panels == 2) _tile_stored(3, below + tile_side, out_stride * 4);
 }
 
-// Keys `first` … `last` - 1, both multiples of 16, into panels.
+// A row of a head on its way from memory: rows lie too far apart for the processor to foresee.
+inline void ask_for(const uint16_t* row, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(row + d, 0, 2);
+}
+
+// Keys `first` … `last` - 1, both multiples of 16, into panels; values are needed next.
 inline void pack_key_panels(const Segment<uint16_t>& segment, Range range, const TilePlace& place) {
     for (int64_t j = range.first; j < range.last; j += tile_side) {
         const uint16_t* keys[tile_side];
         for (int64_t i = 0; i < tile_side; i++) {  // never a key that nobody sees
             int64_t row = std::min(std::max(j + i, segment.first), segment.last - 1);
+            int64_t later = std::min(row + keys_ahead, segment.last - 1);
             keys[i] = segment.keys + segment.rows[row];
+            ask_for(segment.keys + segment.rows[later], segment.head_dim);
+            ask_for(segment.values + segment.rows[row], segment.head_dim);
         }
         uint32_t* panel = place.keys + j * place.depth / 2;
         for (int64_t d = 0; d < place.depth; d += 8) {
