@@ -166,7 +166,7 @@ def record(variant: build.Variant, file: Path) -> int:
                 for threads in THREADS:
                     torch.set_num_threads(threads)
                     label = f"{name}, case {index}, {threads} threads"
-                    recorder.cases.append(_Case(label, op.tolerance))
+                    recorder.cases.append(_Case(label, op.bound(arguments)))
                     run(*map(_alone, arguments))
     cases = [case for case in recorder.cases if case.calls]  # others were the reference's
     with file.open("wb") as out:

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "kv_rows.h"
 #include "threads.h"
 
 // Rows of k and v, heads · head_dim numbers each, lie `k_stride` and `v_stride` numbers apart; the
@@ -23,15 +23,8 @@ void write_row(const float* row, float* to, float*, int64_t heads, int64_t head_
     std::memcpy(to, row, static_cast<size_t>(heads * head_dim) * sizeof(float));
 }
 
-// To the nearest, ties to even; NaN stays NaN.
 void write_row(const float* row, uint16_t* to, float*, int64_t heads, int64_t head_dim) {
-    for (int64_t i = 0; i < heads * head_dim; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, row + i, 4);
-        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        bool nan = (bits & 0x7fffffff) > 0x7f800000;
-        to[i] = static_cast<uint16_t>(nan ? 0x7fc0 : rounded);
-    }
+    for (int64_t i = 0; i < heads * head_dim; i++) to[i] = narrowed(row[i]);
 }
 
 // The largest magnitude; as bits, NaN is the largest of all.
