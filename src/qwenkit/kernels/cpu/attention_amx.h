@@ -220,7 +220,7 @@ inline void attend_segment_in_tiles(const Segment<uint16_t>& segment, const Rows
     Range all = whole({segment.first, segment.last});
     pack_key_panels(segment, all, place);
     pack_value_panels(segment, all, place);
-    TileUnit unit;
+    TileUnit unit(tile_side, false);
     for (int64_t begin = 0; begin < rows.count; begin += tile_rows) {
         int64_t end = std::min(rows.count, begin + tile_rows);
         Range tile = seen(rows, begin, end, segment);
