@@ -166,22 +166,26 @@ void multiply_int_tiles(const PackedMatmulArguments& a, const Unit& u, const Act
     auto* sums = reinterpret_cast<float*>(memory + pair * room);
     int64_t tokens = block.last - block.first, per_panel_sums = round_up(tokens, 16) * panel_rows;
     const RestList& rests = block.rests[u.precise ? every : outstanding];
+    // Of few tokens, weights are used up faster than they come from memory: a little at a time, so
+    // that more of them are always on their way.
+    int64_t step = tokens <= tile_side ? std::max<int64_t>(group, 128) : run_columns;
     for (int64_t column = 0; column < a.columns; column += run_columns) {
         int64_t end = std::min(a.columns, column + run_columns);
-        int64_t from = row_bytes(a.kind, column) * panel_rows;
-        int64_t to = row_bytes(a.kind, end) * panel_rows;
-        for (int p = 0; p < u.count; p++) {
-            take_apart_signed(u.panels.data[p] + from, a.kind == int4,
-                              static_cast<int>(a.zero_point), end - column, memory + p * room);
-        }
-        for (int64_t token = 0; token < tokens; token += tile_side) {
-            auto* add = tokens - token <= 8 ? add_groups<Depth, 8> : add_groups<Depth, 16>;
+        for (int64_t at = column; at < end; at += step) {
+            int64_t stop = std::min(end, at + step), from = row_bytes(a.kind, at) * panel_rows;
+            uint8_t* apart = memory + (at - column) * panel_rows;
             for (int p = 0; p < u.count; p++) {
-                const uint8_t* ahead = u.panels.data[p] + to;
-                if (end == a.columns) ahead += u.panels.next - u.panels.bytes;
-                add(memory + p * room, u.panels.from(p), x, block.first + token, column / group,
-                    end / group, ahead, token ? 0 : row_bytes(a.kind, group) * panel_rows,
-                    sums + p * per_panel_sums + token * panel_rows);
+                take_apart_signed(u.panels.data[p] + from, a.kind == int4,
+                                  static_cast<int>(a.zero_point), stop - at, apart + p * room);
+            }
+            for (int64_t token = 0; token < tokens; token += tile_side) {
+                auto* add = tokens - token <= 8 ? add_groups<Depth, 8> : add_groups<Depth, 16>;
+                for (int p = 0; p < u.count; p++) {
+                    add(apart + p * room, u.panels.from(p), x, block.first + token, at / group,
+                        stop / group, u.panels.data[p] + from + u.panels.ahead(from),
+                        token ? 0 : row_bytes(a.kind, group) * panel_rows,
+                        sums + p * per_panel_sums + token * panel_rows);
+                }
             }
         }
         for (int p = 0; p < u.count; p++) {
