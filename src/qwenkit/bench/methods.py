@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from qwenkit.errors import UsageError, suggest
 from qwenkit.layers.position import (
@@ -17,7 +19,7 @@ from qwenkit.layers.position import (
     Rotary,
     Yarn,
 )
-from qwenkit.models.spec import ModelConfig
+from qwenkit.models.spec import CausalModel, ModelConfig
 from qwenkit.types.extension import RopeMode
 
 
@@ -87,3 +89,22 @@ def own_rotary(config: ModelConfig, model: str) -> Rotary:
     if not isinstance(config.position, Rotary):
         raise UsageError(f"model: {model} has no rotary positions to be extended.")
     return config.position
+
+
+@contextmanager
+def positioned(model: CausalModel, position: Position) -> Iterator[None]:
+    """Every layer of a built model, and its config, with another position spec for a while."""
+    config: Any = model.config  # a frozen dataclass, whatever the architecture
+    if position == config.position:
+        yield
+        return
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "position")]
+    try:
+        model.config = dataclasses.replace(config, position=position)
+        for layer in layers:
+            layer.position = position
+        yield
+    finally:
+        model.config = config
+        for layer in layers:
+            layer.position = config.position

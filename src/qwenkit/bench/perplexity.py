@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qwenkit.bench.methods import METHODS, check_methods, own_rotary
+from qwenkit.bench.methods import METHODS, check_methods, own_rotary, positioned
 from qwenkit.bench.plot import lines_svg
 from qwenkit.bench.recorded import read_cells, write_files
 from qwenkit.engine.batch import build
@@ -202,31 +202,6 @@ def _passes(
     return [_Pass(name, position, extension, tuple(n)) for extension, n in decided.values()]
 
 
-class _Positioned:
-    """A context that gives every layer one and the same position spec, whatever it asks for."""
-
-    def __init__(self, inner: PagedAttention, position: Position) -> None:
-        self._inner = inner
-        self._position = position
-
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        position: Position,
-        *,
-        window: int | None = None,
-    ) -> torch.Tensor:
-        """See `AttentionContext.attend`."""
-        return self._inner.attend(layer, q, k, v, self._position, window=window)
-
-    def select(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Every row."""
-        return hidden
-
-
 def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Tensor]:
     """Yields the negative log-likelihoods of the tokens after the first, fp64, piece by piece."""
     model, config, device = loaded.model, loaded.config, torch.device("cpu")
@@ -244,9 +219,9 @@ def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Te
         part = tuple(ids[start : start + CHUNK_TOKENS])
         plan = Plan((Chunk("window", part, start, blocks, True, job.extension),))
         batch = build(plan, block_tokens=BLOCK_TOKENS, device=device)
-        context = _Positioned(PagedAttention(cache, batch), job.position)
+        context = PagedAttention(cache, batch)
         targets = torch.tensor(ids[start + 1 : start + 1 + len(part)])
-        with torch.inference_mode():
+        with torch.inference_mode(), positioned(model, job.position):
             logits = model(batch.ids, context)[: len(targets)]  # [tokens, vocab_size]
             losses = functional.cross_entropy(logits.float(), targets, reduction="none")
         yield losses.double()
