@@ -202,6 +202,14 @@ def _passes(
     return [_Pass(name, position, extension, tuple(n)) for extension, n in decided.values()]
 
 
+class _EveryRow(PagedAttention):
+    """A context that wants the logits of every token."""
+
+    def select(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All of it."""
+        return hidden
+
+
 def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Tensor]:
     """Yields the negative log-likelihoods of the tokens after the first, fp64, piece by piece."""
     model, config, device = loaded.model, loaded.config, torch.device("cpu")
@@ -219,7 +227,7 @@ def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Te
         part = tuple(ids[start : start + CHUNK_TOKENS])
         plan = Plan((Chunk("window", part, start, blocks, True, job.extension),))
         batch = build(plan, block_tokens=BLOCK_TOKENS, device=device)
-        context = PagedAttention(cache, batch)
+        context = _EveryRow(cache, batch)
         targets = torch.tensor(ids[start + 1 : start + 1 + len(part)])
         with torch.inference_mode(), positioned(model, job.position):
             logits = model(batch.ids, context)[: len(targets)]  # [tokens, vocab_size]
