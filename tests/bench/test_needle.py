@@ -40,8 +40,8 @@ from qwenkit.bench.needle_text import (
 from qwenkit.cli.main import app
 from qwenkit.errors import UsageError
 from qwenkit.layers.attention import AttentionContext
-from qwenkit.models.spec import CausalModel, ModelConfig
-from tiny import IM_END, write_tiny_checkpoint
+from qwenkit.models.spec import CausalModel, ModelConfig, find
+from tiny import CONFIG, IM_END, write_tiny_checkpoint
 
 DEPTHS = (0, 25, 50, 75, 100)
 ROOM = 32
@@ -66,6 +66,7 @@ def fresh(hunt: Hunt, **changes: Any) -> NeedleTable:
         haystack="en",
         question=hunt.question,
         needles=tuple(needle.text for needle in hunt.needles),
+        answers=tuple(needle.answer for needle in hunt.needles),
         answer_tokens=ROOM,
     )
     return dataclasses.replace(table, **changes)
@@ -310,6 +311,17 @@ def test_ropes_are_compared_on_one_model_and_leave_it_as_it_was(llm: LLM) -> Non
     assert len({cells[rope][2400].reply for rope in ropes}) == 4
     assert llm.model.config is before
     assert all(layer.self_attn.position == before.position for layer in llm.model.model.layers)
+
+
+def test_a_model_without_rotary_positions_has_nothing_to_extend(tmp_path: Path) -> None:
+    config = CONFIG | {"model_type": "baichuan", "max_position_embeddings": None}
+    config |= {"model_max_length": 512, "z_loss_weight": 0}
+    architecture = find("baichuan")
+    tensors = dict(architecture.build(architecture.config(config)).state_dict())
+    with LLM(write_tiny_checkpoint(tmp_path / "m", config=config, tensors=tensors)) as llm:
+        assert ModelReader(llm, "per-request", 512).render("Hi")
+        with pytest.raises(UsageError, match="m has no rotary positions to be extended"):
+            ModelReader(llm, "yarn", 512)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from qwenkit.bench.recorded import read_cells, write_files
 from qwenkit.errors import UsageError
 
 ANSWER_TOKENS = 32  # room for the answer, for each needle
-_CONDITIONS = ("model", "compute", "haystack", "question", "needles", "answer_tokens")
+_CONDITIONS = ("model", "compute", "haystack", "question", "needles", "answers", "answer_tokens")
 Progress = Callable[[str, float], None]
 
 
@@ -78,6 +78,7 @@ class NeedleTable:
     haystack: str
     question: str
     needles: tuple[str, ...]
+    answers: tuple[str, ...]
     answer_tokens: int
     command: str = ""
     cells: dict[str, Grid] = field(default_factory=dict)

@@ -57,7 +57,8 @@ def heat_svg(
     xs = sorted({x for grid in maps.values() for x in grid})
     ys = sorted({y for grid in maps.values() for column in grid.values() for y in column})
     height = _ROW * len(ys) + _BELOW  # of one map
-    parts = _begin(title, _LEFT + _COLUMN * len(xs) + 30, _TOP + height * len(maps))
+    width = _LEFT + max(_COLUMN * len(xs) + 30, 8 * len(title))
+    parts = _begin(title, width, _TOP + height * len(maps))
     for number, (name, grid) in enumerate(maps.items()):
         top = _TOP + height * number
         bottom = top + _ROW * len(ys)

@@ -181,6 +181,7 @@ def _measure(
         haystack=haystack,
         question=hunt.question,
         needles=tuple(needle.text for needle in hunt.needles),
+        answers=tuple(needle.answer for needle in hunt.needles),
         answer_tokens=ANSWER_TOKENS * len(hunt.needles),
         command=this_command(),
     )
