@@ -144,10 +144,18 @@ def test_ones_own_needle_question_and_haystack(llm: LLM) -> None:
     assert found(llm, hunt, 10_000, length=500) == [1.0] * 5
 
 
-@given(st.sampled_from([*languages(), "own"]), st.integers(0, 100), st.integers(400, 900))
-def test_every_prompt_has_its_length_exactly(language: str, depth: int, tokens: int) -> None:
-    text = "日本語の文。 Ünï çödé! no end of a sentence here 🙂 and 🙂" if language == "own" else ""
-    hunt = built_in("zh" if text else language, text=text)
+@given(
+    st.sampled_from(
+        ["", "日本語の文。 Ünï çödé! no end of a sentence here 🙂🙂", "Времяпреступленияидут"]
+    ),
+    st.sampled_from([*languages()]),
+    st.integers(0, 100),
+    st.integers(400, 900),
+)
+def test_every_prompt_has_its_length_exactly(
+    text: str, language: str, depth: int, tokens: int
+) -> None:
+    hunt = built_in(language, text=text)
     ids, (needle,) = exact_prompt(
         hunt, depth=depth, tokens=tokens, render=lambda text: text.encode(), key="k"
     )
@@ -185,6 +193,10 @@ def test_the_last_place_is_behind_the_last_whole_sentence() -> None:
     assert placed('"No!" he said. 3.5 is it', needle, 70, " ") == '"No!" he said. N. 3.5 is it'
     assert placed("一。“二！”三", needle, 100, "") == "一。“二！”N.三"
     assert placed("no end", needle, 100, " ") == "N. no end"
+    unmarked = "เธอ เดิน ไป " * 300  # no sentence ends in Thai
+    place = placed(unmarked, needle, 50, "").index("N.")
+    assert abs(place - len(unmarked) / 2) < 10
+    assert unmarked[place - 1] == " "
     assert spread(20, 4) == [0.2, 0.4, 0.6, 0.8]
 
 
@@ -362,6 +374,7 @@ def test_the_needle_command(folder: Path, tmp_path: Path) -> None:
         (["--language", "fr"], "language: got 'fr'"),
         (["--needles", "9"], "needles: got 9; allowed: 1 to 8"),
         (["--needle", "x"], "--needle takes an --answer each, and one --question"),
+        (["--needle", "x", "--answer", "{code}", "--question", "y"], "--answer has {code}, but"),
         (["--question", "x"], "--needle takes an --answer each, and one --question"),
         (["--haystack", "/dev/null"], "--haystack: '/dev/null' has no text"),
         (["--length", "100"], "question and needles alone are"),

@@ -19,9 +19,10 @@ from qwenkit.errors import UsageError, suggest
 CODE = "{code}"
 # The end of a sentence with what closes it and the space behind it, in any script; or a line.
 _SENTENCE = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？｡।؟…]+[”’」』）]*|\n)\s*")
+_LONGEST_SENTENCE = 1000  # characters on average; else the text does not mark its sentences
 _MOST_CHARACTERS, _LEAST_CHARACTERS = 32, 4  # a token, where to end and where to start looking
 _ENDS_SHORTENED = 48  # characters tried at the end where no whole text has the length exactly
-_PADDING = ("", " .", " . .", " . . .")
+_PADDING = ("", ".", " .", " . .", " . . .")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +122,12 @@ def spread(depth: int, count: int) -> list[float]:
 
 def placed(haystack: str, needles: Sequence[Needle], depth: int, gap: str) -> str:
     """The haystack with its needles, each before the sentence whose beginning is nearest to its
-    place; the last part of a sentence that was cut stays behind them.
+    place; the last part of a sentence that was cut stays behind them. In a text whose sentences
+    have no marks, before a word.
     """
     starts = [0, *(match.end() for match in _SENTENCE.finditer(haystack))]
+    if len(starts) * _LONGEST_SENTENCE < len(haystack):
+        starts = [0, *(match.end() for match in re.finditer(r"\s+", haystack))]
     parts: list[str] = []
     done = 0
     for needle, share in zip(needles, spread(depth, len(needles)), strict=True):

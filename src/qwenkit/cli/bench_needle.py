@@ -18,7 +18,7 @@ from qwenkit.bench.needle import (
     write_table,
 )
 from qwenkit.bench.needle_reader import ModelReader
-from qwenkit.bench.needle_text import Hunt, Needle, built_in, languages
+from qwenkit.bench.needle_text import CODE, Hunt, Needle, built_in, languages
 from qwenkit.cli import console, options
 from qwenkit.cli.bench_options import make_folder, this_command
 from qwenkit.cli.bench_tables import ProgressBar
@@ -120,6 +120,9 @@ class HuntOptions:
         if self.needles != 1:
             raise UsageError("--needles counts the built-in ones; give --needle so many times.")
         hidden = tuple(Needle(*pair) for pair in zip(own, answers, strict=True))
+        for needle in hidden:
+            if CODE in needle.answer and CODE not in needle.text:
+                raise UsageError(f"--answer has {CODE}, but --needle {needle.text!r} has not.")
         return dataclasses.replace(hunt, question=self.question, needles=hidden)
 
 
