@@ -174,8 +174,7 @@ def measure_needle(
     """Fill the cells of `table` that are missing; `save` is called after every cell.
 
     `reader` makes a model for a rope and for sequences up to so many tokens. Raises UsageError for
-    a length that is too short for question and needles, RequestError for one beyond what a rope
-    allows.
+    a length that is too short for question and needles, or beyond what a rope allows.
     """
     missing = [
         (rope, length, depth)
