@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.checkpoint.layout import joined
+from qwenkit.checkpoint.layout import joined, reordered
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
 from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
@@ -23,6 +24,7 @@ from qwenkit.formats.spec import Format, claim
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
+from qwenkit.models.published import is_interleaved
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
 from qwenkit.record import read_record
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf
@@ -128,7 +130,7 @@ def fill(
 
     Raises CheckpointError naming a tensor that is missing, left over or of another shape.
     """
-    tensors = tensors_by_our_names(architecture, checkpoint)
+    tensors = tensors_by_our_names(architecture, checkpoint, model.config.head_dim)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
     _arrange_experts(slots, tensors, checkpoint)
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
@@ -138,7 +140,7 @@ def fill(
         if module is tied:
             continue
         below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
-        _fill_module(path, module, below, model, architecture, checkpoint, device, plan)
+        _fill_module(path, module, below, model, checkpoint, device, plan)
         for release in releases:
             release()
         if progress is not None:
@@ -200,13 +202,22 @@ def _cpu_computes_bf16() -> bool:
 
 
 def tensors_by_our_names(
-    architecture: Architecture, checkpoint: Checkpoint
+    architecture: Architecture, checkpoint: Checkpoint, head_dim: int
 ) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors by the names that they have in the published weights."""
+    """The checkpoint's tensors by the names, and in the order of rows, that they have in the
+    published weights.
+
+    Raises CheckpointError for parts of one tensor that do not fit each other.
+    """
     if checkpoint.container != "gguf":
         return joined(checkpoint.tensors, architecture.qwen2_names)
+    order = partial(_halves_from_pairs, head_dim=head_dim)
+    stored = {
+        name: reordered(tensor, order) if is_interleaved(name, architecture) else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
     renamed: dict[str, StoredTensor] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in joined(stored, architecture.gguf_parts).items():
         pieces = name.split(".", 2)
         number = pieces[1] if pieces[0] == "blk" and len(pieces) == 3 else ""
         pattern = f"blk.{{}}.{pieces[2]}" if number else name
@@ -225,14 +236,10 @@ def _fill_module(
     module: nn.Module,
     below: dict[str, StoredTensor],
     model: CausalModel,
-    architecture: Architecture,
     checkpoint: Checkpoint,
     device: str,
     plan: WeightPlan | None,
 ) -> None:
-    index = None
-    if checkpoint.container == "gguf" and path.endswith(architecture.gguf_interleaved):
-        index = _halves_from_pairs(next(iter(module.parameters())).shape[0], model.config.head_dim)
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     if isinstance(module, _MATRICES):
         storage = {part: t.storage for part, t in below.items() if part != "bias"}
@@ -242,7 +249,7 @@ def _fill_module(
             _check_shape(checkpoint, f"{path}.weight", below.get("weight"), (rows, columns))
             weight = _quantized(path, chosen, below, storage, (rows, columns))
             del module.weight
-            module.weight = (weight if index is None else weight.select_rows(index)).to(device)
+            module.weight = weight.to(device)
     for part, shape in expected.items():
         name = f"{path}.{part}"
         stored = below.pop(part, None)
@@ -253,7 +260,6 @@ def _fill_module(
                 stored.file, name, f"no known format reads tensors stored as {stored.storage}."
             )
         value = stored.read()
-        value = value if index is None else value[index]
         matrix = plan is not None and part == "weight" and isinstance(module, _MATRICES)
         value = value.to(device=device, dtype=None if matrix else model.dtype)
         setattr(module, part, nn.Parameter(value, requires_grad=False))

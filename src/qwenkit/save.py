@@ -23,8 +23,8 @@ from qwenkit.checkpoint.spec import Checkpoint
 from qwenkit.checkpoint.storages import BLOCKS, GGML_NUMBERS, PLAIN
 from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.layers.position import ALIBI_BIAS, Alibi, QwenNtk, Rotary, Yarn
 from qwenkit.layers.position import Linear as LinearScaling
-from qwenkit.layers.position import QwenNtk, Rotary, Yarn
 from qwenkit.load import Loaded
 from qwenkit.models.published import NamedTensor, gguf_tensors, published_tensors
 from qwenkit.models.spec import ModelConfig, find
@@ -161,8 +161,6 @@ def save_gguf(loaded: Loaded, path: Path, *, storage: str | None = None) -> None
     if tag not in ("F32", "F16", "BF16"):
         raise UsageError(f"storage: got {tag!r}. {suggest(tag, ('F32', 'F16', 'BF16'))}")
     architecture = find(loaded.record.model_type)
-    if not architecture.gguf_names:
-        raise UsageError(f"{architecture.gguf_arch}: has no GGUF layout here; save a folder.")
     metadata: Metadata = {"general.architecture": architecture.gguf_arch}
     metadata |= {"general.name": loaded.record.name}
     metadata |= shape_metadata(architecture.gguf_arch, _shape(loaded.config))
@@ -209,6 +207,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     if any(getattr(config, "windows", ())):
         raise UsageError("sliding_window: GGUF cannot say which layers slide; save a folder.")
     position = config.position
+    if isinstance(position, Alibi):
+        return found | {"max_alibi_bias": ALIBI_BIAS}
     if not isinstance(position, Rotary):
         raise UsageError(f"GGUF has no keys for {type(position).__name__}; save a folder.")
     found["rope_theta"] = position.base

@@ -44,8 +44,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3": SIZES | {"head_dim": 16},
     "qwen3_moe": SIZES | EXPERTS | {"norm_topk_prob": True},
 }
-# Parameters that no GGUF file of the architecture holds, as patterns of our names.
-WITHOUT_GGUF_NAME: dict[str, str] = {"baichuan": ".*"}
 TOKENS = 23
 BLOCKS = (7, 2, 39, 0, 11, 5)  # out of order, of 4 tokens each
 CUTS = [(0, TOKENS), (0, 8, 9, 16, TOKENS), tuple(range(TOKENS + 1))]
@@ -75,7 +73,6 @@ def _model(model_type: str, *, tied: bool = False) -> CausalModel:
 
 def test_settings_belong_to_known_architectures() -> None:
     assert set(SETTINGS) <= set(architectures())
-    assert set(WITHOUT_GGUF_NAME) <= set(SETTINGS)
 
 
 @_every_type
@@ -125,11 +122,9 @@ def test_every_parameter_has_a_gguf_name(model_type: str) -> None:
     architecture = architectures()[model_type]
     named = set(architecture.gguf_names.values())
     assert len(named) == len(architecture.gguf_names), "two GGUF names lead to one of ours"
-    excepted = WITHOUT_GGUF_NAME.get(model_type)
     for name, _ in _model(model_type).named_parameters():
         pattern = re.sub(r"\.\d+\.", ".{}.", name, count=1)
-        known = excepted is not None and re.fullmatch(excepted, pattern) is not None
-        assert known or pattern in named, f"{name} is not in gguf_names"
+        assert pattern in named, f"{name} is not in gguf_names"
 
 
 @_every_type
@@ -144,7 +139,11 @@ def test_adapters_default_to_linear_layers_that_exist(model_type: str) -> None:
 
 
 @_every_type
-def test_interleaved_names_are_names_of_modules(model_type: str) -> None:
-    paths = [path for path, _ in _model(model_type).named_modules()]
-    for suffix in architectures()[model_type].gguf_interleaved:
-        assert any(path.endswith(suffix) for path in paths), f"{suffix} names no module"
+def test_names_of_parts_and_orders_are_gguf_names(model_type: str) -> None:
+    architecture = architectures()[model_type]
+    assert set(architecture.gguf_parts) <= set(architecture.gguf_names)
+    parts = [part for names in architecture.gguf_parts.values() for part in names]
+    steps = {step for name in [*architecture.gguf_names, *parts] for step in name.split(".")}
+    assert set(architecture.gguf_interleaved) <= steps
+    modules = dict(_model(model_type).named_modules())
+    assert set(architecture.gguf_unit_rows) <= set(modules)

@@ -17,6 +17,7 @@ from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console
+from qwenkit.cli.bench_needle import needle
 from qwenkit.cli.bench_options import (
     DEFAULT_PEERS,
     Contexts,
@@ -47,6 +48,7 @@ app = typer.Typer(
 
 
 app.command()(perplexity)
+app.command()(needle)
 
 
 @app.command()

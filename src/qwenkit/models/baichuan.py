@@ -20,7 +20,8 @@ from qwenkit.layers.attention import AttentionContext
 from qwenkit.layers.linear import Embedding, Linear, project
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
-from qwenkit.layers.position import Alibi
+from qwenkit.layers.position import ALIBI_BIAS, Alibi
+from qwenkit.models import qwen2
 from qwenkit.models.config_keys import flag, only, positive, whole
 from qwenkit.models.spec import Architecture, CausalModel
 
@@ -79,6 +80,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
             f"num_attention_heads: {heads} does not divide hidden_size {hidden_size}."
         )
     only(config, "hidden_act", "silu")
+    only(config, "max_alibi_bias", ALIBI_BIAS)
     return Config(
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden_size,
@@ -98,8 +100,8 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     then every other one of the next higher.
     """
     lower = 2 ** int(math.log2(heads))
-    slopes = [2 ** (-8 * n / lower) for n in range(1, lower + 1)]
-    between = [2 ** (-8 * n / (2 * lower)) for n in range(1, 2 * lower, 2)]
+    slopes = [2 ** (-ALIBI_BIAS * n / lower) for n in range(1, lower + 1)]
+    between = [2 ** (-ALIBI_BIAS * n / (2 * lower)) for n in range(1, 2 * lower, 2)]
     return tuple(slopes + between[: heads - lower])
 
 
@@ -220,7 +222,11 @@ ARCHITECTURE = Architecture(
     gguf_arch="baichuan",
     config=read_config,
     build=Model,
-    gguf_names={},
+    gguf_names=qwen2.GGUF_NAMES
+    | {"blk.{}.attn_qkv.weight": "model.layers.{}.self_attn.W_pack.weight"},
+    gguf_parts={"blk.{}.attn_qkv.weight": tuple(f"blk.{{}}.attn_{part}.weight" for part in "qkv")},
+    gguf_interleaved=("attn_q", "attn_k"),  # as for its rotary sister, though nothing turns here
+    gguf_unit_rows=("lm_head",),
     ignored=("rotary_emb.inv_freq", "alibi_mask"),
     lora_targets=("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"),
 )
