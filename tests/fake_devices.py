@@ -21,7 +21,12 @@ from qwenkit.engine import service
 from qwenkit.kernels import devices
 
 KIND = "maia"  # a kind that torch knows by name and has no code for
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+_COPIES = ("aten::_to_copy", "aten::copy_", "aten::to")
+
+
+def fake(number: int) -> str:
+    """The name of a device that is not there."""
+    return f"{KIND}:{number}"
 
 
 class FakeTensor(torch.Tensor):
@@ -93,15 +98,15 @@ class _Functions(TorchFunctionMode):
 def _compute(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
     places = {t.device for t in given if t.dim() or isinstance(t, FakeTensor)}
-    if len(places) > 1 and op not in _COPIES:
+    if len(places) > 1 and op._schema.name not in _COPIES:
         raise RuntimeError(f"{op}: tensors on {sorted(map(str, places))}, but one device is needed")
-    asked = kwargs.get("device")
-    if asked is None or (asked == torch.device("meta") and given):
+    asked = next((d for d in tree_iter((args, kwargs)) if isinstance(d, torch.device)), None)
+    if asked is None or (asked.type == "meta" and given):
         place = next((t.device for t in given if isinstance(t, FakeTensor)), None)
-        kwargs.pop("device", None)
     else:
-        place = torch.device(asked) if torch.device(asked).type == KIND else None
-        kwargs["device"] = torch.device("cpu") if place else asked
+        place = asked if asked.type == KIND else None
+    if place is not None:
+        args, kwargs = tree_map_only(torch.device, lambda d: torch.device("cpu"), (args, kwargs))
     args, kwargs = tree_map_only(FakeTensor, lambda t: t.held, (args, kwargs))
     result = op(*args, **kwargs)
     if op._schema.is_mutable:
@@ -135,7 +140,7 @@ def fake_machine(
 ) -> None:
     """Make torch's accelerators be one fake device for each amount of free memory."""
     found = tuple(
-        devices.Device(f"{KIND}:{i}", "fake", bf16, fp16, free, free)
+        devices.Device(fake(i), "fake", bf16, fp16, free, free)
         for i, free in enumerate(free_bytes)
     )
     monkeypatch.setattr(devices, "find_accelerators", lambda: found)
