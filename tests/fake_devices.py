@@ -1,7 +1,8 @@
 """Accelerators that this machine does not have: tensors that say they are on one.
 
-They hold ordinary tensors, compute with them, and refuse to work with a tensor of another device, as
-real ones do. To torch's own C++ they are on "meta", so that it reads no number behind their back.
+They hold ordinary tensors, compute with them, and refuse to work with a tensor of another device,
+as real ones do. To torch's own C++ they are on "meta", so that it reads no number behind their
+back.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def _compute(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     places = {t.device for t in given if t.dim() or isinstance(t, FakeTensor)}
     if len(places) > 1 and op._schema.name not in _COPIES:
         raise RuntimeError(f"{op}: tensors on {sorted(map(str, places))}, but one device is needed")
+    if op._schema.name == "aten::scalar_tensor":  # of a number beside a tensor
+        return op(*args, **{**kwargs, "device": torch.device("cpu")})
     asked = next((d for d in tree_iter((args, kwargs)) if isinstance(d, torch.device)), None)
     if asked is None or (asked.type == "meta" and given):
         place = next((t.device for t in given if isinstance(t, FakeTensor)), None)
@@ -118,8 +121,8 @@ def _compute(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def on_fake_devices() -> Iterator[None]:
-    """Inside this block tensors can be made on and moved to `maia:0`, `maia:1` and so on, by engines
-    too that are started in it: torch keeps its modes for each thread.
+    """Inside this block tensors can be made on and moved to `maia:0`, `maia:1` and so on; by
+    engines started in it too, though torch keeps its modes for each thread.
     """
     run = service._Worker._run
 
@@ -140,8 +143,6 @@ def fake_machine(
 ) -> None:
     """Make torch's accelerators be one fake device for each amount of free memory."""
     found = tuple(
-        devices.Device(fake(i), "fake", bf16, fp16, free, free)
-        for i, free in enumerate(free_bytes)
+        devices.Device(fake(i), "fake", bf16, fp16, free, free) for i, free in enumerate(free_bytes)
     )
     monkeypatch.setattr(devices, "find_accelerators", lambda: found)
-    monkeypatch.setattr("qwenkit.parallel.plan.find_accelerators", lambda: found)

@@ -60,7 +60,9 @@ class DeviceMap:
         numbered = enumerate(self.layer_devices)
         for device, group in itertools.groupby(numbered, key=lambda pair: pair[1]):
             numbers = [number for number, _ in group]
-            blocks.append(f"layers {numbers[0]}–{numbers[-1]} on {device}")
+            several = len(numbers) > 1
+            which = f"layers {numbers[0]}–{numbers[-1]}" if several else f"layer {numbers[0]}"
+            blocks.append(f"{which} on {device}")
         embedding, norm, head = (
             self.devices[path] for path in (self.parts.embedding, self.parts.norm, self.parts.head)
         )
@@ -71,17 +73,17 @@ def split_evenly(parts: Parts, devices: Sequence[str]) -> DeviceMap:
     """The blocks over all `devices`, as the first Qwen's script for several cards shares them out.
 
     Embedding and head count as a block each, and so a device gets (blocks + 2) / devices of them,
-    rounded up. The embedding is on the first and the head on the last device, where they take the
-    place of a block. So is the last norm on the first: after the last block hidden states go back
-    to it, and then on to the head. A tied head stays with its embedding.
+    rounded up; the last gets what is left, which may be the head alone. The embedding is on the
+    first device and the head on the last. So is the last norm on the first: after the last block
+    hidden states go back to it, then on to the head. A tied head stays with its embedding.
 
     Raises UsageError when there are more devices than blocks.
     """
     count = len(devices)
     if not 1 <= count <= len(parts.blocks):
         raise UsageError(
-            f"num_gpus: got {count}, but the model has {len(parts.blocks)} layers, and each device "
-            "needs at least one. Use fewer."
+            f"num_gpus: got {count}, but the model has {len(parts.blocks)} layers, which is the "
+            "most that it can be split into."
         )
     share = (len(parts.blocks) + 2) / count
     placed = {parts.embedding: devices[0]}

@@ -11,14 +11,8 @@ import torch
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import UsageError
-from qwenkit.kernels.devices import (
-    ACCELERATORS,
-    Device,
-    choose_precision,
-    find_accelerators,
-    find_cpu,
-    find_device,
-)
+from qwenkit.kernels import devices
+from qwenkit.kernels.devices import ACCELERATORS, Device, choose_precision, find_cpu, find_device
 from qwenkit.load import PLAIN_STORAGES, matrix_storages, read_architecture, tensors_by_our_names
 from qwenkit.models.spec import Architecture, ModelConfig
 from qwenkit.parallel.connect import model_parts
@@ -62,7 +56,7 @@ def plan_devices(
     """
     if isinstance(places, str) and places != "auto":
         return places
-    accelerators = find_accelerators()
+    accelerators = devices.find_accelerators()
     if places == "auto" and not accelerators:
         return find_cpu().name
     checkpoint = open_checkpoint(path)
@@ -83,7 +77,7 @@ def plan_evenly(path: Path, num_gpus: int) -> DeviceMap:
 
     Raises UsageError when the machine has fewer, or the model fewer blocks.
     """
-    found = find_accelerators()
+    found = devices.find_accelerators()
     if isinstance(num_gpus, bool) or not isinstance(num_gpus, int) or num_gpus < 1:
         raise UsageError(f"num_gpus: expected a whole number of at least 1, got {num_gpus!r}.")
     if num_gpus > len(found):
@@ -105,7 +99,7 @@ def _named(place: Place) -> str:
 
 
 def _numbered(number: int) -> Device:
-    found = find_accelerators()
+    found = devices.find_accelerators()
     if not 0 <= number < len(found):
         names = ", ".join(device.name for device in found) or "none"
         raise UsageError(
