@@ -26,7 +26,7 @@ from qwenkit.engine.service import EngineService
 from qwenkit.errors import RequestError, UsageError, suggest
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
-from qwenkit.load import load
+from qwenkit.load import Loaded, load
 from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
 from qwenkit.types.completion import Completion
@@ -88,26 +88,34 @@ class _Session:
         UsageError.
         """
         _check_arguments(model, compute, threads)
-        if device_map is not None and device != "cpu":
-            raise UsageError(f"device: {device!r} was given beside a device_map; drop one.")
-        asked = read_places(device if device_map is None else device_map)
-        plan: WeightPlan | None = WeightPlan(weights, group_size, head_weights)
+        asked = _asked_places(device, device_map)
+        plan = WeightPlan(weights, group_size, head_weights)
         self.rope = rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
-        placed = plan_devices(
-            self.path,
-            asked,
-            dtype=dtype,
-            kv_cache_tokens=kv_cache_tokens or context_tokens,
-        )
-        native = kernels.variant is not None and placed == "cpu"
         if threads is not None:
             torch.set_num_threads(threads)
-        if weights == "auto" and (compute == "reference" or not native):
-            plan = None  # run what is stored, as it is stored
-        places = placed if isinstance(placed, str) else placed.devices
-        loaded = load(self.path, dtype=dtype, device=places, plan=plan, progress=progress)
+        room = kv_cache_tokens or context_tokens
+        self.devices = plan_devices(self.path, asked, dtype=dtype, kv_cache_tokens=room)
+        native = kernels.variant is not None and self.devices == "cpu" and compute != "reference"
+        loaded = load(
+            self.path,
+            dtype=dtype,
+            device=self.devices if isinstance(self.devices, str) else self.devices.devices,
+            plan=plan if native or weights != "auto" else None,  # else run what is stored, as it is
+            progress=progress,
+        )
+        self._serve(loaded, context_tokens, kv_cache_tokens, reference=compute == "reference")
+
+    def _serve(
+        self,
+        loaded: Loaded,
+        context_tokens: int | None,
+        kv_cache_tokens: int | None,
+        *,
+        reference: bool,
+    ) -> None:
+        """Keep what was loaded and start its engine."""
         self.model = loaded.model
         self.config = loaded.config
         self.record = loaded.record
@@ -115,10 +123,8 @@ class _Session:
         self.checkpoint = loaded.checkpoint
         self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
         settings = EngineSettings(
-            kv_cache_tokens=kv_cache_tokens or self.context_tokens,
-            reference_ops=compute == "reference",
+            kv_cache_tokens=kv_cache_tokens or self.context_tokens, reference_ops=reference
         )
-        self.devices = placed
         self._service = EngineService(self._engine(settings))
 
     @property
@@ -353,6 +359,12 @@ def _prompt_ids(prompt: object) -> list[int]:
         if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral):
             raise RequestError("prompt", f"expected whole numbers as ids, got {token_id!r}.")
     return [int(token_id) for token_id in ids]
+
+
+def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, str]:
+    if device_map is not None and device != "cpu":
+        raise UsageError(f"device: {device!r} was given beside a device_map; drop one.")
+    return read_places(device if device_map is None else device_map)
 
 
 def _check_arguments(model: object, compute: str, threads: object) -> None:
