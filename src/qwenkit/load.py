@@ -73,13 +73,7 @@ def load(
             f"the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
             f"{config.vocab_size} rows; these files do not belong together.",
         )
-    layers, stored = config.num_hidden_layers, len(checkpoint.tensors)
-    if layers > stored:  # a damaged count must not be built: modules alone fill the memory
-        raise CheckpointError(
-            checkpoint.path,
-            "num_hidden_layers",
-            f"got {layers}, but there are only {stored} tensors, and every layer has some.",
-        )
+    check_layers(checkpoint, config)
     with torch.device("meta"):
         model = architecture.build(config)
     model.dtype = _compute_dtype(checkpoint, dtype, device, plan)
@@ -109,6 +103,17 @@ def read_architecture(checkpoint: Checkpoint) -> tuple[Architecture, ModelConfig
         folder = checkpoint.folder
         file = checkpoint.path if folder is None else folder / "config.json"
         raise ConfigError(f"{file}: {error}") from error
+
+
+def check_layers(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """A damaged count must not be built: modules alone fill the memory. Raises CheckpointError."""
+    layers, stored = config.num_hidden_layers, len(checkpoint.tensors)
+    if layers > stored:
+        raise CheckpointError(
+            checkpoint.path,
+            "num_hidden_layers",
+            f"got {layers}, but there are only {stored} tensors, and every layer has some.",
+        )
 
 
 def fill(

@@ -99,6 +99,16 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, kind, None, raising=False)
 
 
+def test_a_processor_is_found_without_waking_accelerators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wake() -> tuple[Device, ...]:
+        raise AssertionError("an accelerator was asked")
+
+    monkeypatch.setattr(devices, "find_accelerators", wake)
+    assert find_device("cpu").is_cpu
+
+
 @pytest.mark.usefixtures("bare")
 def test_a_bare_machine_has_a_processor() -> None:
     assert find_accelerators() == ()

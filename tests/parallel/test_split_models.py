@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from fake_devices import fake, fake_machine, on_fake_devices
 from qwenkit import LLM, AutoModelForCausalLM, AutoTokenizer, load_model_on_gpus
-from qwenkit.errors import UsageError
+from qwenkit.errors import CheckpointError, UsageError
 from qwenkit.load import load
 from qwenkit.parallel import DeviceMap, plan_devices
 from tiny import write_tiny_checkpoint
@@ -181,6 +182,18 @@ def test_places_that_cannot_be(
     fake_machine(monkeypatch)
     with pytest.raises(UsageError, match=said):
         LLM(folder, **how)
+
+
+def test_a_damaged_number_of_layers_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_machine(monkeypatch, 1 << 30, 1 << 30)
+    folder = write_tiny_checkpoint(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    for how in ({"device_map": "auto"}, {"device_map": {"": 0}}):
+        with pytest.raises(CheckpointError, match="num_hidden_layers: got 1000000000"):
+            LLM(folder, **how)
 
 
 def test_a_machine_without_accelerators_uses_its_processor(

@@ -15,10 +15,10 @@ class KVCache:
     """Keys and values of every layer, in blocks.
 
     `keys[layer]` and `values[layer]` are [num_blocks, block_tokens, kv_heads, head_dim] of `dtype`;
-    keys are kept rotated. All are on `device`, or each layer's on its own
-    of `layer_devices`. With int8 `key_scales[layer]` and `value_scales[layer]` are [num_blocks,
-    block_tokens, kv_heads] fp32, one for each token and head; otherwise None. The memory is not
-    initialised: on a CPU a page costs nothing until it is written.
+    keys are kept rotated. With int8 `key_scales[layer]` and `value_scales[layer]` are [num_blocks,
+    block_tokens, kv_heads] fp32, one for each token and head; otherwise None. All is on `device`,
+    or each layer's on its own of `layer_devices`. The memory is not initialised: on a CPU a page
+    costs nothing until it is written.
 
     Raises UsageError for another dtype, or when the machine refuses that much memory.
     """

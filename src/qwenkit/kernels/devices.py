@@ -61,12 +61,13 @@ def find_device(name: str) -> Device:
 
     Raises UsageError naming the devices that there are.
     """
-    kind, _, index = name.partition(":")
-    known = {device.name: device for device in (find_cpu(), *find_accelerators())}
-    wanted = "cpu" if kind == "cpu" and index in ("", "0") else f"{kind}:{index or 0}"
-    if wanted not in known:
-        raise UsageError(f"device: {name!r} is not there. {suggest(name, known)}")
-    return known[wanted]
+    if name in ("cpu", "cpu:0"):  # without waking any accelerator, which takes memory of it
+        return find_cpu()
+    found = {device.name: device for device in find_accelerators()}
+    wanted = name if ":" in name else f"{name}:0"
+    if wanted not in found:
+        raise UsageError(f"device: {name!r} is not there. {suggest(name, ('cpu', *found))}")
+    return found[wanted]
 
 
 def _available(kind: str) -> Any:

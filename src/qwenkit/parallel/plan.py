@@ -13,7 +13,13 @@ from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import UsageError
 from qwenkit.kernels import devices
 from qwenkit.kernels.devices import ACCELERATORS, Device, choose_precision, find_cpu, find_device
-from qwenkit.load import PLAIN_STORAGES, matrix_storages, read_architecture, tensors_by_our_names
+from qwenkit.load import (
+    PLAIN_STORAGES,
+    check_layers,
+    matrix_storages,
+    read_architecture,
+    tensors_by_our_names,
+)
 from qwenkit.models.spec import Architecture, ModelConfig
 from qwenkit.parallel.connect import model_parts
 from qwenkit.parallel.device_map import (
@@ -29,7 +35,7 @@ GivenMap = Place | Mapping[str, Place]
 
 
 def read_places(given: GivenMap) -> str | dict[str, str]:
-    """ "auto", the name of one device, or a map of names, checked before anything is loaded.
+    """What was given, in names and before anything is loaded: "auto", a device, or a map of them.
 
     `given` is "auto", a device ("cpu", "cuda:1", a torch.device, a number among the accelerators),
     or a mapping of module paths to devices. Raises UsageError for a device that is not there.
@@ -61,7 +67,7 @@ def plan_devices(
         return find_cpu().name
     checkpoint = open_checkpoint(path)
     architecture, config = read_architecture(checkpoint)
-    parts = _parts(architecture, config)
+    parts = _parts(checkpoint, architecture, config)
     if isinstance(places, str):
         precision = choose_precision(dtype, matrix_storages(checkpoint), accelerators)
         tokens = kv_cache_tokens or config.max_position_embeddings
@@ -86,7 +92,8 @@ def plan_evenly(path: Path, num_gpus: int) -> DeviceMap:
             f"num_gpus: got {num_gpus}, but torch finds {len(found)} here ({names}). Use as many, "
             "or device_map='auto', which takes the processor for what does not fit."
         )
-    parts = _parts(*read_architecture(open_checkpoint(path)))
+    checkpoint = open_checkpoint(path)
+    parts = _parts(checkpoint, *read_architecture(checkpoint))
     return split_evenly(parts, [device.name for device in found[:num_gpus]])
 
 
@@ -109,7 +116,8 @@ def _numbered(number: int) -> Device:
     return found[number]
 
 
-def _parts(architecture: Architecture, config: ModelConfig) -> Parts:
+def _parts(checkpoint: Checkpoint, architecture: Architecture, config: ModelConfig) -> Parts:
+    check_layers(checkpoint, config)
     with torch.device("meta"):
         return model_parts(architecture.build(config))
 
