@@ -6,6 +6,7 @@ linear layer's tensors into a weight in the slot. A tensor left over or missing 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,10 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.layout import joined, reordered
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
-from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
+from qwenkit.errors import CheckpointError, ConfigError, TokenizerError
 from qwenkit.formats.plan import WeightPlan, put
 from qwenkit.formats.spec import Format, claim
+from qwenkit.kernels.devices import choose_precision, find_device
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
@@ -30,12 +32,8 @@ from qwenkit.record import read_record
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf
 from qwenkit.types.record import ModelRecord
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_PLAIN = ("F32", "F16", "BF16", "F64")
+PLAIN_STORAGES = ("F32", "F16", "BF16", "F64")
+_log = logging.getLogger(__name__)
 _MATRICES = (Linear, Embedding, GroupedLinear)
 
 
@@ -54,16 +52,16 @@ def load(
     path: Path,
     *,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | Mapping[str, str] = "cpu",
     plan: WeightPlan | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Loaded:
     """Build the model of a checkpoint (folder or .gguf file) and its tokenizer.
 
-    `dtype` is that of the activations: "auto" keeps a bf16 checkpoint in bf16 where the processor
-    computes in it, and is fp32 otherwise. Weights stay as they are stored where that can be: in
-    their quantized format, memory-mapped; with a `plan` they become what native kernels read,
-    and activations are fp32 by default. `progress` is called with the share done, 0 to 1.
+    `dtype` is that of the activations, chosen by `kernels/devices.py: choose_precision`. `device`
+    is one for everything, or that of each part by its module path. Weights stay as they are stored
+    where that can be: in their quantized format, memory-mapped; with a `plan` they become what
+    native kernels read. `progress` is called with the share done, 0 to 1.
 
     Raises CheckpointError, ConfigError, TokenizerError or UsageError.
     """
@@ -77,18 +75,10 @@ def load(
             f"the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
             f"{config.vocab_size} rows; these files do not belong together.",
         )
-    layers, stored = config.num_hidden_layers, len(checkpoint.tensors)
-    if layers > stored:  # a damaged count must not be built: modules alone fill the memory
-        raise CheckpointError(
-            checkpoint.path,
-            "num_hidden_layers",
-            f"got {layers}, but there are only {stored} tensors, and every layer has some.",
-        )
+    check_layers(checkpoint, config)
     with torch.device("meta"):
         model = architecture.build(config)
-    if plan is not None and dtype == "auto":
-        dtype = "float32"  # what native kernels compute in, whatever they read
-    model.dtype = _compute_dtype(checkpoint, dtype, device)
+    model.dtype = _compute_dtype(checkpoint, dtype, device, plan)
     fill(model, architecture, checkpoint, device=device, plan=plan, progress=progress)
     record = read_record(checkpoint, tokenizer, config)
     return Loaded(model.eval(), config, record, tokenizer, checkpoint)
@@ -117,12 +107,23 @@ def read_architecture(checkpoint: Checkpoint) -> tuple[Architecture, ModelConfig
         raise ConfigError(f"{file}: {error}") from error
 
 
+def check_layers(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """A damaged count must not be built: modules alone fill the memory. Raises CheckpointError."""
+    layers, stored = config.num_hidden_layers, len(checkpoint.tensors)
+    if layers > stored:
+        raise CheckpointError(
+            checkpoint.path,
+            "num_hidden_layers",
+            f"got {layers}, but there are only {stored} tensors, and every layer has some.",
+        )
+
+
 def fill(
     model: CausalModel,
     architecture: Architecture,
     checkpoint: Checkpoint,
     *,
-    device: str = "cpu",
+    device: str | Mapping[str, str] = "cpu",
     plan: WeightPlan | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> None:
@@ -140,7 +141,8 @@ def fill(
         if module is tied:
             continue
         below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
-        _fill_module(path, module, below, model, checkpoint, device, plan)
+        place = device if isinstance(device, str) else _device_of(path, device)
+        _fill_module(path, module, below, model, checkpoint, place, plan)
         for release in releases:
             release()
         if progress is not None:
@@ -180,25 +182,26 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
 
 
-def _compute_dtype(checkpoint: Checkpoint, dtype: str, device: str) -> torch.dtype:
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            allowed = suggest(dtype, ["auto", *DTYPES])
-            raise UsageError(f"dtype: got {dtype!r}. {allowed}")
-        if dtype == "float16" and device == "cpu":
-            raise UsageError(
-                "dtype: float16 overflows on Qwen models and is slow on a processor; "
-                "use bfloat16 or float32."
-            )
-        return DTYPES[dtype]
-    matrices = {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
-    if matrices == {"BF16"} and (device != "cpu" or _cpu_computes_bf16()):
-        return torch.bfloat16
-    return torch.float32
+def _device_of(path: str, devices: Mapping[str, str]) -> str:
+    """The device of the part that a module is or belongs to."""
+    return next(d for part, d in devices.items() if f"{path}.".startswith(f"{part}."))
 
 
-def _cpu_computes_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _compute_dtype(
+    checkpoint: Checkpoint, dtype: str, device: str | Mapping[str, str], plan: WeightPlan | None
+) -> torch.dtype:
+    names = {device} if isinstance(device, str) else set(device.values())
+    devices = [find_device(name) for name in sorted(names)]
+    native = plan is not None and all(found.is_cpu for found in devices)
+    precision = choose_precision(dtype, matrix_storages(checkpoint), devices, native=native)
+    for remark in precision.remarks:
+        _log.warning("%s", remark)
+    return precision.dtype
+
+
+def matrix_storages(checkpoint: Checkpoint) -> set[str]:
+    """The storage tags of a checkpoint's matrices."""
+    return {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
 
 
 def tensors_by_our_names(
@@ -255,7 +258,7 @@ def _fill_module(
         stored = below.pop(part, None)
         _check_shape(checkpoint, name, stored, shape)
         assert stored is not None
-        if stored.storage not in _PLAIN:
+        if stored.storage not in PLAIN_STORAGES:
             raise CheckpointError(
                 stored.file, name, f"no known format reads tensors stored as {stored.storage}."
             )
@@ -332,7 +335,7 @@ def _tie(
 def _same(
     weight: nn.Parameter | QuantWeight, stored: StoredTensor, plan: WeightPlan | None
 ) -> bool:
-    if stored.storage not in _PLAIN:
+    if stored.storage not in PLAIN_STORAGES:
         return False
     value: torch.Tensor | QuantWeight = stored.read()
     if plan is not None:

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from fake_devices import fake, on_fake_devices
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.kernels.registry import reference_only
-from qwenkit.layers.attention import PackedCausal
+from qwenkit.layers.attention import ByDevice, PackedCausal
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.models.spec import CausalModel, architectures
+from qwenkit.parallel import DeviceMap, connect
+from qwenkit.parallel.connect import model_parts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -94,6 +97,37 @@ def test_paged_logits_are_the_packed_ones(
         chunk = Chunk("a", tuple(ids[start:stop].tolist()), start, BLOCKS, True)
         logits = runner.run(Plan((chunk,)))  # [1, vocab_size]
         torch.testing.assert_close(logits[0], expected[stop - 1], rtol=0, atol=near)
+
+
+@_every_type
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_model_split_between_its_layers_gives_the_same_bits(model_type: str, tied: bool) -> None:
+    model = _model(model_type, tied=tied)
+    parts = model_parts(model)
+    assert {parts.part_of(name) for name, _ in model.named_parameters()} <= set(parts.paths)
+    chunk = Chunk("a", tuple(range(TOKENS)), 0, BLOCKS, True)
+    sizes: dict[str, Any] = {"num_blocks": 40, "block_tokens": 4, "reference_ops": True}
+    cpu = torch.device("cpu")
+    ids = torch.arange(TOKENS)
+    with reference_only(), torch.no_grad():
+        packed = model(ids, PackedCausal([TOKENS]))  # [tokens, vocab_size]
+    paged = Runner(model, **sizes, device=cpu).run(Plan((chunk,)))  # [1, vocab_size]
+    first, last = fake(0), fake(1)
+    places = dict.fromkeys(parts.paths, first) | {parts.blocks[1]: last, parts.norm: "cpu"}
+    placed = DeviceMap(parts, places | {parts.head: first if tied else last})
+    with on_fake_devices():
+        for path, place in placed.devices.items():
+            if not (tied and path == parts.head):
+                model.get_submodule(path).to(place)
+        if tied:
+            model.lm_head.weight = model.get_submodule(parts.embedding).weight
+        connect(model, placed)
+        layers = [torch.device(place) for place in placed.layer_devices]
+        runner = Runner(model, **sizes, device=torch.device(first), layer_devices=layers)
+        assert torch.equal(runner.run(Plan((chunk,))).cpu(), paged)
+        with reference_only(), torch.no_grad():
+            context = ByDevice(lambda device: PackedCausal([TOKENS], device=device))
+            assert torch.equal(model(ids.to(first), context).cpu(), packed)
 
 
 @_every_type

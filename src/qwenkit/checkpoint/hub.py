@@ -1,8 +1,9 @@
-"""Where a model name leads: a path, the embedded model, or a repository of a Hugging Face hub.
+"""Where a model name leads: a path, the embedded model, or a repository of a hub.
 
 Each file of a repository resumes where a broken download stopped, also in a later process, and only
-enters the cache with the checksum that the hub announced. This is the only network code of the
-room; it knows nothing of what is in the files.
+enters the cache with the checksum that the hub announced. Other hubs than Hugging Face's have their
+client libraries (`client_hubs`). This is the only network code of the room beside them; it knows
+nothing of what is in the files.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
+from qwenkit.checkpoint import client_hubs
 from qwenkit.checkpoint.embedded import EMBEDDED, cached_file, fetch
 from qwenkit.checkpoint.hub_cache import (
     bytes_of,
@@ -62,16 +64,22 @@ def resolve(
 
     An existing path is taken as it is; "default" is the embedded model; `organisation/name` is
     looked up in the cache and, unless `offline`, fetched from the hub (`:file.gguf` picks one
-    file). What is cached whole is used without asking the hub. `cache_dir` replaces the user's
+    file); `modelscope:…` and `openmind:…` are names on those hubs, fetched by their own clients.
+    What is cached whole is used without asking the hub. `cache_dir` replaces the user's
     cache folders, `endpoint` the hub's address.
 
-    Raises ModelNotFoundError when the name leads nowhere, NetworkError when the network does.
+    Raises ModelNotFoundError when the name leads nowhere, NetworkError when the network does,
+    MissingDependencyError without the client of a hub that needs one.
     """
     path = _existing_path(name)
     if path is not None:
         return path
     if name == EMBEDDED_NAME:
         return _embedded(cache_dir, offline=offline, check=False, progress=progress)
+    elsewhere = client_hubs.client_name(name)
+    if elsewhere is not None:
+        asked = client_hubs.Request(elsewhere, revision, progress, cache_dir, endpoint)
+        return client_hubs.fetch(asked, offline=offline)
     hub_name = parse_hub_name(name)
     wanted = check_revision(revision or "main")
     hub = _Hub.of(endpoint, cache_dir)
@@ -97,13 +105,18 @@ def pull(
 ) -> Path:
     """As `resolve`, but asks the hub what is newest and verifies the checksum of every file.
 
-    A damaged file is fetched again. Raises ModelNotFoundError or NetworkError.
+    A damaged file is fetched again. Raises ModelNotFoundError, NetworkError or
+    MissingDependencyError.
     """
     path = _existing_path(name)
     if path is not None:
         return path
     if name == EMBEDDED_NAME:
         return _embedded(cache_dir, offline=False, check=True, progress=progress)
+    elsewhere = client_hubs.client_name(name)
+    if elsewhere is not None:
+        asked = client_hubs.Request(elsewhere, revision, progress, cache_dir, endpoint)
+        return client_hubs.fetch(asked, newest=True)
     hub_name = parse_hub_name(name)
     wanted = check_revision(revision or "main")
     hub = _Hub.of(endpoint, cache_dir)

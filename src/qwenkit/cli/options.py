@@ -18,7 +18,7 @@ from qwenkit.errors import RequestError, UsageError, suggest
 from qwenkit.types.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPUTE = ("auto", "reference")
 _KINDS = "int4, int8, bf16 or fp32"
 _SAMPLING = "[default: the model's own]"
@@ -69,7 +69,29 @@ Threads = Annotated[
 PinThreads = Annotated[
     bool, typer.Option("--pin-threads", help="Give each helper thread a core of its own.")
 ]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="Activations: auto, float32 or bfloat16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Activations: auto, float32, bfloat16, or float16 on what is no processor.",
+    ),
+]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Where the model is: cpu, cuda, cuda:1, xpu, npu, mps, or auto, the accelerators if "
+        "there are any.",
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help='Split between layers: auto, or JSON like {"": "cuda:0", "lm_head": "cpu"}.',
+    ),
+]
 Weights = Annotated[
     str,
     typer.Option(
@@ -128,6 +150,8 @@ class ModelOptions:
     group_size: GroupSize = None
     head_weights: HeadWeights = None
     compute: Compute = "auto"
+    device: DeviceName = "cpu"
+    device_map: DeviceMap = None
     context: Context = None
     rope: Rope = "per-request"
     offline: Offline = False

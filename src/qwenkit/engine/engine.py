@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,8 @@ class Engine:
 
     `stop_token_ids`, `context_tokens` and `trained_tokens` are the model record's; `rope` says when
     the trained length is extended: for each request as it needs, decided when it is added, or as
-    the model's config says. `device` is where the model is.
+    the model's config says. `device` is where the model is; `layer_devices` says it of each layer
+    where they are on several, `device` then of the embedding.
     Every accepted request yields token events and then exactly one finish event; what goes wrong
     with one of them ends that one only.
     """
@@ -98,6 +99,7 @@ class Engine:
         trained_tokens: int | None = None,
         rope: RopeMode = "per-request",
         device: torch.device | str = "cpu",
+        layer_devices: Sequence[str] | None = None,
     ) -> None:
         num_blocks = settings.num_blocks(context_tokens)
         self.limits = Limits(
@@ -123,6 +125,7 @@ class Engine:
             block_tokens=settings.block_tokens,
             device=self._device,
             reference_ops=settings.reference_ops,
+            layer_devices=None if layer_devices is None else list(map(torch.device, layer_devices)),
         )
         self._active: dict[str, _Active] = {}
 

@@ -102,7 +102,8 @@ class QuantWeight(nn.Module):
 
         A copy unless the format knows how to take a view.
         """
-        return self.select_rows(torch.arange(start, stop))
+        device = next(self.buffers()).device
+        return self.select_rows(torch.arange(start, stop, device=device))
 
     def grouped_matmul(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """As the op `grouped_matmul`: x [rows, columns] sorted by group, this weight being

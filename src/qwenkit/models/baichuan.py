@@ -123,9 +123,8 @@ class Attention(nn.Module):
         shape, is added.
         """
         [packed] = project(x, (self.W_pack,), norm)
-        q, k, v = packed.unflatten(-1, (3, -1, self.head_dim)).unbind(
-            1
-        )  # each [tokens, heads, head_dim]
+        q, k, v = packed.view(len(packed), 3, -1, self.head_dim).unbind(1)
+        # each [tokens, heads, head_dim]
         output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
         y: torch.Tensor = self.o_proj(output.flatten(-2), residual)
         return y
