@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +10,7 @@ import torch
 
 from qwenkit.errors import NonFiniteError, UsageError, suggest
 from qwenkit.formats.packed import GROUP_SIZES, WEIGHT_KINDS, PackedWeight, pack
+from qwenkit.kernels.packed import PANEL_ROWS, Packed
 from qwenkit.layers.weight import QuantWeight
 
 WEIGHTS = ("auto", *WEIGHT_KINDS)
@@ -16,6 +18,7 @@ _KEPT = (".gate", ".shared_expert_gate")  # routers: small, and a wrong expert c
 # The head chooses between tokens that may be close, and a third of the error that eight bits leave
 # in the logits was measured to come through the values, which are a few rows only.
 _PRECISE = (".v_proj",)
+_SLAB_NUMBERS = 1 << 20  # rounded at a time: 4 MB in fp32, and a few times that on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +61,53 @@ class WeightPlan:
     def _make(
         self, path: str, weight: QuantWeight | torch.Tensor, is_head: bool
     ) -> QuantWeight | torch.Tensor:
-        if self.weights == "auto" or path.endswith(_KEPT):
-            return pack(weight)
-        kind = self.weights
-        if is_head:
-            kind = self.head or ("int8" if kind == "int4" else kind)
-        if weight.shape[1] % 32:
-            return pack(weight)
-        numbers = weight.dequantize(torch.float32) if isinstance(weight, QuantWeight) else weight
+        kind = self.rounded_to(path, weight.shape[1], is_head=is_head)
         group_size = self.group_size if kind in ("int4", "int8") else None
+
+        def part(start: int, stop: int) -> QuantWeight | torch.Tensor:
+            if isinstance(weight, QuantWeight):
+                rows = weight.row_range(start, stop)
+                numbers = None if kind is None else rows.dequantize(torch.float32)
+            else:
+                rows = numbers = weight.detach()[start:stop]
+            if kind is None or numbers is None:
+                return pack(rows)
+            return PackedWeight.round_to_nearest(numbers, kind, group_size=group_size)
+
         try:
-            return PackedWeight.round_to_nearest(numbers.detach(), kind, group_size=group_size)
+            return _in_slabs(*weight.shape, part) or weight
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}.weight: {error}") from error
+
+    def rounded_to(self, path: str, columns: int, *, is_head: bool) -> str | None:
+        """The kind that the matrix at `path` is rounded to; None: it is packed as it is stored."""
+        if self.weights == "auto" or path.endswith(_KEPT) or columns % 32:
+            return None
+        if is_head:
+            return self.head or ("int8" if self.weights == "int4" else self.weights)
+        return self.weights
+
+
+def _in_slabs(
+    rows: int, columns: int, make: Callable[[int, int], QuantWeight | torch.Tensor]
+) -> PackedWeight | None:
+    """A matrix of which `make` gives the rows from one to another, some panels at a time: what is
+    needed on the way is never as large as the matrix. None where `make` packs nothing.
+    """
+    step = max(1, _SLAB_NUMBERS // columns // PANEL_ROWS) * PANEL_ROWS
+    whole: dict[str, torch.Tensor] = {}
+    for start in range(0, rows, step):
+        part = make(start, min(rows, start + step))
+        if not isinstance(part, PackedWeight):
+            return None
+        if rows <= step:
+            return part
+        for name, tensor in part.named_buffers():
+            if not start:
+                whole[name] = tensor.new_empty((-(-rows // PANEL_ROWS), *tensor.shape[1:]))
+            whole[name][start // PANEL_ROWS :][: len(tensor)] = tensor
+    packed = Packed(part.kind, rows, columns, zero_point=part.zero_point, **whole)
+    return PackedWeight(packed, part.storage)
 
 
 def put(module: torch.nn.Module, weight: QuantWeight | torch.Tensor) -> None:
