@@ -20,6 +20,7 @@ from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
 from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
 from qwenkit.formats.plan import WeightPlan, put
 from qwenkit.formats.spec import Format, claim
+from qwenkit.kernels.cpu import give_back_freed_memory
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
@@ -88,6 +89,8 @@ def load(
         dtype = "float32"  # what native kernels compute in, whatever they read
     model.dtype = _compute_dtype(checkpoint, dtype, device)
     fill(model, architecture, checkpoint, device=device, plan=plan, progress=progress)
+    if plan is not None:
+        give_back_freed_memory()  # of what was packed
     record = read_record(checkpoint, tokenizer, config)
     return Loaded(model.eval(), config, record, tokenizer, checkpoint)
 

@@ -1,7 +1,8 @@
-"""The options of `qwenkit bench speed`."""
+"""The options of `qwenkit bench speed`, and the folder that measurements share."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -77,3 +78,9 @@ Contexts = Annotated[
         show_default=False,
     ),
 ]
+
+
+def cache_folder() -> Path:
+    """Where random weights and peers' environments are kept: the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "qwenkit"

@@ -23,6 +23,10 @@ _OPTIONS = {
     "group_size": "--group-size",
     "head_weights": "--head-weights",
     "compute": "--compute",
+    "users": "--users",
+    "tokens": "--tokens",
+    "kv_dtype": "--kv-dtype",
+    "devices": "--devices",
 }
 
 
@@ -37,7 +41,7 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
 
     with download.bars() as progress:
         resolve(name, offline=given.offline, progress=progress)
-    with console.progress(f"Loading {name} / 正在加载模型 …") as show, _options_named():
+    with console.progress(f"Loading {name} / 正在加载模型 …") as show, options_named():
         from qwenkit.api import LLM  # torch takes seconds; something moves already
 
         return LLM(
@@ -64,12 +68,12 @@ def _check(given: options.ModelOptions) -> None:
     if (given.weights, given.group_size, given.head_weights) != ("auto", None, None):
         from qwenkit.formats.plan import WeightPlan  # imports torch
 
-        with _options_named():
+        with options_named():
             WeightPlan(given.weights, given.group_size, given.head_weights)
 
 
 @contextmanager
-def _options_named() -> Iterator[None]:
+def options_named() -> Iterator[None]:
     """Errors that begin with the name of a setting begin with that of its option instead."""
     try:
         yield

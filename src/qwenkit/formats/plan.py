@@ -65,17 +65,17 @@ class WeightPlan:
         group_size = self.group_size if kind in ("int4", "int8") else None
 
         def part(start: int, stop: int) -> QuantWeight | torch.Tensor:
-            if isinstance(weight, QuantWeight):
-                rows = weight.row_range(start, stop)
-                numbers = None if kind is None else rows.dequantize(torch.float32)
+            if isinstance(weight, torch.Tensor):
+                some: QuantWeight | torch.Tensor = weight.detach()[start:stop]
             else:
-                rows = numbers = weight.detach()[start:stop]
-            if kind is None or numbers is None:
-                return pack(rows)
+                some = weight.row_range(start, stop)
+            if kind is None:
+                return pack(some)
+            numbers = some.dequantize(torch.float32) if isinstance(some, QuantWeight) else some
             return PackedWeight.round_to_nearest(numbers, kind, group_size=group_size)
 
         try:
-            return _in_slabs(*weight.shape, part) or weight
+            return _in_slabs(weight.shape[0], weight.shape[1], part) or weight
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}.weight: {error}") from error
 
@@ -95,16 +95,15 @@ def _in_slabs(
     needed on the way is never as large as the matrix. None where `make` packs nothing.
     """
     step = max(1, _SLAB_NUMBERS // columns // PANEL_ROWS) * PANEL_ROWS
-    whole: dict[str, torch.Tensor] = {}
+    part = make(0, min(rows, step))
+    if rows <= step or not isinstance(part, PackedWeight):
+        return part if isinstance(part, PackedWeight) else None
+    panels = -(-rows // PANEL_ROWS)
+    whole = {name: t.new_empty((panels, *t.shape[1:])) for name, t in part.named_buffers()}
     for start in range(0, rows, step):
-        part = make(start, min(rows, start + step))
-        if not isinstance(part, PackedWeight):
-            return None
-        if rows <= step:
-            return part
+        part = make(start, min(rows, start + step)) if start else part
+        assert isinstance(part, PackedWeight)
         for name, tensor in part.named_buffers():
-            if not start:
-                whole[name] = tensor.new_empty((-(-rows // PANEL_ROWS), *tensor.shape[1:]))
             whole[name][start // PANEL_ROWS :][: len(tensor)] = tensor
     packed = Packed(part.kind, rows, columns, zero_point=part.zero_point, **whole)
     return PackedWeight(packed, part.storage)
