@@ -20,7 +20,9 @@ from qwenkit.bench.peers.spec import prompt_ids
 
 _STATUS = Path("/proc/self/status")
 _FORGET_PEAK = Path("/proc/self/clear_refs"), "5"  # proc(5)
-_ANSWER_TOKENS = 16  # so that steps are recorded and repeated, as in a chat
+_ANSWER_TOKENS = 16  # all together, so that their step is recorded and repeated, as in a chat
+_STEP_TOKENS = 500  # of prompts, at least, while others answer
+_BLOCK_TOKENS = 16  # one more for each user: the engine keeps one free for everybody who answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ def run(task: Task) -> Measured:
     """Load the model, serve the users, and read what that took. Needs Linux."""
     from qwenkit.api import LLM
 
-    room = -(-task.tokens // 16) * 16 * task.users
+    room = (task.tokens + 2 * _BLOCK_TOKENS) * task.users
     with LLM(
         task.model,
         weights=task.weights,
@@ -67,7 +69,9 @@ def run(task: Task) -> Measured:
     ) as llm:
         loading = _read("VmHWM")
         _FORGET_PEAK[0].write_text(_FORGET_PEAK[1])
-        answer = min(_ANSWER_TOKENS, task.tokens - 1)
+        # The first to answer must still be there when the last one's prompt has been computed.
+        steps = task.users * task.tokens // _STEP_TOKENS
+        answer = min(steps + _ANSWER_TOKENS, task.tokens - 1)
         sampling = {"temperature": 0.0, "max_tokens": answer, "ignore_eos": True, "seed": 0}
         vocabulary = llm.tokenizer.vocab_size
         prompts = [prompt_ids(task.tokens - answer, vocabulary, i) for i in range(task.users)]

@@ -131,6 +131,8 @@ def describe(
     hub_name = parse_hub_name(name)
     wanted = check_revision(revision or "main")
     hub = _Hub.of(endpoint, None)
+    if hub.offline:
+        raise NetworkError("HF_HUB_OFFLINE is set, so no hub is asked.")
     listing = read_listing(_ask(hub, hub_name, wanted), source=hub.endpoint)
     files = choose_files(hub_name, listing.files)
     if "config.json" not in (file.path for file in files):

@@ -140,6 +140,7 @@ def as_dictionary(plan: Plan) -> dict[str, Any]:
 
 def _show(plan: Plan) -> None:
     # rich takes a quarter of a second; --json does without it.
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -147,9 +148,9 @@ def _show(plan: Plan) -> None:
     for line in _head(plan):
         terminal.print(console.visible(line), markup=False)
     titles, *rows = _table(plan)
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     for title in titles:
-        table.add_column(title, justify="left" if title == "weights" else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title == "kept as" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     terminal.print(table)
@@ -165,11 +166,11 @@ def _lines(plan: Plan) -> list[str]:
 
 def _head(plan: Plan) -> list[str]:
     work = plan.work
-    people = "1 user" if work.users == 1 else f"{work.users} users"
+    people = "1 user with" if work.users == 1 else f"{work.users} users, each with"
     lines = [
         f"{plan.name}: {plan.architecture}, {plan.parameters / 1e9:.2f} billion parameters, stored "
         f"as {plan.storage}, up to {plan.context_tokens:,} tokens; from {_ORIGINS[plan.origin]}.",
-        f"For {people} with {work.tokens:,} tokens each, in GiB:",
+        f"For {people} {work.tokens:,} tokens, in GiB:",
     ]
     if work.tokens > plan.context_tokens:
         lines.insert(1, f"{work.tokens:,} tokens need --context: they extend the model.")
@@ -177,9 +178,9 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _table(plan: Plan) -> list[tuple[str, ...]]:
-    titles = ("weights", "bits", "weights", "KV", "activations", "process", "loading", "most")
+    parts = ("weights", "KV", "activations", "process", "loading", "most")
     return [
-        (*titles, "fits", "longest", "users"),
+        ("kept as", "bits", *parts, "fits", "longest", "users"),
         *(_cells(row, row.weights == plan.recommended) for row in plan.rows),
     ]
 
@@ -242,7 +243,10 @@ def next_step(plan: Plan) -> str:
         )
     row = next(row for row in plan.rows if row.weights == plan.recommended)
     if plan.work.users > 1:
-        tokens = plan.work.users * plan.work.tokens
+        from qwenkit.survey.plan_memory import BLOCK_TOKENS
+
+        room = -(-plan.work.tokens // BLOCK_TOKENS) + 1  # a free one lets everybody start
+        tokens = plan.work.users * room * BLOCK_TOKENS
         how = "" if row.weights == "auto" else f", weights={row.weights!r}"
         return f"Next: LLM({plan.name!r}{how}, kv_cache_tokens={tokens})"
     typed = ["qwenkit", "chat", plan.name]

@@ -95,15 +95,19 @@ def _in_slabs(
     needed on the way is never as large as the matrix. None where `make` packs nothing.
     """
     step = max(1, _SLAB_NUMBERS // columns // PANEL_ROWS) * PANEL_ROWS
-    part = make(0, min(rows, step))
-    if rows <= step or not isinstance(part, PackedWeight):
-        return part if isinstance(part, PackedWeight) else None
+    if rows <= step:
+        made = make(0, rows)
+        return made if isinstance(made, PackedWeight) else None
+    part = make(0, PANEL_ROWS)
+    if not isinstance(part, PackedWeight):
+        return None
+    # Taken before any slab is: what a slab needs is then free again behind it, not a hole before.
     panels = -(-rows // PANEL_ROWS)
     whole = {name: t.new_empty((panels, *t.shape[1:])) for name, t in part.named_buffers()}
     for start in range(0, rows, step):
-        part = make(start, min(rows, start + step)) if start else part
-        assert isinstance(part, PackedWeight)
-        for name, tensor in part.named_buffers():
+        slab = make(start, min(rows, start + step))
+        assert isinstance(slab, PackedWeight)
+        for name, tensor in slab.named_buffers():
             whole[name][start // PANEL_ROWS :][: len(tensor)] = tensor
     packed = Packed(part.kind, rows, columns, zero_point=part.zero_point, **whole)
     return PackedWeight(packed, part.storage)

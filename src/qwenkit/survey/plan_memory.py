@@ -29,6 +29,9 @@ _REPEATED_USERS = 16  # up to which a decoding step is recorded and keeps all th
 _RECORDINGS = 2  # of one number of users while its block tables grow
 _FLOAT_BYTES = 4
 _PANEL_ROWS = 32  # that a thread takes apart at a time
+# What malloc keeps for what is live at a time: pieces of a step's sizes leave gaps between them.
+# Measured with glibc on a Qwen2-0.5B: 1.2 to 1.9, by how the pieces fall.
+_KEPT = 1.5
 _SCALES_PER_GROUP = 5  # and offsets, of activations rounded twice
 
 
@@ -116,4 +119,5 @@ def activation_bytes(config: ModelConfig, weights: Weights, work: Workload) -> i
     if work.users <= _REPEATED_USERS:
         per_token = config.num_hidden_layers * (3 * mlp + 6 * hidden + 2 * attention)
         recorded = _RECORDINGS * (work.users * per_token * _FLOAT_BYTES + logits)
-    return live + scratch + logits + recorded
+    # Recordings are made of what the last prompt has left.
+    return int(_KEPT * max(live + scratch, recorded)) + logits
