@@ -86,9 +86,9 @@ def _read(name: str) -> int:
 
 
 def main() -> None:
-    """Do the task that the command line gives as JSON, and print the answer."""
+    """Do the task that the command line gives as JSON, and write the answer."""
     given: dict[str, Any] = json.loads(sys.argv[1])
-    print(json.dumps(asdict(run(Task(**given)))))  # noqa: T201
+    sys.stdout.write(json.dumps(asdict(run(Task(**given)))) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,39 +30,47 @@ _KINDS = ("bf16", "int8", "int4")
 _USERS, _TOKENS = (1, 8), (1024, 8192)
 
 
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        help=f"A published shape, repeatable: {', '.join(SHAPES)}. [default: {', '.join(_SHAPES)}]",
+        show_default=False,
+    ),
+]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"How weights are held, repeatable: {', '.join(WEIGHTS)}. "
+        f"[default: {', '.join(_KINDS)}]",
+        show_default=False,
+    ),
+]
+Users = Annotated[
+    list[int] | None,
+    typer.Option(help="Sequences at once, repeatable. [default: 1, 8]", min=1, show_default=False),
+]
+Tokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Tokens of each, repeatable. [default: 1024, 8192]", min=2, show_default=False
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write the figures here after every cell, and go on from there."
+    ),
+]
+
+
 def memory(
-    shape_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--shape",
-            help=f"A published shape, repeatable: {', '.join(SHAPES)}. "
-            f"[default: {', '.join(_SHAPES)}]",
-            show_default=False,
-        ),
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"How weights are held, repeatable: {', '.join(WEIGHTS)}. "
-            f"[default: {', '.join(_KINDS)}]",
-            show_default=False,
-        ),
-    ] = None,
-    users: Annotated[
-        list[int] | None,
-        typer.Option(help="Sequences at once, repeatable. [default: 1, 8]", min=1),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens of each, repeatable. [default: 1024, 8192]", min=2),
-    ] = None,
+    shape_name: Shapes = None,
+    weights: Kinds = None,
+    users: Users = None,
+    tokens: Tokens = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write the figures here after every cell, and go on from there."
-        ),
-    ] = None,
+    out: Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """The memory that the plan predicts beside the most that was resident, with random weights.

@@ -14,13 +14,23 @@ from qwenkit.cli.loading import options_named
 if TYPE_CHECKING:
     from qwenkit.survey.plan import Plan, Row
 
-_KINDS = "int4, int8, bf16 or fp32"
 _ORIGINS = {
     "files": "its files on this machine",
     "hub": "its config.json on the hub",
     "table": "the table of published models; no hub was asked or reached",
 }
 _DEFAULT_TOKENS = 4096
+
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="Only this way: auto, as stored, or int4, int8, bf16 or fp32. [default: compare all]",
+    ),
+]
+KvDtype = Annotated[
+    str, typer.Option(metavar="NAME", help="Keys and values: auto, fp32, bf16 or int8.")
+]
 
 
 def command(
@@ -30,19 +40,10 @@ def command(
         int,
         typer.Option(metavar="N", help="Prompt and answer together, of each user.", min=1),
     ] = _DEFAULT_TOKENS,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND",
-            help=f"Only this way: auto, as stored, or {_KINDS}. [default: compare all]",
-        ),
-    ] = None,
+    weights: Weights = None,
     group_size: options.GroupSize = None,
     head_weights: options.HeadWeights = None,
-    kv_dtype: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Keys and values: auto, fp32, bf16 or int8."),
-    ] = "auto",
+    kv_dtype: KvDtype = "auto",
     devices: Annotated[
         int, typer.Option(metavar="N", help="Split over so many devices.", min=1)
     ] = 1,
