@@ -90,6 +90,7 @@ EFFECTS = {
             "bench/ceilings.py",  # the C++ compiler, for this very processor
             "bench/environments.py",  # pip
             "bench/process.py",  # an engine is measured in a process of its own
+            "bench/memory.py",  # and so is the memory of a model
             "bench/peers/onnxruntime.py",  # its model builder is a program
         },
     ),

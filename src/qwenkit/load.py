@@ -22,6 +22,7 @@ from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
 from qwenkit.errors import CheckpointError, ConfigError, TokenizerError
 from qwenkit.formats.plan import WeightPlan, put
 from qwenkit.formats.spec import Format, claim
+from qwenkit.kernels.cpu import give_back_freed_memory
 from qwenkit.kernels.devices import choose_precision, find_device
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
@@ -80,6 +81,8 @@ def load(
         model = architecture.build(config)
     model.dtype = _compute_dtype(checkpoint, dtype, device, plan)
     fill(model, architecture, checkpoint, device=device, plan=plan, progress=progress)
+    if plan is not None:
+        give_back_freed_memory()  # of what was packed
     record = read_record(checkpoint, tokenizer, config)
     return Loaded(model.eval(), config, record, tokenizer, checkpoint)
 

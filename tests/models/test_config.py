@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from published import PUBLISHED
 
 from qwenkit.errors import ConfigError
+from qwenkit.models.catalogue import PUBLISHED
 from qwenkit.models.spec import architectures, find
 
 QWEN2_0_5B = {

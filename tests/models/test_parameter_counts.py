@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from published import PUBLISHED
 
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.moe import SparseMoe
+from qwenkit.models.catalogue import PUBLISHED
 from qwenkit.models.spec import CausalModel, find
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from published import PUBLISHED
 
 from qwenkit.errors import ConfigError
 from qwenkit.layers.position import QwenNtk, Rotary
 from qwenkit.models import qwen
+from qwenkit.models.catalogue import PUBLISHED
 
 AUGUST = PUBLISHED["Qwen/Qwen-7B of August 2023"].config
 SEPTEMBER = PUBLISHED["Qwen/Qwen-7B"].config

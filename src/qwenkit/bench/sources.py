@@ -99,7 +99,7 @@ def _of_shape(
         return Launch(engine, python, path, options)
     if options.weights is None and engine != "transformers":
         raise QwenkitError(f"{engine} does not know {source.storage}: name --weights.")
-    folder = _random_folder(source.shape, home, report)
+    folder = random_folder(source.shape, home, report)
     return _converted(Launch(engine, python, folder, options), home, report)
 
 
@@ -135,7 +135,11 @@ def _random_gguf(name: str, storage: str, head: str, home: Path, report: Report)
     return path
 
 
-def _random_folder(name: str, home: Path, report: Report) -> Path:
+def random_folder(name: str, home: Path, report: Report) -> Path:
+    """The folder below `home` with random weights of a published shape, written if it is missing.
+
+    Raises UsageError for an unknown shape.
+    """
     folder = home / "checkpoint"
     if not folder.exists():
         with _fresh(folder) as place:

@@ -125,6 +125,36 @@ def pull(
     return _download(hub, hub_name, wanted, progress)
 
 
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a hub says of a model that is not downloaded: its config.json, and the bytes that its
+    files would take.
+    """
+
+    config: Mapping[str, Any]
+    download_bytes: int
+
+
+def describe(
+    name: str, *, revision: str | None = None, endpoint: str | None = None
+) -> Described | None:
+    """Read a repository's listing and its config.json, nothing else; None where it has no
+    config.json, as a repository of GGUF files only. Raises ModelNotFoundError or NetworkError.
+    """
+    hub_name = parse_hub_name(name)
+    wanted = check_revision(revision or "main")
+    hub = _Hub.of(endpoint, None)
+    if hub.offline:
+        raise NetworkError("HF_HUB_OFFLINE is set, so no hub is asked.")
+    listing = read_listing(_ask(hub, hub_name, wanted), source=hub.endpoint)
+    files = choose_files(hub_name, listing.files)
+    if "config.json" not in (file.path for file in files):
+        return None
+    url = f"{hub.endpoint}/{listing.repository}/resolve/{listing.commit}/config.json"
+    config = _read_json(hub, url, hub_name, wanted)
+    return Described(config, sum(file.size_bytes for file in files))
+
+
 _ALWAYS_THERE = (
     f"Without a hub: 'qwenkit chat {EMBEDDED_NAME}' talks with the embedded "
     "SmolLM2-135M-Instruct, or give a folder or a .gguf file."
@@ -327,6 +357,10 @@ def _ask(hub: _Hub, name: HubName, revision: str) -> Mapping[str, Any]:
     """The hub's description of a repository, with the size and checksum of each file."""
     branch = quote(revision, safe="")
     url = f"{hub.endpoint}/api/models/{name.repository}/revision/{branch}?blobs=true"
+    return _read_json(hub, url, name, revision)
+
+
+def _read_json(hub: _Hub, url: str, name: HubName, revision: str) -> Mapping[str, Any]:
     try:
         with _open(hub, url, {}) as response:
             answer = json.loads(response.read(_MAX_LISTING_BYTES))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +15,7 @@ from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console
+from qwenkit.cli.bench_memory import memory
 from qwenkit.cli.bench_needle import needle
 from qwenkit.cli.bench_options import (
     DEFAULT_PEERS,
@@ -31,6 +30,7 @@ from qwenkit.cli.bench_options import (
     Storage,
     Streams,
     WeightKind,
+    cache_folder,
 )
 from qwenkit.cli.bench_perplexity import perplexity
 from qwenkit.cli.bench_tables import ProgressBar, show_kernels, show_speed
@@ -49,6 +49,7 @@ app = typer.Typer(
 
 app.command()(perplexity)
 app.command()(needle)
+app.command()(memory)
 
 
 @app.command()
@@ -93,7 +94,7 @@ def speed(
         source = Source(model=resolve(model), weights=setting)
     settings = SpeedSettings(
         source=source,
-        cache=_cache_folder(),
+        cache=cache_folder(),
         threads=threads,
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
@@ -191,8 +192,3 @@ def _peers(given: list[str] | None) -> tuple[str, ...]:
         if name not in known:
             raise UsageError(f"peer: got {name!r}. {suggest(name, known)}")
     return tuple(name for name in dict.fromkeys(given) if name != "none")
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "qwenkit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -93,3 +94,9 @@ def make_folder(option: str, folder: Path) -> None:
 def this_command() -> str:
     """The command line of this process, to be recorded beside what it measures."""
     return shlex.join(["qwenkit", *sys.argv[1:]])
+
+
+def cache_folder() -> Path:
+    """Where random weights and peers' environments are kept: the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "qwenkit"

@@ -27,6 +27,10 @@ _OPTIONS = {
     "compute": "--compute",
     "device": "--device",
     "device_map": "--device-map",
+    "users": "--users",
+    "tokens": "--tokens",
+    "kv_dtype": "--kv-dtype",
+    "devices": "--devices",
 }
 
 
@@ -41,7 +45,7 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
 
     with download.bars() as progress:
         resolve(name, offline=given.offline, progress=progress)
-    with console.progress(f"Loading {name} / 正在加载模型 …") as show, _options_named():
+    with console.progress(f"Loading {name} / 正在加载模型 …") as show, options_named():
         from qwenkit.api import LLM  # torch takes seconds; something moves already
 
         llm = LLM(
@@ -80,12 +84,12 @@ def _check(given: options.ModelOptions) -> GivenMap | None:
     if (given.weights, given.group_size, given.head_weights) != ("auto", None, None):
         from qwenkit.formats.plan import WeightPlan  # imports torch
 
-        with _options_named():
+        with options_named():
             WeightPlan(given.weights, given.group_size, given.head_weights)
     if not on_cpu:
         from qwenkit.parallel import read_places  # imports torch
 
-        with _options_named():
+        with options_named():
             read_places(given.device if device_map is None else device_map)
     return device_map
 
@@ -110,7 +114,7 @@ def _read_device_map(text: str) -> str | dict[str, str | int]:
 
 
 @contextmanager
-def _options_named() -> Iterator[None]:
+def options_named() -> Iterator[None]:
     """Errors that begin with the name of a setting begin with that of its option instead."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +10,7 @@ import torch
 
 from qwenkit.errors import NonFiniteError, UsageError, suggest
 from qwenkit.formats.packed import GROUP_SIZES, WEIGHT_KINDS, PackedWeight, pack
+from qwenkit.kernels.packed import PANEL_ROWS, Packed
 from qwenkit.layers.weight import QuantWeight
 
 WEIGHTS = ("auto", *WEIGHT_KINDS)
@@ -16,6 +18,7 @@ _KEPT = (".gate", ".shared_expert_gate")  # routers: small, and a wrong expert c
 # The head chooses between tokens that may be close, and a third of the error that eight bits leave
 # in the logits was measured to come through the values, which are a few rows only.
 _PRECISE = (".v_proj",)
+_SLAB_NUMBERS = 1 << 20  # rounded at a time: 4 MB in fp32, and a few times that on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +61,56 @@ class WeightPlan:
     def _make(
         self, path: str, weight: QuantWeight | torch.Tensor, is_head: bool
     ) -> QuantWeight | torch.Tensor:
-        if self.weights == "auto" or path.endswith(_KEPT):
-            return pack(weight)
-        kind = self.weights
-        if is_head:
-            kind = self.head or ("int8" if kind == "int4" else kind)
-        if weight.shape[1] % 32:
-            return pack(weight)
-        numbers = weight.dequantize(torch.float32) if isinstance(weight, QuantWeight) else weight
+        kind = self.rounded_to(path, weight.shape[1], is_head=is_head)
         group_size = self.group_size if kind in ("int4", "int8") else None
+
+        def part(start: int, stop: int) -> QuantWeight | torch.Tensor:
+            if isinstance(weight, torch.Tensor):
+                some: QuantWeight | torch.Tensor = weight.detach()[start:stop]
+            else:
+                some = weight.row_range(start, stop)
+            if kind is None:
+                return pack(some)
+            numbers = some.dequantize(torch.float32) if isinstance(some, QuantWeight) else some
+            return PackedWeight.round_to_nearest(numbers, kind, group_size=group_size)
+
         try:
-            return PackedWeight.round_to_nearest(numbers.detach(), kind, group_size=group_size)
+            return _in_slabs(weight.shape[0], weight.shape[1], part) or weight
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}.weight: {error}") from error
+
+    def rounded_to(self, path: str, columns: int, *, is_head: bool) -> str | None:
+        """The kind that the matrix at `path` is rounded to; None: it is packed as it is stored."""
+        if self.weights == "auto" or path.endswith(_KEPT) or columns % 32:
+            return None
+        if is_head:
+            return self.head or ("int8" if self.weights == "int4" else self.weights)
+        return self.weights
+
+
+def _in_slabs(
+    rows: int, columns: int, make: Callable[[int, int], QuantWeight | torch.Tensor]
+) -> PackedWeight | None:
+    """A matrix of which `make` gives the rows from one to another, some panels at a time: what is
+    needed on the way is never as large as the matrix. None where `make` packs nothing.
+    """
+    step = max(1, _SLAB_NUMBERS // columns // PANEL_ROWS) * PANEL_ROWS
+    if rows <= step:
+        made = make(0, rows)
+        return made if isinstance(made, PackedWeight) else None
+    part = make(0, PANEL_ROWS)
+    if not isinstance(part, PackedWeight):
+        return None
+    # Taken before any slab is: what a slab needs is then free again behind it, not a hole before.
+    panels = -(-rows // PANEL_ROWS)
+    whole = {name: t.new_empty((panels, *t.shape[1:])) for name, t in part.named_buffers()}
+    for start in range(0, rows, step):
+        slab = make(start, min(rows, start + step))
+        assert isinstance(slab, PackedWeight)
+        for name, tensor in slab.named_buffers():
+            whole[name][start // PANEL_ROWS :][: len(tensor)] = tensor
+    packed = Packed(part.kind, rows, columns, zero_point=part.zero_point, **whole)
+    return PackedWeight(packed, part.storage)
 
 
 def put(module: torch.nn.Module, weight: QuantWeight | torch.Tensor) -> None:

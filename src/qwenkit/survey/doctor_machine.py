@@ -43,7 +43,7 @@ class Machine:
 
 def examine_machine() -> Machine:
     """Look at the machine; builds the native kernels if they are not there yet."""
-    total, free = _memory()
+    total, free = machine_memory()
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -76,7 +76,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _memory() -> tuple[int | None, int | None]:
+def machine_memory() -> tuple[int | None, int | None]:
     """(All, free) bytes of memory, within the limit of the container if there is one."""
     text = _text(_MEMORY_INFO)
     total, free = (

@@ -3,6 +3,12 @@
 Nothing is built or loaded on import: `register()` does it, once for the process.
 """
 
-from qwenkit.kernels.cpu.bind import KernelInfo, kernel_info, register, set_threads
+from qwenkit.kernels.cpu.bind import (
+    KernelInfo,
+    give_back_freed_memory,
+    kernel_info,
+    register,
+    set_threads,
+)
 
-__all__ = ["KernelInfo", "kernel_info", "register", "set_threads"]
+__all__ = ["KernelInfo", "give_back_freed_memory", "kernel_info", "register", "set_threads"]

@@ -102,6 +102,13 @@ def _keep_freed_memory() -> None:
         set_option(mmap_threshold, 32 << 20)
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc give back what it keeps: what loading needed on the way is not needed again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @cache
 def _load() -> tuple[KernelInfo, dict[str, Kernel]]:
     """The best library that this machine can build and run, and its functions by op."""

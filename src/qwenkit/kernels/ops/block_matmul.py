@@ -24,6 +24,8 @@ def _reference(x: torch.Tensor, blocks: torch.Tensor, block_type: str) -> torch.
     """
     layout = block_layout(block_type)
     result = _shape(x, blocks, block_type)
+    if not x.shape[0]:
+        return result
     wide = x.to(torch.float32)
     for chunk in row_chunks(blocks.shape[0], x.shape[1]):
         result[:, chunk] = wide @ unpack_rows(blocks[chunk], layout).T  # [tokens, chunk]

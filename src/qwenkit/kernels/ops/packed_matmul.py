@@ -35,6 +35,8 @@ def _reference(
     [tokens, rows]. Multiplies in fp32; a backend may round activations for int4 and int8 to eight
     bits, and, when `precise` says so, no further than to fifteen.
     """
+    if not x.shape[0]:  # a chunk of a prompt that samples nothing: the head stays packed
+        return x.new_empty((0, rows))
     packed = Packed(kind, rows, x.shape[1], data, scales, mins, zero_point)
     y = x.to(torch.float32) @ unpack(packed, torch.float32).T  # [tokens, rows]
     if bias is not None:

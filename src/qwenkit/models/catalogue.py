@@ -1,6 +1,7 @@
 """The shapes of published models, as their config.json files give them, and their parameters.
 
-A tied head is counted once; `active` are the parameters that one token passes through.
+A tied head is counted once; `active` are the parameters that one token passes through. So the sizes
+of a published name are known where no hub can be reached.
 """
 
 from __future__ import annotations
@@ -220,3 +221,18 @@ PUBLISHED: Mapping[str, Published] = {
         _qwen3_moe(4096, 94, 64, 12288, 1536), 235_093_634_560, active=22_190_763_520
     ),
 }
+
+_SAME_SHAPE = ("-Instruct", "-Chat", "-Base")  # after a size, in names of models of its shape
+
+
+def published_config(name: str) -> dict[str, Any] | None:
+    """The config.json keys that shape the model of a hub's name; None for a name not listed.
+
+    A chat or instruct model has its base model's shape; instruct models allow 32,768 tokens.
+    """
+    base = next((name.removesuffix(end) for end in _SAME_SHAPE if name.endswith(end)), name)
+    found = PUBLISHED.get(name) or PUBLISHED.get(base)
+    if found is None:
+        return None
+    shorter = {"max_position_embeddings": 32768} if name.endswith("-Instruct") else {}
+    return {**found.config, **shorter}

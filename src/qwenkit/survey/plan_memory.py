@@ -1,0 +1,123 @@
+"""How much memory a model takes that serves some users: the formula, all of it in this file.
+
+    running = process + weights + keys and values + activations
+    loading = process + what is packed already + the module at hand and its pages of the file
+
+`process` is Python, its libraries and the tokenizer, measured and not computed. Figures are those
+of the native kernels with activations in fp32, and of resident memory: anonymous pages, and pages
+of files that were touched. The engine's constants are repeated here because rooms beside each other
+do not import each other; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwenkit.errors import UsageError, suggest
+from qwenkit.models.spec import ModelConfig
+from qwenkit.survey.plan_weights import Weights
+
+BLOCK_TOKENS = 16
+STEP_TOKENS = 512  # the most that one step computes of a prompt
+MOST_USERS = 64  # that run at the same time; more wait
+KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+KV_KINDS = ("auto", *KV_BYTES)
+# What the engine keeps them in by itself, where products round activations and where they do not.
+AUTO_KV = {True: "fp32", False: "fp32"}
+
+_REPEATED_USERS = 16  # up to which a decoding step is recorded and keeps all that it makes
+_RECORDINGS = 2  # of one number of users while its block tables grow
+_FLOAT_BYTES = 4
+_PANEL_ROWS = 32  # that a thread takes apart at a time
+# What malloc keeps for what is live at a time: pieces of a step's sizes leave gaps between them.
+# Measured with glibc on a Qwen2-0.5B: 1.2 to 1.9, by how the pieces fall.
+_KEPT = 1.5
+_SCALES_PER_GROUP = 5  # and offsets, of activations rounded twice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is asked of a model: `users` at the same time, each with `tokens` of prompt and answer
+    together, keys and values kept as `kv_dtype` ("auto": what the engine takes), on `threads`.
+    """
+
+    users: int = 1
+    tokens: int = 4096
+    kv_dtype: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("users", "tokens", "threads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}; at least 1 is needed.")
+        if self.kv_dtype not in KV_KINDS:
+            raise UsageError(f"kv_dtype: got {self.kv_dtype!r}. {suggest(self.kv_dtype, KV_KINDS)}")
+        if self.users > MOST_USERS:
+            raise UsageError(
+                f"users: got {self.users}; one engine runs at most {MOST_USERS} at the same time, "
+                "the others wait."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes that are resident. `loading_bytes` is the most while the model is loaded."""
+
+    process_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    loading_bytes: int
+
+    @property
+    def running_bytes(self) -> int:
+        """While the users are served, all at their last token."""
+        return self.process_bytes + self.weight_bytes + self.kv_bytes + self.activation_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at any time."""
+        return max(self.running_bytes, self.loading_bytes)
+
+
+def estimate(
+    config: ModelConfig, weights: Weights, work: Workload, *, process_bytes: int
+) -> Memory:
+    """The memory of a model of these shapes and weights under `work`."""
+    return Memory(
+        process_bytes=process_bytes,
+        weight_bytes=weights.held_bytes,
+        kv_bytes=kv_bytes(config, weights, work),
+        activation_bytes=activation_bytes(config, weights, work),
+        loading_bytes=process_bytes + weights.loading_bytes,
+    )
+
+
+def kv_bytes(config: ModelConfig, weights: Weights, work: Workload) -> int:
+    """Keys and values of all users' tokens in all layers, in whole blocks."""
+    kind = AUTO_KV[weights.rounds] if work.kv_dtype == "auto" else work.kv_dtype
+    # int8 has a scale for each head of a token.
+    per_head = config.head_dim * KV_BYTES[kind] + (_FLOAT_BYTES if kind == "int8" else 0)
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
+    return work.users * -(-work.tokens // BLOCK_TOKENS) * BLOCK_TOKENS * per_token
+
+
+def activation_bytes(config: ModelConfig, weights: Weights, work: Workload) -> int:
+    """What is computed with: the widest layer of the largest step, the kernels' scratch memory,
+    and what recorded decoding steps keep.
+    """
+    mlp, hidden = weights.mlp_width, config.hidden_size
+    attention = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    step = min(work.users * work.tokens, STEP_TOKENS)
+    # Gate, up and their product beside the layer's input, its norm, and the residual sum.
+    live = step * (3 * mlp + 4 * hidden) * _FLOAT_BYTES
+    groups = mlp // weights.group if weights.group else 0
+    rounded = step * (2 * mlp + _SCALES_PER_GROUP * groups * _FLOAT_BYTES)
+    scratch = rounded + work.threads * _PANEL_ROWS * mlp
+    logits = work.users * config.vocab_size * _FLOAT_BYTES
+    recorded = 0
+    if work.users <= _REPEATED_USERS:
+        per_token = config.num_hidden_layers * (3 * mlp + 6 * hidden + 2 * attention)
+        recorded = _RECORDINGS * (work.users * per_token * _FLOAT_BYTES + logits)
+    # Recordings are made of what the last prompt has left.
+    return int(_KEPT * max(live + scratch, recorded)) + logits
