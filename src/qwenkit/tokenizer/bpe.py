@@ -128,7 +128,9 @@ def compose(text: str) -> str:
     """
     if text.isascii():
         return text
-    return unicodedata.normalize("NFC", _LONG_MARK_RUN.sub(_sort_marks, text))
+    # A line feed composes with nothing, and a line that is composed already costs next to nothing.
+    lines = _LONG_MARK_RUN.sub(_sort_marks, text).split("\n")
+    return "\n".join([unicodedata.normalize("NFC", line) for line in lines])
 
 
 def _sort_marks(run: Any) -> str:
