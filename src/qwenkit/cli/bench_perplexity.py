@@ -20,7 +20,6 @@ from qwenkit.bench.perplexity import (
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console, options
 from qwenkit.cli.bench_tables import ProgressBar
-from qwenkit.errors import UsageError
 from qwenkit.kernels import cpu
 from qwenkit.load import load
 
@@ -104,7 +103,7 @@ def _measure(
         command=shlex.join(["qwenkit", *sys.argv[1:]]),
     )
     if out is not None:
-        _make(out)
+        options.make_folder("--out", out)
         table = read_table(out / "perplexity.json", table)
 
     def save(done: PerplexityTable) -> None:
@@ -114,10 +113,3 @@ def _measure(
     ids = loaded.tokenizer.encode(content)
     with ProgressBar() as progress:
         return measure_perplexity(loaded, ids, settings, table, save=save, progress=progress)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: {str(folder)!r}: {error.strerror}.") from error

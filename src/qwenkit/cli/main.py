@@ -25,6 +25,7 @@ COMMANDS = {
     "info": "Say what a model is: sizes, context, template, licence.",
     "doctor": "Look at this machine, or for faults in a model's files.",
     "pull": "Download a model, resuming and checking it.",
+    "tokenizer": "Look at the tokens of a text, add words to a vocabulary.",
     "bench": "Measure speed and memory, beside other engines.",
 }
 

@@ -348,3 +348,11 @@ def read_standard_input() -> str:
     if not text.strip():
         raise UsageError("Standard input is empty. Pipe a text in, or give it by --prompt.")
     return text
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder and those above it. Raises UsageError naming the option."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option}: {str(folder)!r}: {error.strerror}.") from error

@@ -1,8 +1,7 @@
 """New tokens for a vocabulary: their ids and, where merges are listed, their merges.
 
-What follows from an id alone: a token with a higher id than all others is merged after all others,
-so nothing that was a token before is encoded otherwise inside it, and text without the new tokens
-keeps its ids.
+A new token has a higher id than all others, so its merge comes after theirs: text in which no new
+token comes about keeps its ids.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from qwenkit.errors import TokenizerError
 from qwenkit.tokenizer.bpe import Merge, ReferenceEncoder, Vocabulary
 from qwenkit.tokenizer.fast import proven_ranks
+from qwenkit.tokenizer.ranks import read_extra_ranks
 
 # Ids index one list, so a forged id could ask for any amount of memory.
 _LARGEST_GAP = 1 << 16
@@ -48,6 +49,15 @@ def extended(vocabulary: Vocabulary, extra: Mapping[bytes, int], *, source: str)
     if vocabulary.merges is None:
         return grown
     return replace(grown, merges=vocabulary.merges + _new_merges(vocabulary, grown, new, source))
+
+
+def with_extra_file(vocabulary: Vocabulary, path: Path | None) -> Vocabulary:
+    """`vocabulary` and the tokens of an `extra_vocab_file`, if there is one. Raises TokenizerError
+    as `read_extra_ranks` and `extended` do.
+    """
+    if path is None:
+        return vocabulary
+    return extended(vocabulary, read_extra_ranks(path), source=str(path))
 
 
 def _check_ids(

@@ -15,8 +15,8 @@ from qwenkit.errors import TokenizerError, suggest
 from qwenkit.tokenizer.assemble import AddedToken, Parts, assemble
 from qwenkit.tokenizer.bpe import PRE_TOKENIZERS, Vocabulary
 from qwenkit.tokenizer.byte_pair import BytePairTokenizer
-from qwenkit.tokenizer.extend import extended
-from qwenkit.tokenizer.ranks import read_extra_ranks, read_ranks
+from qwenkit.tokenizer.extend import extended, with_extra_file
+from qwenkit.tokenizer.ranks import read_ranks
 from qwenkit.tokenizer.reading import read_json, read_text
 from qwenkit.tokenizer.tokenizer_json import added_token, read_parts
 
@@ -43,7 +43,7 @@ def from_path(path: Path, *, extra_vocab_file: Path | None = None) -> BytePairTo
         return from_folder(path, extra_vocab_file=extra_vocab_file)
     if path.suffix == ".json":
         vocabulary = assemble(read_parts(str(path), read_json(path), ()))
-        return BytePairTokenizer(_with_extra(vocabulary, extra_vocab_file))
+        return BytePairTokenizer(with_extra_file(vocabulary, extra_vocab_file))
     if path.suffix == ".tiktoken":
         return from_tiktoken(path, extra_vocab_file=extra_vocab_file)
     raise TokenizerError(f"{path}: no vocabulary file; expected a .tiktoken or a tokenizer.json.")
@@ -78,7 +78,7 @@ def from_folder(
             f"{folder}: no tokenizer found; looked for {_LOOKED_FOR}."
             + (other if (folder / "tokenizer.model").exists() else "")
         )
-    return BytePairTokenizer(_with_extra(vocabulary, extra))
+    return BytePairTokenizer(with_extra_file(vocabulary, extra))
 
 
 def from_tiktoken(
@@ -89,7 +89,7 @@ def from_tiktoken(
 
     `release` "first" gives the control tokens the names they had in the very first release.
     """
-    return BytePairTokenizer(_with_extra(_ranked(path, release), extra_vocab_file))
+    return BytePairTokenizer(with_extra_file(_ranked(path, release), extra_vocab_file))
 
 
 def _ranked(path: Path, release: Release) -> Vocabulary:
@@ -134,12 +134,6 @@ def _named_extra(config_path: Path, config: Mapping[str, Any]) -> Path | None:
             "in the same folder."
         )
     return config_path.parent / name
-
-
-def _with_extra(vocabulary: Vocabulary, path: Path | None) -> Vocabulary:
-    if path is None:
-        return vocabulary
-    return extended(vocabulary, read_extra_ranks(path), source=str(path))
 
 
 def _added_decoder(path: Path, config: Mapping[str, Any]) -> list[AddedToken]:

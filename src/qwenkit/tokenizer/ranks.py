@@ -40,7 +40,12 @@ def _read(path: Path, *, whole: bool, least_skip: int) -> Ranks:
             spelt, written = line.split()
             token, rank = binascii.a2b_base64(spelt, strict_mode=True), int(written)
             skipped = rank - last - 1
-            if not token or skipped < 0 or 0 < skipped < least_skip or (whole and rank and last < 0):
+            if (
+                not token
+                or skipped < 0
+                or 0 < skipped < least_skip
+                or (whole and rank and last < 0)
+            ):
                 raise ValueError
         except ValueError:
             higher = "" if least_skip else " or a higher one"
