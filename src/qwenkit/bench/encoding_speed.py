@@ -47,8 +47,7 @@ def measure_encoding(
     """
     size_mb = len(text.encode()) / 1e6
     rates: list[list[float]] = [[] for _ in encoders]
-    first = list(encoders[0].encode(text))
-    same = [list(encoder.encode(text)) == first for encoder in encoders]  # also warms up
+    warm = [list(encoder.encode(text)) for encoder in encoders]
     for turn in range(turns):
         for index, encoder in enumerate(encoders):
             start_s = clock()
@@ -57,6 +56,6 @@ def measure_encoding(
             if progress is not None:
                 progress(encoder.name, (turn * len(encoders) + index + 1) / turns / len(encoders))
     return [
-        EncodingSpeed(encoder.name, tuple(rate), agrees)
-        for encoder, rate, agrees in zip(encoders, rates, same, strict=True)
+        EncodingSpeed(encoder.name, tuple(rate), ids == warm[0])
+        for encoder, rate, ids in zip(encoders, rates, warm, strict=True)
     ]

@@ -70,10 +70,17 @@ def compression(
       qwenkit bench compression --texts corpus --tokenizer tokenizers:xlm-r/tokenizer.json \\
         --tokenizer Qwen/Qwen2-0.5B-Instruct --out results
     """
-    content = read_texts(text or (), texts)
+    table = _count(read_texts(text or (), texts), tokenizer or [options.DEFAULT_MODEL], out)
+    if as_json:
+        console.say_json(table.to_json())
+    else:
+        console.say(table.to_markdown(), end="")
+
+
+def _count(content: dict[str, str], tokenizers: list[str], out: Path | None) -> CompressionTable:
     table = CompressionTable(
-        tokenizers=tuple(dict.fromkeys(tokenizer or [options.DEFAULT_MODEL])),
-        texts={language: TextFacts.of(found) for language, found in content.items()},
+        tokenizers=tuple(dict.fromkeys(tokenizers)),
+        texts={language: TextFacts.of(text) for language, text in content.items()},
         command=shlex.join(["qwenkit", *sys.argv[1:]]),
     )
     if out is not None:
@@ -87,10 +94,7 @@ def compression(
     with ProgressBar() as progress:
         table = measure_compression(content, table, save=save, progress=progress)
     save(table)
-    if as_json:
-        console.say_json(table.to_json())
-    else:
-        console.say(table.to_markdown(), end="")
+    return table
 
 
 def tokenizer(

@@ -13,49 +13,57 @@ from qwenkit.errors import UsageError
 
 if TYPE_CHECKING:
     from qwenkit.tokenizer import BytePairTokenizer
+    from qwenkit.tokenizer.learn import Pair
 
 _FIRST_GENERATION_START = 151851  # behind the 151,643 regular and 208 control tokens of Qwen
 
 
+Input = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT", help="The vocabulary: qwen.tiktoken, tokenizer.json or a model."
+    ),
+]
+Output = Annotated[
+    Path, typer.Argument(metavar="OUTPUT", help="The .tiktoken file to write: new tokens only.")
+]
+WordFile = Annotated[
+    Path, typer.Argument(metavar="WORDS", help="The words: each a line, a tab and its frequency.")
+]
+StartId = Annotated[
+    int | None,
+    typer.Option(
+        "--start-id",
+        "--start_id",
+        metavar="N",
+        help="Id of the first new token; -1 is the next after the regular tokens. [default: "
+        f"{_FIRST_GENERATION_START} for a .tiktoken file, else the next free id]",
+    ),
+]
+HfFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Write the whole vocabulary here too: vocab.json, merges.txt, tokenizer.json.",
+    ),
+]
+Grown = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="A model of that vocabulary that gets the new tokens."),
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Where the model with them is written.")
+]
+
+
 def add_merges(
-    input_path: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT", help="The vocabulary: qwen.tiktoken, tokenizer.json or a model."
-        ),
-    ],
-    output_path: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="The .tiktoken file to write: new tokens only.")
-    ],
-    vocab_path: Annotated[
-        Path,
-        typer.Argument(metavar="WORDS", help="The words: each a line, a tab and its frequency."),
-    ],
-    start_id: Annotated[
-        int | None,
-        typer.Option(
-            "--start-id",
-            "--start_id",
-            metavar="N",
-            help="Id of the first new token; -1 is the next after the regular tokens. [default: "
-            f"{_FIRST_GENERATION_START} for a .tiktoken file, else the next free id]",
-        ),
-    ] = None,
-    hf_folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--hf-folder",
-            metavar="FOLDER",
-            help="Write the whole vocabulary here too: vocab.json, merges.txt, tokenizer.json.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="A model of that vocabulary that gets the new tokens."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the model with them is written.")
-    ] = None,
+    input_path: Input,
+    output_path: Output,
+    vocab_path: WordFile,
+    start_id: StartId = None,
+    hf_folder: HfFolder = None,
+    model: Grown = None,
+    out: Out = None,
 ) -> None:
     """Make tokens of words: learn the merges that lead to them and write these as a file.
 
@@ -75,7 +83,7 @@ def add_merges(
     if (model is None) != (out is None):
         raise UsageError("--model and --out belong together: give both, or neither.")
     from qwenkit.checkpoint.vocabulary import open_tokenizer  # a second that --help does without
-    from qwenkit.tokenizer.learn import learn_merges, read_words, with_ids
+    from qwenkit.tokenizer.learn import with_ids
     from qwenkit.tokenizer.ranks import write_ranks
 
     tokenizer = open_tokenizer(_resolve(input_path))
@@ -83,15 +91,11 @@ def add_merges(
     if model_path is not None:
         _check_same(input_path, tokenizer, str(model), open_tokenizer(model_path))
     first_id = _first_id(input_path, tokenizer, start_id)
-    words = read_words(vocab_path, tokenizer)
-    for remark in words.remarks:
-        console.note(remark)
-    with console.progress("Learning merges …") as show:
-        merges = learn_merges(words, tokenizer, progress=show)
+    count, merges = _learn(vocab_path, tokenizer)
     ranks = with_ids(merges, first_id)
     write_ranks(output_path, ranks)
     ids = f", ids {first_id} to {first_id + len(merges) - 1}" if merges else ""
-    console.say(f"{output_path}: {len(merges)} merges for {len(words.frequencies)} words{ids}.")
+    console.say(f"{output_path}: {len(merges)} merges for {count} words{ids}.")
     taken = [text for text, i in tokenizer.control_tokens.items() if i in ranks.values()]
     if taken:
         console.note(f"Ids of control tokens ({taken[0]} …) are among them: no tokenizer has both.")
@@ -99,6 +103,17 @@ def add_merges(
         _write_hf_folder(hf_folder, tokenizer, ranks, str(output_path))
     if model_path is not None and out is not None:
         _extend_model(model_path, out, ranks)
+
+
+def _learn(path: Path, tokenizer: BytePairTokenizer) -> tuple[int, list[Pair]]:
+    """How many words there are to learn, and their merges."""
+    from qwenkit.tokenizer.learn import learn_merges, read_words
+
+    words = read_words(path, tokenizer)
+    for remark in words.remarks:
+        console.note(remark)
+    with console.progress("Learning merges …") as show:
+        return len(words.frequencies), learn_merges(words, tokenizer, progress=show)
 
 
 def _resolve(name: str) -> Path:

@@ -128,9 +128,14 @@ def compose(text: str) -> str:
     """
     if text.isascii():
         return text
-    # A line feed composes with nothing, and a line that is composed already costs next to nothing.
-    lines = _LONG_MARK_RUN.sub(_sort_marks, text).split("\n")
-    return "\n".join([unicodedata.normalize("NFC", line) for line in lines])
+    # A line feed composes with nothing, and most lines are composed already, which is soon seen.
+    return "\n".join([_compose_line(line) for line in text.split("\n")])
+
+
+def _compose_line(line: str) -> str:
+    if line.isascii():
+        return line
+    return unicodedata.normalize("NFC", _LONG_MARK_RUN.sub(_sort_marks, line))
 
 
 def _sort_marks(run: Any) -> str:
