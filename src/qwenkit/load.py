@@ -87,12 +87,17 @@ def load(
     return Loaded(model.eval(), config, record, tokenizer, checkpoint)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> BytePairTokenizer:
-    """The tokenizer that a checkpoint carries. Raises TokenizerError naming file and field."""
+def load_tokenizer(
+    checkpoint: Checkpoint, *, extra_vocab_file: Path | None = None
+) -> BytePairTokenizer:
+    """The tokenizer that a checkpoint carries, with the tokens of `extra_vocab_file` if given.
+
+    Raises TokenizerError naming file and field.
+    """
     try:
         if checkpoint.folder is None:
-            return from_gguf(checkpoint.gguf_metadata)
-        return from_folder(checkpoint.folder)
+            return from_gguf(checkpoint.gguf_metadata, extra_vocab_file=extra_vocab_file)
+        return from_folder(checkpoint.folder, extra_vocab_file=extra_vocab_file)
     except TokenizerError as error:
         if str(checkpoint.path) in str(error):  # a folder's reader knows which of its files it is
             raise

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,18 @@ class Planned:
 
 
 def save_folder(
-    loaded: Loaded, folder: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+    loaded: Loaded,
+    folder: Path,
+    *,
+    tokenizer_files: Callable[[Path], None] | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[Path]:
     """Write `loaded` as a model folder in the published layout; returns the files of its weights.
 
-    Plain weights keep the dtype that they were stored in; blocks of a GGUF, which safetensors has
-    no place for, become numbers of that dtype. Other quantized formats are written as they are.
-    Raises UsageError for the folder that the model was read from, CheckpointError when the disk
-    refuses.
+    `tokenizer_files` writes the tokenizer; by default it goes along as it was read. Plain weights
+    keep the dtype that they were stored in; blocks of a GGUF, which safetensors has no place for,
+    become numbers of that dtype. Other quantized formats are written as they are. Raises UsageError
+    for the folder that the model was read from, CheckpointError when the disk refuses.
     """
     dtype = PLAIN[loaded.record.stored_dtype or "F32"]
     tensors: dict[str, Planned] = {}
@@ -87,22 +92,23 @@ def save_folder(
             kept = named.tensor
             tensors[named.name] = Planned(tuple(kept.shape), kept.dtype, _cast(kept, kept.dtype))
     config = {**loaded.checkpoint.config, "torch_dtype": str(dtype).removeprefix("torch.")}
-    source = loaded.checkpoint
-
-    def tokenizer_files(target: Path) -> None:
-        if source.folder is not None:
-            copy_files(source.folder, target, TOKENIZER_FILES)
-        else:
-            write_tokenizer(loaded.tokenizer, target, source, source.chat_template)
-
     return write_model_folder(
         folder,
-        source,
+        loaded.checkpoint,
         config,
         tensors,
-        tokenizer_files=tokenizer_files,
+        tokenizer_files=tokenizer_files or partial(_same_tokenizer, loaded),
         shard_bytes=shard_bytes,
     )
+
+
+def _same_tokenizer(loaded: Loaded, target: Path) -> None:
+    source = loaded.checkpoint
+    if source.folder is None:
+        write_tokenizer(loaded.tokenizer, target, source, source.chat_template)
+    else:
+        extra = source.tokenizer_config.get("extra_vocab_file")
+        copy_files(source.folder, target, [*TOKENIZER_FILES, *([extra] if extra else [])])
 
 
 def write_model_folder(

@@ -30,7 +30,7 @@ def lines_svg(title: str, x_name: str, y_name: str, rows: Mapping[str, Mapping[i
             f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.4g}</text>',
         ]
     for number, (name, row) in enumerate(rows.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = _colour(number)
         path = " ".join(f"{_across(x, xs):.1f},{_down(row[x], ys):.1f}" for x in sorted(row))
         dash = ' stroke-dasharray="6 3"' if number >= len(_COLOURS) else ""
         y_legend = _TOP + 8 + 18 * number
@@ -120,3 +120,43 @@ def _across(x: float, span: tuple[float, float]) -> float:
 def _down(y: float, span: tuple[float, float]) -> float:
     share = (math.log(y) - span[0]) / (span[1] - span[0])
     return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def bars_svg(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
+    """`groups` maps a group's name to its bars, name to length, all positive; lengths from 0 on, a
+    colour for each name.
+    """
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    longest = max((value for group in groups.values() for value in group.values()), default=1.0)
+    group_height = 14 * max(len(names), 1) + 8
+    height = _TOP + group_height * len(groups) + 18 * len(names) + 20
+    scale = (_WIDTH - _LEFT - 70) / longest
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="{_LEFT}" y="22" font-size="14">{escape(title)}</text>',
+    ]
+    for number, (group, bars) in enumerate(groups.items()):
+        top = _TOP + number * group_height
+        middle = top + group_height / 2
+        parts.append(f'<text x="{_LEFT - 6}" y="{middle}" text-anchor="end">{escape(group)}</text>')
+        for name, value in bars.items():
+            row = top + 14 * names.index(name)
+            end = _LEFT + value * scale
+            parts += [
+                f'<path d="M{_LEFT} {row + 6}H{end:.1f}" stroke="{_colour(names.index(name))}" '
+                'stroke-width="12"/>',
+                f'<text x="{end + 4:.1f}" y="{row + 10}" font-size="10">{value:.2f}</text>',
+            ]
+    for number, name in enumerate(names):
+        row = _TOP + group_height * len(groups) + 18 * number + 8
+        parts += [
+            f'<path d="M{_LEFT} {row}h20" stroke="{_colour(number)}" stroke-width="12"/>',
+            f'<text x="{_LEFT + 26}" y="{row + 4}">{escape(name)}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]

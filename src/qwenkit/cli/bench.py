@@ -34,6 +34,7 @@ from qwenkit.cli.bench_options import (
 )
 from qwenkit.cli.bench_perplexity import perplexity
 from qwenkit.cli.bench_tables import ProgressBar, show_kernels, show_speed
+from qwenkit.cli.bench_tokenizer import compression, tokenizer
 from qwenkit.errors import UsageError, suggest
 
 GROUP_SIZES = (32, 64, 128)
@@ -50,6 +51,8 @@ app = typer.Typer(
 app.command()(perplexity)
 app.command()(needle)
 app.command()(memory)
+app.command()(compression)
+app.command()(tokenizer)
 
 
 @app.command()
