@@ -36,6 +36,7 @@ from qwenkit.checkpoint.names import (
     HubName,
     check_revision,
     did_you_mean,
+    existing_path,
     parse_hub_name,
 )
 from qwenkit.checkpoint.progress import Progress, ProgressCallback
@@ -71,7 +72,7 @@ def resolve(
     Raises ModelNotFoundError when the name leads nowhere, NetworkError when the network does,
     MissingDependencyError without the client of a hub that needs one.
     """
-    path = _existing_path(name)
+    path = existing_path(name)
     if path is not None:
         return path
     if name == EMBEDDED_NAME:
@@ -108,7 +109,7 @@ def pull(
     A damaged file is fetched again. Raises ModelNotFoundError, NetworkError or
     MissingDependencyError.
     """
-    path = _existing_path(name)
+    path = existing_path(name)
     if path is not None:
         return path
     if name == EMBEDDED_NAME:
@@ -159,16 +160,6 @@ _ALWAYS_THERE = (
     f"Without a hub: 'qwenkit chat {EMBEDDED_NAME}' talks with the embedded "
     "SmolLM2-135M-Instruct, or give a folder or a .gguf file."
 )
-
-
-def _existing_path(name: str) -> Path | None:
-    if not name or "\0" in name:
-        raise ModelNotFoundError(f"model name {name!r}: empty or not a text. {did_you_mean('')}")
-    try:
-        path = Path(name).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError):  # too long for a path; a '~name' that is nobody's home
-        return None
 
 
 def _embedded(
