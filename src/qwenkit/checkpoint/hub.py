@@ -1,9 +1,8 @@
 """Where a model name leads: a path, the embedded model, or a repository of a hub.
 
 Each file of a repository resumes where a broken download stopped, also in a later process, and only
-enters the cache with the checksum that the hub announced. Other hubs than Hugging Face's have their
-client libraries (`client_hubs`). This is the only network code of the room beside them; it knows
-nothing of what is in the files.
+enters the cache with the checksum that the hub announced. Other hubs have their client libraries
+(`client_hubs`). Knows nothing of what is in the files.
 """
 
 from __future__ import annotations
@@ -66,8 +65,8 @@ def resolve(
     An existing path is taken as it is; "default" is the embedded model; `organisation/name` is
     looked up in the cache and, unless `offline`, fetched from the hub (`:file.gguf` picks one
     file); `modelscope:…` and `openmind:…` are names on those hubs, fetched by their own clients.
-    What is cached whole is used without asking the hub. `cache_dir` replaces the user's
-    cache folders, `endpoint` the hub's address.
+    What is cached whole is used without asking. `cache_dir` replaces the user's cache folders,
+    `endpoint` the hub's address.
 
     Raises ModelNotFoundError when the name leads nowhere, NetworkError when the network does,
     MissingDependencyError without the client of a hub that needs one.
@@ -106,8 +105,7 @@ def pull(
 ) -> Path:
     """As `resolve`, but asks the hub what is newest and verifies the checksum of every file.
 
-    A damaged file is fetched again. Raises ModelNotFoundError, NetworkError or
-    MissingDependencyError.
+    A damaged file is fetched again. Raises as `resolve`.
     """
     path = existing_path(name)
     if path is not None:
@@ -139,8 +137,8 @@ class Described:
 def describe(
     name: str, *, revision: str | None = None, endpoint: str | None = None
 ) -> Described | None:
-    """Read a repository's listing and its config.json, nothing else; None where it has no
-    config.json, as a repository of GGUF files only. Raises ModelNotFoundError or NetworkError.
+    """Read a repository's listing and its config.json only; None where it has none, as one of GGUF
+    files. Raises ModelNotFoundError or NetworkError.
     """
     hub_name = parse_hub_name(name)
     wanted = check_revision(revision or "main")
