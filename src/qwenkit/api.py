@@ -24,6 +24,7 @@ from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
 from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import load
@@ -60,6 +61,7 @@ class _Session:
         rope: str = "per-request",
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_dtype: str = "auto",
         offline: bool = False,
         revision: str | None = None,
         progress: Callable[[float], None] | None = None,
@@ -76,21 +78,20 @@ class _Session:
         allows); more than that extends the model by YaRN, up to four times what it was trained for,
         where it can be. `rope` "per-request" extends a request beyond the trained length only if
         its prompt and `max_tokens` need it, and only so far; "as-config" does what the config says,
-        always. `kv_cache_tokens` is the room for all requests together. `offline` never touches the
-        network; `revision` names a hub's branch, tag or commit.
+        always. `kv_cache_tokens` is the room for all requests together, `kv_dtype` "fp32", "bf16"
+        or "int8" what keys and values are kept in ("auto": bf16 where products round activations,
+        else as computed). `offline` uses no network; `revision` names a branch, tag or commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
         """
-        _check_arguments(model, compute, device, threads)
+        _check_arguments(model, compute, device, threads, kv_dtype)
         plan: WeightPlan | None = WeightPlan(weights, group_size, head_weights)
         self.rope = rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
-        native = kernels.variant is not None and device == "cpu"
-        if threads is not None:
-            torch.set_num_threads(threads)
-        if weights == "auto" and (compute == "reference" or not native):
+        native = kernels.variant is not None and device == "cpu" and compute == "auto"
+        if weights == "auto" and not native:
             plan = None  # run what is stored, as it is stored
         loaded = load(self.path, dtype=dtype, device=device, plan=plan, progress=progress)
         self.model = loaded.model
@@ -101,6 +102,7 @@ class _Session:
         self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
         settings = EngineSettings(
             kv_cache_tokens=kv_cache_tokens or self.context_tokens,
+            kv_dtype=_kv_dtype(kv_dtype, self.model, native=native),
             reference_ops=compute == "reference",
         )
         self._service = EngineService(self._engine(settings, device))
@@ -328,15 +330,25 @@ def _prompt_ids(prompt: object) -> list[int]:
     return [int(token_id) for token_id in ids]
 
 
-def _check_arguments(model: object, compute: str, device: str, threads: object) -> None:
+def _check_arguments(
+    model: object, compute: str, device: str, threads: object, kv_dtype: str
+) -> None:
     if not isinstance(model, str | Path):
         raise UsageError(f"model: expected a name or a path, got {model!r}.")
     if compute not in COMPUTE:
         raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
+    EngineSettings(kv_dtype=kv_dtype)
     cores = os.cpu_count() or 1
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= cores):
         raise UsageError(f"threads: got {threads!r}; allowed: 1 to {cores}, the cores here.")
     _check_device(device)
+
+
+def _kv_dtype(asked: str, model: torch.nn.Module, *, native: bool) -> str:
+    """bf16 for "auto" where native products of the model's weights take less than fp32."""
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    rounds = native and any(m.kind != "fp32" for m in packed)
+    return "bf16" if asked == "auto" and rounds else asked
 
 
 def _check_device(device: str) -> None:

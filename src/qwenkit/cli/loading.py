@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _OPTIONS = {
     "context_tokens": "--context",
     "kv_cache_tokens": "--context",
+    "kv_dtype": "--kv-dtype",
     "threads": "--threads",
     "rope": "--rope",
     "dtype": "--dtype",
@@ -50,6 +51,7 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
             threads=given.threads,
             pin_threads=given.pin_threads,
             context_tokens=given.context,
+            kv_dtype=given.kv_dtype,
             rope=given.rope,
             offline=given.offline,
             progress=show,
@@ -60,6 +62,7 @@ def _check(given: options.ModelOptions) -> None:
     """Raises UsageError for what can be known to be wrong before anything is downloaded."""
     options.check_name("--dtype", given.dtype, options.DTYPES)
     options.check_name("--compute", given.compute, options.COMPUTE)
+    options.check_name("--kv-dtype", given.kv_dtype, options.KV_DTYPES)
     options.check_name("--rope", given.rope, ROPE_MODES)
     if (given.weights, given.group_size, given.head_weights) != ("auto", None, None):
         from qwenkit.formats.plan import WeightPlan  # imports torch

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from qwenkit.engine.batch import build
-from qwenkit.engine.kv import KVCache
+from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.replay import Replayer
 from qwenkit.engine.scheduler import Plan
@@ -17,8 +17,8 @@ from qwenkit.kernels.registry import reference_only
 
 
 class Runner:
-    """A model on `device` and its KV cache of `num_blocks` blocks; `reference_ops` as in the
-    engine's settings.
+    """A model on `device` and its KV cache of `num_blocks` blocks; `reference_ops` and
+    `kv_dtype` as in the engine's settings.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class Runner:
         block_tokens: int,
         device: torch.device,
         reference_ops: bool,
+        kv_dtype: str = "auto",
     ) -> None:
         self._model = model
         self._reference_ops = reference_ops
@@ -39,7 +40,7 @@ class Runner:
             block_tokens=block_tokens,
             kv_heads=model.config.num_key_value_heads,
             head_dim=model.config.head_dim,
-            dtype=model.dtype,
+            dtype=NAMED_DTYPES.get(kv_dtype, model.dtype),
             device=device,
         )
         native = not reference_ops and device.type == "cpu" and "cpu" in packed_matmul.backends
