@@ -8,6 +8,7 @@ print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import numbers
 import os
 import secrets
@@ -24,6 +25,7 @@ from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
 from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import Loaded, load
@@ -62,6 +64,7 @@ class _Session:
         rope: str = "per-request",
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_dtype: str = "auto",
         offline: bool = False,
         revision: str | None = None,
         progress: Callable[[float], None] | None = None,
@@ -81,13 +84,15 @@ class _Session:
         config allows); more than that extends the model by YaRN, up to four times what it was
         trained for, where it can be. `rope` "per-request" extends a request beyond the trained
         length only if its prompt and `max_tokens` need it, and only so far; "as-config" does what
-        the config says, always. `kv_cache_tokens` is the room for all requests together. `offline`
-        never touches the network; `revision` names a hub's branch, tag or commit.
+        the config says, always. `kv_cache_tokens` is the room for all requests together, `kv_dtype`
+        "fp32", "bf16" or "int8" what keys and values are kept in ("auto": bf16 where products round
+        activations, else as computed). `offline` uses no network; `revision` names a branch, tag or
+        commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
         """
-        _check_arguments(model, compute, threads)
+        _check_arguments(model, compute, threads, kv_dtype)
         asked = _asked_places(device, device_map)
         plan = WeightPlan(weights, group_size, head_weights)
         self.rope = rope_mode(rope)
@@ -105,16 +110,14 @@ class _Session:
             plan=plan if native or weights != "auto" else None,  # else run what is stored, as it is
             progress=progress,
         )
-        self._serve(loaded, context_tokens, kv_cache_tokens, reference=compute == "reference")
+        settings = EngineSettings(
+            kv_cache_tokens=kv_cache_tokens,
+            kv_dtype=_kv_dtype(kv_dtype, loaded.model, native=native),
+            reference_ops=compute == "reference",
+        )
+        self._serve(loaded, context_tokens, settings)
 
-    def _serve(
-        self,
-        loaded: Loaded,
-        context_tokens: int | None,
-        kv_cache_tokens: int | None,
-        *,
-        reference: bool,
-    ) -> None:
+    def _serve(self, loaded: Loaded, context_tokens: int | None, settings: EngineSettings) -> None:
         """Keep what was loaded and start its engine."""
         self.model = loaded.model
         self.config = loaded.config
@@ -122,9 +125,8 @@ class _Session:
         self.tokenizer = loaded.tokenizer
         self.checkpoint = loaded.checkpoint
         self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
-        settings = EngineSettings(
-            kv_cache_tokens=kv_cache_tokens or self.context_tokens, reference_ops=reference
-        )
+        if settings.kv_cache_tokens is None:
+            settings = dataclasses.replace(settings, kv_cache_tokens=self.context_tokens)
         self._service = EngineService(self._engine(settings))
 
     @property
@@ -367,11 +369,19 @@ def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, s
     return read_places(device if device_map is None else device_map)
 
 
-def _check_arguments(model: object, compute: str, threads: object) -> None:
+def _check_arguments(model: object, compute: str, threads: object, kv_dtype: str) -> None:
     if not isinstance(model, str | Path):
         raise UsageError(f"model: expected a name or a path, got {model!r}.")
     if compute not in COMPUTE:
         raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
+    EngineSettings(kv_dtype=kv_dtype)
     cores = os.cpu_count() or 1
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= cores):
         raise UsageError(f"threads: got {threads!r}; allowed: 1 to {cores}, the cores here.")
+
+
+def _kv_dtype(asked: str, model: torch.nn.Module, *, native: bool) -> str:
+    """bf16 for "auto" where native products of the model's weights take less than fp32."""
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    rounds = native and any(m.kind != "fp32" for m in packed)
+    return "bf16" if asked == "auto" and rounds else asked

@@ -23,6 +23,8 @@ def test_names_of_settings_are_checked_before_any_download() -> None:
         loading.load_model("no/model", ModelOptions(dtype="float16", offline=True))
     with pytest.raises(UsageError, match=r"^--compute: got 'fast'.*reference"):
         loading.load_model("no/model", ModelOptions(compute="fast", offline=True))
+    with pytest.raises(UsageError, match=r"^--kv-dtype: got 'fp8'.*int8"):
+        loading.load_model("no/model", ModelOptions(kv_dtype="fp8", offline=True))
 
 
 @pytest.mark.parametrize(

@@ -246,9 +246,14 @@ def test_addresses_outside_the_cache_are_refused(kernels: dict[str, Kernel]) -> 
         with pytest.raises(KernelError, match="block table"):
             story.attend(kernels, 0, 20)
         slots = torch.tensor([0, wrong * BLOCK_TOKENS])
-        before = story.keys.clone()
-        with pytest.raises(KernelError, match="slots"):
-            kernels["kv_write"](story.k[:2], story.v[:2], story.keys, story.values, slots)
+        before, caches = story.keys.clone(), (story.keys, story.values)
+        with pytest.raises(KernelError, match="kv_write: slots"):
+            kernels["kv_write"](story.k[:2], story.v[:2], *caches, slots)
+        tables = torch.ones(2, 32)
+        with pytest.raises(KernelError, match="rotary_kv_write: slots"):
+            kernels["rotary_kv_write"](
+                story.q[:2], story.k[:2], story.v[:2], tables, tables, *caches, slots
+            )
         assert torch.equal(story.keys.nan_to_num(), before.nan_to_num())
 
 
@@ -271,3 +276,11 @@ def test_lengths_that_do_not_fit_are_refused(kernels: dict[str, Kernel]) -> None
     slots = torch.arange(2)
     with pytest.raises(KernelError, match=r"v \[2, 1, 64\]"):
         kernels["kv_write"](story.k[:2], story.v[:2, :1], story.keys, story.values, slots)
+    together, caches = kernels["rotary_kv_write"], (story.keys, story.values)
+    rows, table = (story.q[:2], story.k[:2], story.v[:2]), torch.ones(2, 32)
+    with pytest.raises(KernelError, match=r"sin \[2, 31\]"):
+        together(*rows, table, table[:, :31], *caches, slots)
+    with pytest.raises(KernelError, match=r"k \[2, 1, 64\]"):
+        together(story.q[:2], *(t[:, :1] for t in rows[1:]), table, table, *caches, slots)
+    with pytest.raises(KernelError, match=r"factors \[3\]"):
+        together(*rows, table, table, *caches, slots, None, None, torch.ones(3))

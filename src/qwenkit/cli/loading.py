@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _OPTIONS = {
     "context_tokens": "--context",
     "kv_cache_tokens": "--context",
+    "kv_dtype": "--kv-dtype",
     "threads": "--threads",
     "rope": "--rope",
     "dtype": "--dtype",
@@ -29,7 +30,6 @@ _OPTIONS = {
     "device_map": "--device-map",
     "users": "--users",
     "tokens": "--tokens",
-    "kv_dtype": "--kv-dtype",
     "devices": "--devices",
 }
 
@@ -60,6 +60,7 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
             threads=given.threads,
             pin_threads=given.pin_threads,
             context_tokens=given.context,
+            kv_dtype=given.kv_dtype,
             rope=given.rope,
             offline=given.offline,
             progress=show,
@@ -80,6 +81,7 @@ def _check(given: options.ModelOptions) -> GivenMap | None:
     dtypes = [name for name in options.DTYPES if not (on_cpu and name == "float16")]
     options.check_name("--dtype", given.dtype, dtypes)
     options.check_name("--compute", given.compute, options.COMPUTE)
+    options.check_name("--kv-dtype", given.kv_dtype, options.KV_DTYPES)
     options.check_name("--rope", given.rope, ROPE_MODES)
     if (given.weights, given.group_size, given.head_weights) != ("auto", None, None):
         from qwenkit.formats.plan import WeightPlan  # imports torch

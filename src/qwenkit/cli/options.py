@@ -20,6 +20,7 @@ from qwenkit.types.sampling import SamplingParams
 DEFAULT_MODEL = "default"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPUTE = ("auto", "reference")
+KV_DTYPES = ("auto", "fp32", "bf16", "int8")
 _KINDS = "int4, int8, bf16 or fp32"
 _SAMPLING = "[default: the model's own]"
 
@@ -127,6 +128,14 @@ Context = Annotated[
         help="Context in tokens; more than the model's own extends it. [default: the model's own]",
     ),
 ]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What keys and values are kept in: fp32, bf16 or int8; auto: bf16 where weights are "
+        "int4, int8 or bf16, else as activations.",
+    ),
+]
 Rope = Annotated[
     str,
     typer.Option(
@@ -153,6 +162,7 @@ class ModelOptions:
     device: DeviceName = "cpu"
     device_map: DeviceMap = None
     context: Context = None
+    kv_dtype: KvDtype = "auto"
     rope: Rope = "per-request"
     offline: Offline = False
 

@@ -9,6 +9,8 @@ import torch
 from qwenkit.errors import UsageError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES = ("auto", *NAMED_DTYPES)
 
 
 class KVCache:

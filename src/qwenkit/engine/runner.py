@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from qwenkit.engine.batch import Batch, build
-from qwenkit.engine.kv import KVCache
+from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.replay import Replayer
 from qwenkit.engine.scheduler import Plan
@@ -19,9 +19,9 @@ from qwenkit.layers.attention import AttentionContext, ByDevice
 
 
 class Runner:
-    """A model on `device` and its KV cache of `num_blocks` blocks; `reference_ops` as in the
-    engine's settings. Of a model split over several devices `device` is that of the embedding and
-    `layer_devices` is each layer's.
+    """A model on `device` and its KV cache of `num_blocks` blocks; `reference_ops` and
+    `kv_dtype` as in the engine's settings. Of a model split over several devices `device` is that
+    of the embedding and `layer_devices` is each layer's.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Runner:
         device: torch.device,
         reference_ops: bool,
         layer_devices: Sequence[torch.device] | None = None,
+        kv_dtype: str = "auto",
     ) -> None:
         self._model = model
         self._reference_ops = reference_ops
@@ -43,7 +44,7 @@ class Runner:
             block_tokens=block_tokens,
             kv_heads=model.config.num_key_value_heads,
             head_dim=model.config.head_dim,
-            dtype=model.dtype,
+            dtype=NAMED_DTYPES.get(kv_dtype, model.dtype),
             device=device,
             layer_devices=layer_devices,
         )

@@ -28,6 +28,7 @@ from qwenkit.kernels.cpu.bind_packed import (
     bind_packed_projections,
     bind_packed_rows,
 )
+from qwenkit.kernels.cpu.bind_rotary_kv_write import bind_rotary_kv_write
 from qwenkit.kernels.cpu.bind_rows import bind_rms_norm, bind_rotary, bind_silu_mul
 from qwenkit.kernels.cpu.library import Kernel, function, open_library
 from qwenkit.kernels.cpu.place import place_helpers
@@ -157,5 +158,6 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
         "paged_attention": bind_paged_attention(library),
         "rms_norm": bind_rms_norm(library),
         "rotary": bind_rotary(library),
+        "rotary_kv_write": bind_rotary_kv_write(library),
         "silu_mul": bind_silu_mul(library),
     }
