@@ -32,7 +32,8 @@ _PANEL_ROWS = 32  # that a thread takes apart at a time
 # What malloc keeps for what is live at a time: pieces of a step's sizes leave gaps between them.
 # Measured with glibc on a Qwen2-0.5B: 1.2 to 1.9, by how the pieces fall.
 _KEPT = 1.5
-_SCALES_PER_GROUP = 5  # and offsets, of activations rounded twice
+_SCALES_PER_GROUP = 7  # and offsets and places, of activations rounded twice
+_ROUNDED_COPIES = 3  # of a byte each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +110,17 @@ def activation_bytes(config: ModelConfig, weights: Weights, work: Workload) -> i
     mlp, hidden = weights.mlp_width, config.hidden_size
     attention = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     step = min(work.users * work.tokens, STEP_TOKENS)
-    # Gate, up and their product beside the layer's input, its norm, and the residual sum.
-    live = step * (3 * mlp + 4 * hidden) * _FLOAT_BYTES
+    # What gate and up give together beside the layer's input, its projections and residual sum.
+    live = step * (mlp + 4 * hidden + 2 * attention) * _FLOAT_BYTES
+    # Rounded, their rests, and these again one after another; or bf16.
     groups = mlp // weights.group if weights.group else 0
-    rounded = step * (2 * mlp + _SCALES_PER_GROUP * groups * _FLOAT_BYTES)
+    copies = _ROUNDED_COPIES if groups else 2
+    rounded = step * (copies * mlp + _SCALES_PER_GROUP * groups * _FLOAT_BYTES)
     scratch = rounded + work.threads * _PANEL_ROWS * mlp
     logits = work.users * config.vocab_size * _FLOAT_BYTES
     recorded = 0
     if work.users <= _REPEATED_USERS:
-        per_token = config.num_hidden_layers * (3 * mlp + 6 * hidden + 2 * attention)
+        per_token = config.num_hidden_layers * (mlp + 3 * hidden + 2 * attention)
         recorded = _RECORDINGS * (work.users * per_token * _FLOAT_BYTES + logits)
     # Recordings are made of what the last prompt has left.
     return int(_KEPT * max(live + scratch, recorded)) + logits
