@@ -158,17 +158,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(hub: FakeHub) -> Iterator[FakeHub]:
-    """Run the hub on a free port of this machine; `hub.endpoint` is its address."""
-    handler = type("Handler", (_Handler,), {"hub": hub})
+def serving_with(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer with `handler` on a free port of this machine; what is given is the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def serving(hub: FakeHub) -> Iterator[FakeHub]:
+    """Run the hub; `hub.endpoint` is its address."""
+    with serving_with(type("Handler", (_Handler,), {"hub": hub})) as hub.endpoint:
+        yield hub

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from qwenkit import LLM, AsyncLLM, SamplingParams
+from qwenkit.engine.kv import KVCache
 from qwenkit.errors import ModelNotFoundError, RequestError, UsageError
+from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.types.events import FinishEvent, TokenEvent
 from qwenkit.types.extension import NO_EXTENSION, Extension
 from tiny import IM_END, write_tiny_checkpoint
@@ -142,6 +144,8 @@ def test_an_explicit_sampling_is_used_as_it_is(llm: LLM) -> None:
 def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="compute"):
         LLM(folder, compute="fast")
+    with pytest.raises(UsageError, match="kv_dtype"):
+        LLM(folder, kv_dtype="fp8")
     with pytest.raises(UsageError, match="threads"):
         LLM(folder, threads=0)
     with pytest.raises(UsageError, match=r"threads: got 100000; allowed: 1 to \d+"):
@@ -154,6 +158,39 @@ def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None
         LLM(folder, rope="per-requst")
     with pytest.raises(ModelNotFoundError, match="default"):
         LLM("no/such-model", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"weights": "fp32"}, torch.float32),
+        ({"weights": "int4"}, torch.bfloat16),
+        ({"weights": "int4", "compute": "reference"}, torch.float32),
+        ({"weights": "int8", "kv_dtype": "fp32"}, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"kv_dtype": "bf16"}, torch.bfloat16),
+        ({"kv_dtype": "int8"}, torch.int8),
+    ],
+)
+def test_keys_and_values_are_kept_as_asked_or_as_the_weights_allow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], dtype: torch.dtype
+) -> None:
+    made = []
+    make = KVCache.__init__
+
+    def watched(self: KVCache, **sizes: Any) -> None:
+        made.append(sizes["dtype"])
+        make(self, **sizes)
+
+    monkeypatch.setattr(KVCache, "__init__", watched)
+    with LLM(folder, **given) as opened:
+        if given == {"weights": "int4"} and not kv_write.backends:
+            dtype = torch.float32  # no native kernels here
+        assert made == [dtype]
+        prompts = [[65, 66, 67, 68], [70, 71]]
+        alone = [opened.generate([p], GREEDY)[0].token_ids for p in prompts]
+        assert [c.token_ids for c in opened.generate(prompts, GREEDY)] == alone
 
 
 def test_a_shorter_context_ends_the_answer(folder: Path) -> None:

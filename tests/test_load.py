@@ -16,6 +16,8 @@ import torch
 from qwenkit.bench.random_model import write_random_gguf
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
+from qwenkit.kernels import devices
+from qwenkit.kernels.devices import Device
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.load import load, load_tokenizer
@@ -127,7 +129,8 @@ def test_bfloat16_stays_as_stored_where_the_processor_computes_in_it(
     tensors = {n: t.bfloat16() for n, t in tiny_tensors(CONFIG).items()}
     folder = write_tiny_checkpoint(tmp_path, tensors=tensors)
     for computes, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("qwenkit.load._cpu_computes_bf16", lambda answer=computes: answer)
+        found = Device("cpu", "processor", computes, False)
+        monkeypatch.setattr(devices, "find_cpu", lambda found=found: found)
         model = load(folder).model
         assert {p.dtype for p in model.parameters()} == {dtype}
         logits = model(torch.arange(4), PackedCausal([4]))
@@ -192,6 +195,8 @@ _GROWTH = """
 import sys
 from pathlib import Path
 import torch
+from qwenkit.kernels import devices
+from qwenkit.kernels.devices import Device
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.load import load
 

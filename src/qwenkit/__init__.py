@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwenkit.compat import TextStreamer as TextStreamer
     from qwenkit.compat import decode_tokens as decode_tokens
     from qwenkit.compat import get_stop_words_ids as get_stop_words_ids
+    from qwenkit.compat import load_model_on_gpus as load_model_on_gpus
     from qwenkit.compat import make_context as make_context
     from qwenkit.compat import snapshot_download as snapshot_download
     from qwenkit.errors import QwenkitError as QwenkitError
@@ -38,6 +39,7 @@ _PUBLIC = {
     "TextStreamer": "qwenkit.compat",
     "decode_tokens": "qwenkit.compat",
     "get_stop_words_ids": "qwenkit.compat",
+    "load_model_on_gpus": "qwenkit.compat",
     "make_context": "qwenkit.compat",
     "snapshot_download": "qwenkit.compat",
     "QwenkitError": "qwenkit.errors",

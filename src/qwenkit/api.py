@@ -8,6 +8,7 @@ print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import numbers
 import os
 import secrets
@@ -24,9 +25,11 @@ from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
 from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
-from qwenkit.load import load
+from qwenkit.load import Loaded, load
+from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
 from qwenkit.types.completion import Completion
 from qwenkit.types.events import Event
@@ -55,11 +58,13 @@ class _Session:
         head_weights: str | None = None,
         compute: str = "auto",
         device: str = "cpu",
+        device_map: GivenMap | None = None,
         threads: int | None = None,
         pin_threads: bool = False,
         rope: str = "per-request",
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_dtype: str = "auto",
         offline: bool = False,
         revision: str | None = None,
         progress: Callable[[float], None] | None = None,
@@ -71,41 +76,70 @@ class _Session:
         with `group_size` columns to a scale (32, 64 or 128) and `head_weights` for embedding and
         head (default: int8 with int4). `compute` "auto" uses the fastest kernels of this machine,
         which round activations to eight bits for int4 and int8 weights, "reference" the readable
-        torch ones, which never do. `pin_threads` gives each helper thread a core of its own.
-        `context_tokens` limits prompt and answer together (default: what the model's config
-        allows); more than that extends the model by YaRN, up to four times what it was trained for,
-        where it can be. `rope` "per-request" extends a request beyond the trained length only if
-        its prompt and `max_tokens` need it, and only so far; "as-config" does what the config says,
-        always. `kv_cache_tokens` is the room for all requests together. `offline` never touches the
-        network; `revision` names a hub's branch, tag or commit.
+        torch ones, which never do. `device` is where everything is: "cpu", "cuda:1", or "auto", the
+        accelerators if there are any. `device_map`, instead, may also give module paths their
+        devices and so split the model between its layers; see `qwenkit.parallel.plan_devices`.
+        Elsewhere than on a processor torch computes. `pin_threads` gives each helper thread a core
+        of its own. `context_tokens` limits prompt and answer together (default: what the model's
+        config allows); more than that extends the model by YaRN, up to four times what it was
+        trained for, where it can be. `rope` "per-request" extends a request beyond the trained
+        length only if its prompt and `max_tokens` need it, and only so far; "as-config" does what
+        the config says, always. `kv_cache_tokens` is the room for all requests together, `kv_dtype`
+        "fp32", "bf16" or "int8" what keys and values are kept in ("auto": bf16 where products round
+        activations, else as computed). `offline` uses no network; `revision` names a branch, tag or
+        commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
         """
-        _check_arguments(model, compute, device, threads)
-        plan: WeightPlan | None = WeightPlan(weights, group_size, head_weights)
+        _check_arguments(model, compute, threads, kv_dtype)
+        asked = _asked_places(device, device_map)
+        plan = WeightPlan(weights, group_size, head_weights)
         self.rope = rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
-        native = kernels.variant is not None and device == "cpu"
         if threads is not None:
             torch.set_num_threads(threads)
-        if weights == "auto" and (compute == "reference" or not native):
-            plan = None  # run what is stored, as it is stored
-        loaded = load(self.path, dtype=dtype, device=device, plan=plan, progress=progress)
+        room = kv_cache_tokens or context_tokens
+        self.devices = plan_devices(self.path, asked, dtype=dtype, kv_cache_tokens=room)
+        native = kernels.variant is not None and self.devices == "cpu" and compute != "reference"
+        loaded = load(
+            self.path,
+            dtype=dtype,
+            device=self.devices if isinstance(self.devices, str) else self.devices.devices,
+            plan=plan if native or weights != "auto" else None,  # else run what is stored, as it is
+            progress=progress,
+        )
+        settings = EngineSettings(
+            kv_cache_tokens=kv_cache_tokens,
+            kv_dtype=_kv_dtype(kv_dtype, loaded.model, native=native),
+            reference_ops=compute == "reference",
+        )
+        self._serve(loaded, context_tokens, settings)
+
+    def _serve(self, loaded: Loaded, context_tokens: int | None, settings: EngineSettings) -> None:
+        """Keep what was loaded and start its engine."""
         self.model = loaded.model
         self.config = loaded.config
         self.record = loaded.record
         self.tokenizer = loaded.tokenizer
         self.checkpoint = loaded.checkpoint
         self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
-        settings = EngineSettings(
-            kv_cache_tokens=kv_cache_tokens or self.context_tokens,
-            reference_ops=compute == "reference",
-        )
-        self._service = EngineService(self._engine(settings, device))
+        if settings.kv_cache_tokens is None:
+            settings = dataclasses.replace(settings, kv_cache_tokens=self.context_tokens)
+        self._service = EngineService(self._engine(settings))
 
-    def _engine(self, settings: EngineSettings, device: str) -> Engine:
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in: the device of everything, or of a split model's embedding."""
+        placed = self.devices
+        return torch.device(placed.first if isinstance(placed, DeviceMap) else placed)
+
+    def _engine(self, settings: EngineSettings) -> Engine:
+        layer_devices = None
+        if isinstance(self.devices, DeviceMap):
+            connect(self.model, self.devices)
+            layer_devices = self.devices.layer_devices
         return Engine(
             self.model,
             self.tokenizer,
@@ -114,7 +148,8 @@ class _Session:
             context_tokens=self.context_tokens,
             trained_tokens=self.record.trained_context_tokens,
             rope=self.rope,
-            device=device,
+            device=self.device,
+            layer_devices=layer_devices,
         )
 
     def __repr__(self) -> str:
@@ -328,25 +363,25 @@ def _prompt_ids(prompt: object) -> list[int]:
     return [int(token_id) for token_id in ids]
 
 
-def _check_arguments(model: object, compute: str, device: str, threads: object) -> None:
+def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, str]:
+    if device_map is not None and device != "cpu":
+        raise UsageError(f"device: {device!r} was given beside a device_map; drop one.")
+    return read_places(device if device_map is None else device_map)
+
+
+def _check_arguments(model: object, compute: str, threads: object, kv_dtype: str) -> None:
     if not isinstance(model, str | Path):
         raise UsageError(f"model: expected a name or a path, got {model!r}.")
     if compute not in COMPUTE:
         raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
+    EngineSettings(kv_dtype=kv_dtype)
     cores = os.cpu_count() or 1
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= cores):
         raise UsageError(f"threads: got {threads!r}; allowed: 1 to {cores}, the cores here.")
-    _check_device(device)
 
 
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    found = kind == "cpu"
-    if not found and kind:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        found = accelerator is not None and accelerator.type == kind
-    if not found:
-        raise UsageError(f"device: {device!r} is not there. 'cpu' always is.")
+def _kv_dtype(asked: str, model: torch.nn.Module, *, native: bool) -> str:
+    """bf16 for "auto" where native products of the model's weights take less than fp32."""
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    rounds = native and any(m.kind != "fp32" for m in packed)
+    return "bf16" if asked == "auto" and rounds else asked

@@ -1,12 +1,15 @@
-"""Rewrites a model of Qwen's first generation in Qwen2's layout, and back where that can be.
+"""Rewrites a model of Qwen's first generation in Qwen2's layout, and back where that can be; and
+any model with a larger vocabulary.
 
-Weights are split, joined and renamed, never computed; a folder of any size takes the memory of its
-largest tensor. What the other architecture cannot do is refused, not dropped.
+Between the layouts weights are split, joined and renamed, never computed; a folder of any size
+takes the memory of its largest tensor. What the other architecture cannot do is refused, not
+dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +21,29 @@ from qwenkit.checkpoint.spec import Checkpoint
 from qwenkit.checkpoint.storages import PLAIN
 from qwenkit.errors import TokenizerError, UsageError, suggest
 from qwenkit.layers.position import QwenNtk
-from qwenkit.load import load_tokenizer, read_architecture
+from qwenkit.load import load, load_tokenizer, read_architecture
 from qwenkit.models import qwen, qwen2
+from qwenkit.models.rows import fill_rows
 from qwenkit.record import read_record
 from qwenkit.save import (
     CHATML_TEMPLATE,
+    TOKENIZER_FILES,
     Planned,
+    copy_files,
+    save_folder,
     write_json,
     write_model_folder,
     write_tokenizer,
 )
 from qwenkit.tokenizer import BytePairTokenizer
-from qwenkit.tokenizer.export import write_tiktoken
+from qwenkit.tokenizer.export import write_folder, write_tiktoken
+from qwenkit.tokenizer.extend import extended
 from qwenkit.tokenizer.files import from_tiktoken
+from qwenkit.tokenizer.ranks import write_ranks
 
+# The published vocabularies are padded to 151,936 and 152,064 rows: multiples of 128.
+_ROW_MULTIPLE = 128
+_EXTRA_FILE = "qwen_extra.tiktoken"
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "license")
 
 
@@ -78,6 +90,64 @@ def convert_folder(
         tokenizer_files=files,
         shard_bytes=shard_bytes,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """A model's tokenizer with its new tokens, and the rows of its embedding before and after."""
+
+    tokenizer: BytePairTokenizer
+    rows_before: int
+    rows: int
+
+
+def extend_folder(
+    source: Path,
+    folder: Path,
+    extra: Mapping[bytes, int],
+    *,
+    progress: Callable[[float], None] | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Extended:
+    """Write the model in `source` (a folder or a GGUF) into `folder` with the tokens of `extra`.
+
+    Each new token's row is the mean of the rows of the tokens that its text was until now, in the
+    embedding and in a head of its own. Padding rows are used first; further ones are added in
+    multiples of 128. `progress` is told the share loaded, 0 to 1. Raises as `load`, `extended` and
+    `save_folder` do.
+    """
+    loaded = load(source, progress=progress)
+    old, before = loaded.tokenizer, loaded.config.vocab_size
+    tokenizer = BytePairTokenizer(extended(old.vocabulary, extra, source=str(source)))
+    new = tokenizer.reference.regular.items() - old.reference.regular.items()
+    rows = before
+    if tokenizer.vocab_size > before:
+        rows = -(-tokenizer.vocab_size // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    fill_rows(loaded.model, rows, {i: old.reference.merge(token) for token, i in new})
+    checkpoint = replace(loaded.checkpoint, config={**loaded.checkpoint.config, "vocab_size": rows})
+    save_folder(
+        replace(loaded, checkpoint=checkpoint),
+        folder,
+        tokenizer_files=partial(_write_extended, tokenizer, checkpoint),
+        shard_bytes=shard_bytes,
+    )
+    return Extended(tokenizer, before, rows)
+
+
+def _write_extended(tokenizer: BytePairTokenizer, source: Checkpoint, folder: Path) -> None:
+    """In the formats that the model has: qwen.tiktoken stays and gets an `extra_vocab_file`."""
+    if source.folder is None:
+        write_tokenizer(tokenizer, folder, source, source.chat_template)
+        return
+    copy_files(source.folder, folder, TOKENIZER_FILES)
+    if tokenizer.vocabulary.merges is not None:
+        write_folder(tokenizer, folder)
+        return
+    control = min(tokenizer.control_tokens.values())
+    regular = tokenizer.reference.regular.items()
+    write_ranks(folder / _EXTRA_FILE, {token: rank for token, rank in regular if rank > control})
+    config = {**source.tokenizer_config, "extra_vocab_file": _EXTRA_FILE}
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _as_qwen2(config: qwen.Config) -> dict[str, Any]:

@@ -6,35 +6,35 @@ linear layer's tensors into a weight in the slot. A tensor left over or missing 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.checkpoint.layout import joined
+from qwenkit.checkpoint.layout import joined, reordered
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
-from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError, suggest
+from qwenkit.errors import CheckpointError, ConfigError, TokenizerError
 from qwenkit.formats.plan import WeightPlan, put
 from qwenkit.formats.spec import Format, claim
 from qwenkit.kernels.cpu import give_back_freed_memory
+from qwenkit.kernels.devices import choose_precision, find_device
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
+from qwenkit.models.published import is_interleaved
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
 from qwenkit.record import read_record
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf
 from qwenkit.types.record import ModelRecord
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_PLAIN = ("F32", "F16", "BF16", "F64")
+PLAIN_STORAGES = ("F32", "F16", "BF16", "F64")
+_log = logging.getLogger(__name__)
 _MATRICES = (Linear, Embedding, GroupedLinear)
 
 
@@ -53,16 +53,16 @@ def load(
     path: Path,
     *,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | Mapping[str, str] = "cpu",
     plan: WeightPlan | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Loaded:
     """Build the model of a checkpoint (folder or .gguf file) and its tokenizer.
 
-    `dtype` is that of the activations: "auto" keeps a bf16 checkpoint in bf16 where the processor
-    computes in it, and is fp32 otherwise. Weights stay as they are stored where that can be: in
-    their quantized format, memory-mapped; with a `plan` they become what native kernels read,
-    and activations are fp32 by default. `progress` is called with the share done, 0 to 1.
+    `dtype` is that of the activations, chosen by `kernels/devices.py: choose_precision`. `device`
+    is one for everything, or that of each part by its module path. Weights stay as they are stored
+    where that can be: in their quantized format, memory-mapped; with a `plan` they become what
+    native kernels read. `progress` is called with the share done, 0 to 1.
 
     Raises CheckpointError, ConfigError, TokenizerError or UsageError.
     """
@@ -76,18 +76,10 @@ def load(
             f"the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
             f"{config.vocab_size} rows; these files do not belong together.",
         )
-    layers, stored = config.num_hidden_layers, len(checkpoint.tensors)
-    if layers > stored:  # a damaged count must not be built: modules alone fill the memory
-        raise CheckpointError(
-            checkpoint.path,
-            "num_hidden_layers",
-            f"got {layers}, but there are only {stored} tensors, and every layer has some.",
-        )
+    check_layers(checkpoint, config)
     with torch.device("meta"):
         model = architecture.build(config)
-    if plan is not None and dtype == "auto":
-        dtype = "float32"  # what native kernels compute in, whatever they read
-    model.dtype = _compute_dtype(checkpoint, dtype, device)
+    model.dtype = _compute_dtype(checkpoint, dtype, device, plan)
     fill(model, architecture, checkpoint, device=device, plan=plan, progress=progress)
     if plan is not None:
         give_back_freed_memory()  # of what was packed
@@ -95,12 +87,17 @@ def load(
     return Loaded(model.eval(), config, record, tokenizer, checkpoint)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> BytePairTokenizer:
-    """The tokenizer that a checkpoint carries. Raises TokenizerError naming file and field."""
+def load_tokenizer(
+    checkpoint: Checkpoint, *, extra_vocab_file: Path | None = None
+) -> BytePairTokenizer:
+    """The tokenizer that a checkpoint carries, with the tokens of `extra_vocab_file` if given.
+
+    Raises TokenizerError naming file and field.
+    """
     try:
         if checkpoint.folder is None:
-            return from_gguf(checkpoint.gguf_metadata)
-        return from_folder(checkpoint.folder)
+            return from_gguf(checkpoint.gguf_metadata, extra_vocab_file=extra_vocab_file)
+        return from_folder(checkpoint.folder, extra_vocab_file=extra_vocab_file)
     except TokenizerError as error:
         if str(checkpoint.path) in str(error):  # a folder's reader knows which of its files it is
             raise
@@ -118,12 +115,23 @@ def read_architecture(checkpoint: Checkpoint) -> tuple[Architecture, ModelConfig
         raise ConfigError(f"{file}: {error}") from error
 
 
+def check_layers(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """A damaged count must not be built: modules alone fill the memory. Raises CheckpointError."""
+    layers, stored = config.num_hidden_layers, len(checkpoint.tensors)
+    if layers > stored:
+        raise CheckpointError(
+            checkpoint.path,
+            "num_hidden_layers",
+            f"got {layers}, but there are only {stored} tensors, and every layer has some.",
+        )
+
+
 def fill(
     model: CausalModel,
     architecture: Architecture,
     checkpoint: Checkpoint,
     *,
-    device: str = "cpu",
+    device: str | Mapping[str, str] = "cpu",
     plan: WeightPlan | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> None:
@@ -131,7 +139,7 @@ def fill(
 
     Raises CheckpointError naming a tensor that is missing, left over or of another shape.
     """
-    tensors = tensors_by_our_names(architecture, checkpoint)
+    tensors = tensors_by_our_names(architecture, checkpoint, model.config.head_dim)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
     _arrange_experts(slots, tensors, checkpoint)
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
@@ -141,7 +149,8 @@ def fill(
         if module is tied:
             continue
         below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
-        _fill_module(path, module, below, model, architecture, checkpoint, device, plan)
+        place = device if isinstance(device, str) else _device_of(path, device)
+        _fill_module(path, module, below, model, checkpoint, place, plan)
         for release in releases:
             release()
         if progress is not None:
@@ -181,35 +190,45 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
 
 
-def _compute_dtype(checkpoint: Checkpoint, dtype: str, device: str) -> torch.dtype:
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            allowed = suggest(dtype, ["auto", *DTYPES])
-            raise UsageError(f"dtype: got {dtype!r}. {allowed}")
-        if dtype == "float16" and device == "cpu":
-            raise UsageError(
-                "dtype: float16 overflows on Qwen models and is slow on a processor; "
-                "use bfloat16 or float32."
-            )
-        return DTYPES[dtype]
-    matrices = {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
-    if matrices == {"BF16"} and (device != "cpu" or _cpu_computes_bf16()):
-        return torch.bfloat16
-    return torch.float32
+def _device_of(path: str, devices: Mapping[str, str]) -> str:
+    """The device of the part that a module is or belongs to."""
+    return next(d for part, d in devices.items() if f"{path}.".startswith(f"{part}."))
 
 
-def _cpu_computes_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _compute_dtype(
+    checkpoint: Checkpoint, dtype: str, device: str | Mapping[str, str], plan: WeightPlan | None
+) -> torch.dtype:
+    names = {device} if isinstance(device, str) else set(device.values())
+    devices = [find_device(name) for name in sorted(names)]
+    native = plan is not None and all(found.is_cpu for found in devices)
+    precision = choose_precision(dtype, matrix_storages(checkpoint), devices, native=native)
+    for remark in precision.remarks:
+        _log.warning("%s", remark)
+    return precision.dtype
+
+
+def matrix_storages(checkpoint: Checkpoint) -> set[str]:
+    """The storage tags of a checkpoint's matrices."""
+    return {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
 
 
 def tensors_by_our_names(
-    architecture: Architecture, checkpoint: Checkpoint
+    architecture: Architecture, checkpoint: Checkpoint, head_dim: int
 ) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors by the names that they have in the published weights."""
+    """The checkpoint's tensors by the names, and in the order of rows, that they have in the
+    published weights.
+
+    Raises CheckpointError for parts of one tensor that do not fit each other.
+    """
     if checkpoint.container != "gguf":
         return joined(checkpoint.tensors, architecture.qwen2_names)
+    order = partial(_halves_from_pairs, head_dim=head_dim)
+    stored = {
+        name: reordered(tensor, order) if is_interleaved(name, architecture) else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
     renamed: dict[str, StoredTensor] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in joined(stored, architecture.gguf_parts).items():
         pieces = name.split(".", 2)
         number = pieces[1] if pieces[0] == "blk" and len(pieces) == 3 else ""
         pattern = f"blk.{{}}.{pieces[2]}" if number else name
@@ -228,14 +247,10 @@ def _fill_module(
     module: nn.Module,
     below: dict[str, StoredTensor],
     model: CausalModel,
-    architecture: Architecture,
     checkpoint: Checkpoint,
     device: str,
     plan: WeightPlan | None,
 ) -> None:
-    index = None
-    if checkpoint.container == "gguf" and path.endswith(architecture.gguf_interleaved):
-        index = _halves_from_pairs(next(iter(module.parameters())).shape[0], model.config.head_dim)
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     if isinstance(module, _MATRICES):
         storage = {part: t.storage for part, t in below.items() if part != "bias"}
@@ -245,18 +260,17 @@ def _fill_module(
             _check_shape(checkpoint, f"{path}.weight", below.get("weight"), (rows, columns))
             weight = _quantized(path, chosen, below, storage, (rows, columns))
             del module.weight
-            module.weight = (weight if index is None else weight.select_rows(index)).to(device)
+            module.weight = weight.to(device)
     for part, shape in expected.items():
         name = f"{path}.{part}"
         stored = below.pop(part, None)
         _check_shape(checkpoint, name, stored, shape)
         assert stored is not None
-        if stored.storage not in _PLAIN:
+        if stored.storage not in PLAIN_STORAGES:
             raise CheckpointError(
                 stored.file, name, f"no known format reads tensors stored as {stored.storage}."
             )
         value = stored.read()
-        value = value if index is None else value[index]
         matrix = plan is not None and part == "weight" and isinstance(module, _MATRICES)
         value = value.to(device=device, dtype=None if matrix else model.dtype)
         setattr(module, part, nn.Parameter(value, requires_grad=False))
@@ -329,7 +343,7 @@ def _tie(
 def _same(
     weight: nn.Parameter | QuantWeight, stored: StoredTensor, plan: WeightPlan | None
 ) -> bool:
-    if stored.storage not in _PLAIN:
+    if stored.storage not in PLAIN_STORAGES:
         return False
     value: torch.Tensor | QuantWeight = stored.read()
     if plan is not None:

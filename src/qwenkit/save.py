@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from qwenkit.checkpoint.spec import Checkpoint
 from qwenkit.checkpoint.storages import BLOCKS, GGML_NUMBERS, PLAIN
 from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.layers.position import ALIBI_BIAS, Alibi, QwenNtk, Rotary, Yarn
 from qwenkit.layers.position import Linear as LinearScaling
-from qwenkit.layers.position import QwenNtk, Rotary, Yarn
 from qwenkit.load import Loaded
 from qwenkit.models.published import NamedTensor, gguf_tensors, published_tensors
 from qwenkit.models.spec import ModelConfig, find
@@ -67,14 +68,18 @@ class Planned:
 
 
 def save_folder(
-    loaded: Loaded, folder: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+    loaded: Loaded,
+    folder: Path,
+    *,
+    tokenizer_files: Callable[[Path], None] | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[Path]:
     """Write `loaded` as a model folder in the published layout; returns the files of its weights.
 
-    Plain weights keep the dtype that they were stored in; blocks of a GGUF, which safetensors has
-    no place for, become numbers of that dtype. Other quantized formats are written as they are.
-    Raises UsageError for the folder that the model was read from, CheckpointError when the disk
-    refuses.
+    `tokenizer_files` writes the tokenizer; by default it goes along as it was read. Plain weights
+    keep the dtype that they were stored in; blocks of a GGUF, which safetensors has no place for,
+    become numbers of that dtype. Other quantized formats are written as they are. Raises UsageError
+    for the folder that the model was read from, CheckpointError when the disk refuses.
     """
     dtype = PLAIN[loaded.record.stored_dtype or "F32"]
     tensors: dict[str, Planned] = {}
@@ -87,22 +92,23 @@ def save_folder(
             kept = named.tensor
             tensors[named.name] = Planned(tuple(kept.shape), kept.dtype, _cast(kept, kept.dtype))
     config = {**loaded.checkpoint.config, "torch_dtype": str(dtype).removeprefix("torch.")}
-    source = loaded.checkpoint
-
-    def tokenizer_files(target: Path) -> None:
-        if source.folder is not None:
-            copy_files(source.folder, target, TOKENIZER_FILES)
-        else:
-            write_tokenizer(loaded.tokenizer, target, source, source.chat_template)
-
     return write_model_folder(
         folder,
-        source,
+        loaded.checkpoint,
         config,
         tensors,
-        tokenizer_files=tokenizer_files,
+        tokenizer_files=tokenizer_files or partial(_same_tokenizer, loaded),
         shard_bytes=shard_bytes,
     )
+
+
+def _same_tokenizer(loaded: Loaded, target: Path) -> None:
+    source = loaded.checkpoint
+    if source.folder is None:
+        write_tokenizer(loaded.tokenizer, target, source, source.chat_template)
+    else:
+        extra = source.tokenizer_config.get("extra_vocab_file")
+        copy_files(source.folder, target, [*TOKENIZER_FILES, *([extra] if extra else [])])
 
 
 def write_model_folder(
@@ -161,8 +167,6 @@ def save_gguf(loaded: Loaded, path: Path, *, storage: str | None = None) -> None
     if tag not in ("F32", "F16", "BF16"):
         raise UsageError(f"storage: got {tag!r}. {suggest(tag, ('F32', 'F16', 'BF16'))}")
     architecture = find(loaded.record.model_type)
-    if not architecture.gguf_names:
-        raise UsageError(f"{architecture.gguf_arch}: has no GGUF layout here; save a folder.")
     metadata: Metadata = {"general.architecture": architecture.gguf_arch}
     metadata |= {"general.name": loaded.record.name}
     metadata |= shape_metadata(architecture.gguf_arch, _shape(loaded.config))
@@ -209,6 +213,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     if any(getattr(config, "windows", ())):
         raise UsageError("sliding_window: GGUF cannot say which layers slide; save a folder.")
     position = config.position
+    if isinstance(position, Alibi):
+        return found | {"max_alibi_bias": ALIBI_BIAS}
     if not isinstance(position, Rotary):
         raise UsageError(f"GGUF has no keys for {type(position).__name__}; save a folder.")
     found["rope_theta"] = position.base

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from qwenkit.bench.methods import METHODS
 from qwenkit.bench.perplexity import (
-    METHODS,
     PerplexitySettings,
     PerplexityTable,
     measure_perplexity,
@@ -134,7 +134,7 @@ def test_another_measurements_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="measured with model 'm', not 'tiny'"):
         read_table(tmp_path / "perplexity.json", fresh())
     (tmp_path / "perplexity.json").write_text("[]")
-    with pytest.raises(UsageError, match="no perplexity table"):
+    with pytest.raises(UsageError, match="no such table"):
         read_table(tmp_path / "perplexity.json", fresh())
 
 

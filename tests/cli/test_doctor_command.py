@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fake_devices import fake, fake_machine
 from qwenkit.cli.main import app
 from qwenkit.kernels import cpu
 from qwenkit.survey import doctor_machine
@@ -36,6 +37,17 @@ def test_the_machine_as_json() -> None:
     assert told["kernels"]["features"] == list(info.features)
     assert told["versions"]["torch"]
     assert told["cores"] >= 1
+
+
+def test_devices_and_what_they_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_machine(monkeypatch, 3 << 30, None, bf16=True)
+    told = json.loads(runner.invoke(app, ["doctor", "--json"]).stdout)["devices"]
+    assert [device["name"] for device in told] == ["cpu", fake(0), fake(1)]
+    assert (told[1]["bf16"], told[1]["fp16"], told[1]["free_bytes"]) == (True, False, 3 << 30)
+    lines = runner.invoke(app, ["doctor"]).stdout.splitlines()
+    name = "device / 设备 maia"
+    assert f"{name}:0: fake, computes in bf16 fp32, 3.0 GiB free of 3.0 GiB" in lines
+    assert f"{name}:1: fake, computes in bf16 fp32" in lines
 
 
 def test_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from fake_devices import fake, fake_machine, on_fake_devices
 from qwenkit.cli import console, loading
 from qwenkit.cli.main import app
 from qwenkit.cli.options import ModelOptions
 from qwenkit.errors import UsageError
+from tiny import write_tiny_checkpoint
 
 
 def test_names_of_settings_are_checked_before_any_download() -> None:
@@ -20,6 +23,8 @@ def test_names_of_settings_are_checked_before_any_download() -> None:
         loading.load_model("no/model", ModelOptions(dtype="float16", offline=True))
     with pytest.raises(UsageError, match=r"^--compute: got 'fast'.*reference"):
         loading.load_model("no/model", ModelOptions(compute="fast", offline=True))
+    with pytest.raises(UsageError, match=r"^--kv-dtype: got 'fp8'.*int8"):
+        loading.load_model("no/model", ModelOptions(kv_dtype="fp8", offline=True))
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,42 @@ def test_names_of_settings_are_checked_before_any_download() -> None:
 def test_kinds_of_weights_are_checked_before_any_download(given: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         loading.load_model("no/model", ModelOptions(**given, offline=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device": "cuda:7"}, "^--device: 'cuda:7' is not there"),
+        ({"device": "auto", "device_map": "auto"}, "^Got both --device and --device-map"),
+        ({"device_map": "cuda:0"}, "^--device-map: got 'cuda:0'; .*For one device use --device"),
+        ({"device_map": '{"": null}'}, "^--device-map: got .*JSON object"),
+        ({"device_map": '{"": 7}'}, "^--device-map: there is no accelerator 7"),
+    ],
+)
+def test_devices_are_checked_before_any_download(
+    monkeypatch: pytest.MonkeyPatch, given: Any, said: str
+) -> None:
+    fake_machine(monkeypatch)
+    with pytest.raises(UsageError, match=said):
+        loading.load_model("no/model", ModelOptions(**given, offline=True))
+
+
+def test_a_model_on_several_devices_answers_and_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = str(write_tiny_checkpoint(tmp_path))
+    asked = ["generate", folder, "--prompt", "Once upon", "--max-tokens", "4", "--greedy"]
+    places = json.dumps({"": "cpu", "model.layers.1": fake(1), "lm_head": 0})
+    fake_machine(monkeypatch, 1 << 30, 1 << 30)
+    with on_fake_devices():
+        here, there, auto = (
+            CliRunner().invoke(app, [*asked, *more])
+            for more in ([], ["--device-map", places], ["--device", "auto", "--dtype", "float32"])
+        )
+    assert here.exit_code == there.exit_code == auto.exit_code == 0, there.stderr + auto.stderr
+    assert here.stdout == there.stdout == auto.stdout
+    assert "layer 0 on cpu, layer 1 on maia:1, norm on cpu, head on maia:0." in there.stderr
+    assert "layer" not in here.stderr + auto.stderr
 
 
 def test_weights_rounded_while_loading_answer(default_model_path: Path) -> None:

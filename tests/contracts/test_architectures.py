@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from fake_devices import fake, on_fake_devices
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.kernels.registry import reference_only
-from qwenkit.layers.attention import PackedCausal
+from qwenkit.layers.attention import ByDevice, PackedCausal
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.models.spec import CausalModel, architectures
+from qwenkit.parallel import DeviceMap, connect
+from qwenkit.parallel.connect import model_parts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -44,8 +47,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3": SIZES | {"head_dim": 16},
     "qwen3_moe": SIZES | EXPERTS | {"norm_topk_prob": True},
 }
-# Parameters that no GGUF file of the architecture holds, as patterns of our names.
-WITHOUT_GGUF_NAME: dict[str, str] = {"baichuan": ".*"}
 TOKENS = 23
 BLOCKS = (7, 2, 39, 0, 11, 5)  # out of order, of 4 tokens each
 CUTS = [(0, TOKENS), (0, 8, 9, 16, TOKENS), tuple(range(TOKENS + 1))]
@@ -75,7 +76,6 @@ def _model(model_type: str, *, tied: bool = False) -> CausalModel:
 
 def test_settings_belong_to_known_architectures() -> None:
     assert set(SETTINGS) <= set(architectures())
-    assert set(WITHOUT_GGUF_NAME) <= set(SETTINGS)
 
 
 @_every_type
@@ -97,6 +97,37 @@ def test_paged_logits_are_the_packed_ones(
         chunk = Chunk("a", tuple(ids[start:stop].tolist()), start, BLOCKS, True)
         logits = runner.run(Plan((chunk,)))  # [1, vocab_size]
         torch.testing.assert_close(logits[0], expected[stop - 1], rtol=0, atol=near)
+
+
+@_every_type
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_model_split_between_its_layers_gives_the_same_bits(model_type: str, tied: bool) -> None:
+    model = _model(model_type, tied=tied)
+    parts = model_parts(model)
+    assert {parts.part_of(name) for name, _ in model.named_parameters()} <= set(parts.paths)
+    chunk = Chunk("a", tuple(range(TOKENS)), 0, BLOCKS, True)
+    sizes: dict[str, Any] = {"num_blocks": 40, "block_tokens": 4, "reference_ops": True}
+    cpu = torch.device("cpu")
+    ids = torch.arange(TOKENS)
+    with reference_only(), torch.no_grad():
+        packed = model(ids, PackedCausal([TOKENS]))  # [tokens, vocab_size]
+    paged = Runner(model, **sizes, device=cpu).run(Plan((chunk,)))  # [1, vocab_size]
+    first, last = fake(0), fake(1)
+    places = dict.fromkeys(parts.paths, first) | {parts.blocks[1]: last, parts.norm: "cpu"}
+    placed = DeviceMap(parts, places | {parts.head: first if tied else last})
+    with on_fake_devices():
+        for path, place in placed.devices.items():
+            if not (tied and path == parts.head):
+                model.get_submodule(path).to(place)
+        if tied:
+            model.lm_head.weight = model.get_submodule(parts.embedding).weight
+        connect(model, placed)
+        layers = [torch.device(place) for place in placed.layer_devices]
+        runner = Runner(model, **sizes, device=torch.device(first), layer_devices=layers)
+        assert torch.equal(runner.run(Plan((chunk,))).cpu(), paged)
+        with reference_only(), torch.no_grad():
+            context = ByDevice(lambda device: PackedCausal([TOKENS], device=device))
+            assert torch.equal(model(ids.to(first), context).cpu(), packed)
 
 
 @_every_type
@@ -125,11 +156,9 @@ def test_every_parameter_has_a_gguf_name(model_type: str) -> None:
     architecture = architectures()[model_type]
     named = set(architecture.gguf_names.values())
     assert len(named) == len(architecture.gguf_names), "two GGUF names lead to one of ours"
-    excepted = WITHOUT_GGUF_NAME.get(model_type)
     for name, _ in _model(model_type).named_parameters():
         pattern = re.sub(r"\.\d+\.", ".{}.", name, count=1)
-        known = excepted is not None and re.fullmatch(excepted, pattern) is not None
-        assert known or pattern in named, f"{name} is not in gguf_names"
+        assert pattern in named, f"{name} is not in gguf_names"
 
 
 @_every_type
@@ -144,7 +173,11 @@ def test_adapters_default_to_linear_layers_that_exist(model_type: str) -> None:
 
 
 @_every_type
-def test_interleaved_names_are_names_of_modules(model_type: str) -> None:
-    paths = [path for path, _ in _model(model_type).named_modules()]
-    for suffix in architectures()[model_type].gguf_interleaved:
-        assert any(path.endswith(suffix) for path in paths), f"{suffix} names no module"
+def test_names_of_parts_and_orders_are_gguf_names(model_type: str) -> None:
+    architecture = architectures()[model_type]
+    assert set(architecture.gguf_parts) <= set(architecture.gguf_names)
+    parts = [part for names in architecture.gguf_parts.values() for part in names]
+    steps = {step for name in [*architecture.gguf_names, *parts] for step in name.split(".")}
+    assert set(architecture.gguf_interleaved) <= steps
+    modules = dict(_model(model_type).named_modules())
+    assert set(architecture.gguf_unit_rows) <= set(modules)

@@ -122,4 +122,4 @@ def test_native_kernels_equal_the_references(variant: build.Variant) -> None:
             what = f"{name}, case {index}"
             pairs = zip(_tensors((got, ours)), _tensors((want, theirs)), strict=True)
             for mine, expected in pairs:
-                _assert_close(mine, expected, op.tolerance, what)
+                _assert_close(mine, expected, op.bound(arguments), what)

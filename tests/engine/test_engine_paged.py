@@ -235,6 +235,9 @@ def test_paged_attention_is_attention_written_out(case: tuple[Any, ...]) -> None
     assert output.shape == q.shape
     assert output.is_contiguous()
     block_tokens, row = key_cache.shape[1], 0
+    tolerance = 2e-5
+    if key_cache.dtype is torch.bfloat16:  # queries and the values' weights may be rounded as well
+        q, tolerance = q.bfloat16(), 2**-8
     if slopes is None:
         slopes = torch.zeros(q.shape[1])
     for table, length, kv_length in zip(
@@ -252,7 +255,10 @@ def test_paged_attention_is_attention_written_out(case: tuple[Any, ...]) -> None
             part = slice(seen.start, seen.stop)
             expected = softmax_attention(q[row].double(), keys[part], values[part], bias, scale)
             torch.testing.assert_close(
-                output[row].double(), expected, rtol=1e-4, atol=2e-5 * values.abs().max().item()
+                output[row].double(),
+                expected,
+                rtol=1e-4,
+                atol=tolerance * values.abs().max().item(),
             )
             row += 1
 

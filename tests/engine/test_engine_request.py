@@ -77,3 +77,5 @@ def test_settings_are_checked_and_count_blocks() -> None:
     with pytest.raises(UsageError, match="max_sequences: 9 is above max_batch_tokens 8"):
         EngineSettings(max_batch_tokens=8, max_sequences=9)
     assert EngineSettings(kv_cache_tokens=4).num_blocks(4) == 1
+    with pytest.raises(UsageError, match=r"^kv_dtype: got 'fp16'\. .*'bf16'"):
+        EngineSettings(kv_dtype="fp16")

@@ -16,10 +16,9 @@ import torch
 from qwenkit.errors import KernelError
 from qwenkit.kernels import build
 from qwenkit.kernels.cpu.bind import bind, cpu_features
-from qwenkit.kernels.cpu.bind_packed import PackedMatmulArguments
-from qwenkit.kernels.cpu.library import Kernel, kernel, open_library
+from qwenkit.kernels.cpu.library import Kernel, open_library
 from qwenkit.kernels.ops.packed_matmul import example_matrix
-from qwenkit.kernels.packed import KINDS, Packed, unpack
+from qwenkit.kernels.packed import Packed, unpack
 
 # Name, kind, columns to a scale, with minimums, columns.
 MATRICES = {
@@ -92,6 +91,28 @@ def multiply(
     tensors = packed.data, packed.scales, packed.mins, bias, residual
     y: torch.Tensor = run(x, *tensors, packed.kind, packed.rows, packed.zero_point, precise)
     return y
+
+
+def lists(matrices: list[Packed]) -> tuple[list[torch.Tensor], ...]:
+    """Data, scales and minimums as ops of several matrices take them."""
+    return (
+        [m.data for m in matrices],
+        [m.scales for m in matrices if m.scales is not None],
+        [m.mins for m in matrices if m.mins is not None],
+    )
+
+
+def project(
+    run: Kernel,
+    x: torch.Tensor,
+    matrices: list[Packed],
+    biases: list[torch.Tensor],
+    precise: list[bool],
+    norm: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    how = matrices[0].kind, [m.rows for m in matrices], matrices[0].zero_point, precise
+    results: list[torch.Tensor] = run(x, norm, 1e-6, *lists(matrices), biases, *how)
+    return results
 
 
 def rounded(x: torch.Tensor, group: int, *, precise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,27 +210,38 @@ def test_a_row_of_the_matrix_has_the_same_bits_among_any_others(run: Kernel, nam
 
 
 @_names
-def test_a_chain_of_matrices_gives_the_bits_of_each(
-    library: ctypes.CDLL, run: Kernel, name: str
-) -> None:
-    call = kernel(library, "qk_packed_matmul", PackedMatmulArguments)
+def test_matrices_of_one_call_give_the_bits_of_each(library: ctypes.CDLL, name: str) -> None:
+    kernels = bind(library)
     matrices = [matrix(name, rows, seed) for seed, rows in enumerate((33, 16, 100, 5))]
-    x = numbers(17, matrices[0].columns)
-    for tokens, count in ((1, 1), (1, 3), (7, 2), (17, 1), (17, 3)):
-        results: list[torch.Tensor] = []
-        links: list[PackedMatmulArguments] = []  # the last leads to the one before it, and so on
-        for packed in matrices:
-            y = torch.empty(tokens, packed.rows)
-            tensors = x, packed.data, packed.scales, packed.mins, None, None, y
-            addresses = [None if t is None else t.data_ptr() for t in tensors]
-            following = ctypes.addressof(links[-1]) if links else None
-            sizes = tokens, packed.rows, packed.columns, packed.group, KINDS.index(packed.kind)
-            how = packed.zero_point, 0, count
-            links.append(PackedMatmulArguments(*addresses, following, *sizes, *how))
-            results.append(y)
-        assert call(links[-1]) == 0
-        for packed, y in zip(matrices, results, strict=True):
-            assert torch.equal(y, multiply(run, x[:tokens], packed))
+    precise = [False, True, False, True]
+    biases = [numbers(1, packed.rows, seed)[0] for seed, packed in enumerate(matrices)]
+    norm = torch.rand(matrices[0].columns)
+    x = numbers(47, matrices[0].columns)
+    for tokens, count in ((1, 1), (1, 3), (7, 2), (17, 1), (47, 3)):
+        torch.set_num_threads(count)
+        results = project(kernels["packed_projections"], x[:tokens], matrices, biases, precise)
+        normal = kernels["rms_norm"](x[:tokens], norm, 1e-6)
+        after = project(kernels["packed_projections"], x[:tokens], matrices, [], precise, norm)
+        for i, packed in enumerate(matrices):
+            given = packed, biases[i]
+            alone = multiply(kernels["packed_matmul"], x[:tokens], *given, precise=precise[i])
+            assert torch.equal(results[i], alone)
+            alone = multiply(kernels["packed_matmul"], normal, packed, precise=precise[i])
+            assert torch.equal(after[i], alone)
+
+
+@_names
+def test_a_gated_product_gives_the_bits_of_its_steps(library: ctypes.CDLL, name: str) -> None:
+    kernels = bind(library)
+    for rows in (16, 50):
+        both = [matrix(name, rows, seed) for seed in (1, 2)]
+        x, norm = numbers(40, both[0].columns), torch.rand(both[0].columns)
+        for tokens in (1, 5, 6, 17, 40):
+            normal = kernels["rms_norm"](x[:tokens], norm, 1e-6)
+            gate, up = (multiply(kernels["packed_matmul"], normal, packed) for packed in both)
+            how = both[0].kind, rows, both[0].zero_point
+            got = kernels["packed_gated"](x[:tokens], norm, 1e-6, *lists(both), *how)
+            assert torch.equal(got, kernels["silu_mul"](gate, up))
 
 
 @_precise

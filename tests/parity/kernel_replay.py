@@ -70,6 +70,18 @@ def _storages() -> Iterator[tuple[torch.UntypedStorage, torch.dtype]]:
             yield thing.untyped_storage(), thing.dtype
 
 
+def _pointers(kind: Any, start: int = 0) -> Iterator[int]:
+    """Where in a structure's bytes there are addresses, in what it contains as well."""
+    if kind is ctypes.c_void_p:
+        yield start
+    elif issubclass(kind, ctypes.Array):
+        for i in range(kind._length_):
+            yield from _pointers(kind._type_, start + i * ctypes.sizeof(kind._type_))
+    elif issubclass(kind, ctypes.Structure):
+        for name, inner, *_ in kind._fields_:
+            yield from _pointers(inner, start + getattr(kind, name).offset)
+
+
 class _Recorder:
     """Stands between the bindings and the library."""
 
@@ -80,15 +92,15 @@ class _Recorder:
         self, opened: ctypes.CDLL, name: str, arguments: type[ctypes.Structure]
     ) -> Callable[[ctypes.Structure], int]:
         call = self.original(opened, name, arguments)
-        pointers = [
-            (key, getattr(arguments, key).offset)
-            for key, kind, *_ in arguments._fields_
-            if kind is ctypes.c_void_p
-        ]
+        pointers = list(_pointers(arguments))
 
         def run(given: ctypes.Structure) -> int:
             case = self.cases[-1]
-            found = [(o, *self._find(case, getattr(given, key) or 0)) for key, o in pointers]
+            values = [ctypes.c_void_p.from_buffer(given, offset).value for offset in pointers]
+            found = [
+                (offset, *self._find(case, value or 0))
+                for offset, value in zip(pointers, values, strict=True)
+            ]
             used = [case.buffers[index] for _, index, _ in found if index >= 0]
             for buffer in used:
                 buffer.before = _bytes(buffer.address, buffer.size)
@@ -154,7 +166,7 @@ def record(variant: build.Variant, file: Path) -> int:
                 for threads in THREADS:
                     torch.set_num_threads(threads)
                     label = f"{name}, case {index}, {threads} threads"
-                    recorder.cases.append(_Case(label, op.tolerance))
+                    recorder.cases.append(_Case(label, op.bound(arguments)))
                     run(*map(_alone, arguments))
     cases = [case for case in recorder.cases if case.calls]  # others were the reference's
     with file.open("wb") as out:
@@ -166,6 +178,8 @@ def record(variant: build.Variant, file: Path) -> int:
 
 def _alone(value: Any) -> Any:
     """Tensors in memory of their own, as long as they are; strides are kept."""
+    if isinstance(value, list):
+        return [_alone(each) for each in value]
     if not isinstance(value, torch.Tensor) or not all(value.stride()):
         return value
     fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)

@@ -20,6 +20,7 @@ from qwenkit.checkpoint.storages import (
     read_shape,
     size_bytes,
 )
+from qwenkit.models.spec import architectures
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.oracle
@@ -100,6 +101,19 @@ def write_with_gguf_py(file: Path, arrays: dict[str, Any], kinds: dict[str, Any]
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("model_type", architectures())
+def test_every_tensor_has_the_name_that_gguf_py_gives_it(model_type: str) -> None:
+    architecture = architectures()[model_type]
+    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture.gguf_arch]
+    held = set(gguf.MODEL_TENSORS[arch])
+    if "moe" in model_type:  # in layers without experts, which gguf-py does not think of
+        held |= set(gguf.MODEL_TENSORS[gguf.MODEL_ARCH.QWEN2])
+    known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "{}") for tensor in held}
+    for name in architecture.gguf_names:
+        for part in architecture.gguf_parts.get(name, (name,)):
+            assert part.rpartition(".")[0] in known, f"{part} in {architecture.gguf_arch}"
 
 
 def test_we_read_what_gguf_py_writes(tmp_path: Path) -> None:

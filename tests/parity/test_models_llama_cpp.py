@@ -44,6 +44,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": SIZES | {"head_dim": 32},
     "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 80},
     "qwen3_moe": SIZES | EXPERTS | {"head_dim": 32, "norm_topk_prob": True},
+    # llama.cpp tells the models of Baichuan by their layers: 40 are the one with ALiBi
+    "baichuan": {key: SIZES[key] for key in SIZES if key != "max_position_embeddings"}
+    | {"num_hidden_layers": 40, "model_max_length": 512, "num_key_value_heads": 4}
+    | {"z_loss_weight": 0},
 }
 KEYS = {
     "block_count": "num_hidden_layers",
@@ -74,7 +78,8 @@ def _tokens() -> list[str]:
 def _write(file: Path, model_type: str) -> None:
     architecture, config = find(model_type), CONFIGS[model_type]
     arch = architecture.gguf_arch
-    metadata = {f"{arch}.{key}": config[ours] for key, ours in KEYS.items() if ours in config} | {
+    keys = KEYS | ({"context_length": "model_max_length"} if "model_max_length" in config else {})
+    metadata = {f"{arch}.{key}": config[ours] for key, ours in keys.items() if ours in config} | {
         "general.architecture": arch,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",

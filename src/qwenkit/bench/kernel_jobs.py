@@ -20,6 +20,7 @@ from qwenkit.kernels.registry import Arguments
 ROWS = (1, 2, 4, 8, 16, 512)
 _COLD_BYTES = 256 << 20
 _MOST_COPIES = 64
+_CACHES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _CONTEXT = 512  # tokens that a decoding sequence has
 _BLOCK_TOKENS = 16
 _PACKED = (("int4", 32), ("int4", 128), ("int8", 32), ("int8", 128), ("bf16", 2), ("fp32", 1))
@@ -228,41 +229,68 @@ def _kv_write(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
         )
 
 
-def _paged_attention(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    """So many sequences that decode after 512 tokens; 512 rows are one prompt."""
+def _rotary_kv_write(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     heads, kv_heads, head_dim = _heads(config)
     for n in rows:
-        prompt = n >= _CONTEXT
-        sequences = 1 if prompt else n
-        tokens = n if prompt else _CONTEXT
-        blocks = -(-tokens // _BLOCK_TOKENS)
         q = _x(n, heads * head_dim).view(n, heads, head_dim)
-        cache = torch.randn(2, sequences * blocks, _BLOCK_TOKENS, kv_heads, head_dim)
-        tables = torch.arange(sequences * blocks).view(sequences, blocks)
-        queries = torch.full((sequences,), n // sequences)
-        held = torch.full((sequences,), tokens)
-        pairs = n * (n + 1) // 2 if prompt else n * tokens
+        k = _x(n, kv_heads * head_dim).view(n, kv_heads, head_dim)
+        angles = torch.rand(n, head_dim // 2)
+        for dtype in _CACHES:
+            cache = torch.zeros(2, -(-n // _BLOCK_TOKENS), _BLOCK_TOKENS, kv_heads, head_dim)
+            keys, values = cache.to(dtype)
+            tail = (angles.cos(), angles.sin(), keys, values, torch.arange(n))
+            yield Job(
+                what=f"{heads}/{kv_heads} heads of {head_dim} {_CACHES[dtype]}",
+                rows=n,
+                calls=[(q, k, k, *tail)],
+                bytes_read=(q.numel() + 2 * k.numel()) * k.itemsize,
+            )
+
+
+def _paged_attention(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
+    """So many sequences that decode after 512 tokens; 512 rows are one prompt."""
+    for n in rows:
+        for dtype in _CACHES:
+            yield _attention(config, n, dtype)
+
+
+def _attention(config: Config, n: int, dtype: torch.dtype) -> Job:
+    """Over caches of `dtype`, in so many copies that decoding reads memory; torch's own operator
+    has keys and values of that type in one piece.
+    """
+    heads, kv_heads, head_dim = _heads(config)
+    prompt = n >= _CONTEXT
+    sequences = 1 if prompt else n
+    tokens = n if prompt else _CONTEXT
+    blocks = -(-tokens // _BLOCK_TOKENS)
+    q = _x(n, heads * head_dim).view(n, heads, head_dim)
+    shape = (2, sequences * blocks, _BLOCK_TOKENS, kv_heads, head_dim)
+    size = 2 * sequences * tokens * kv_heads * head_dim * dtype.itemsize
+    first = torch.randn(shape).to(dtype)
+    caches = [first.clone() for _ in range(1 if prompt else _copies(size))]
+    tables = torch.arange(sequences * blocks).view(sequences, blocks)
+    queries = torch.full((sequences,), n // sequences)
+    held = torch.full((sequences,), tokens)
+    pairs = n * (n + 1) // 2 if prompt else n * tokens
+    torch_q = q.view(sequences, -1, heads, head_dim).transpose(1, 2).to(dtype)
+    grouped = heads != kv_heads
+
+    def torch_call(cache: torch.Tensor) -> Callable[[], Any]:
         k, v = cache.flatten(1, 2).view(2, sequences, -1, kv_heads, head_dim).transpose(2, 3)
-        yield Job(
-            what=f"{heads}/{kv_heads} heads of {head_dim} " + ("prompt" if prompt else "at 512"),
-            rows=n,
-            calls=[(q, cache[0], cache[1], tables, queries, held, head_dim**-0.5)],
-            bytes_read=2 * sequences * tokens * kv_heads * head_dim * 4,
-            operations=4 * pairs * heads * head_dim,
-            torch_calls=[
-                _bound(
-                    functional.scaled_dot_product_attention,
-                    q.view(sequences, -1, heads, head_dim).transpose(1, 2),
-                    k,
-                    v,
-                    None,
-                    0.0,
-                    prompt,
-                    scale=None,
-                    enable_gqa=heads != kv_heads,
-                )
-            ],
+        return lambda: functional.scaled_dot_product_attention(
+            torch_q, k, v, is_causal=prompt, enable_gqa=grouped
         )
+
+    place = "prompt" if prompt else "at 512"
+    return Job(
+        what=f"{heads}/{kv_heads} heads of {head_dim} {place} {_CACHES[dtype]}",
+        rows=n,
+        calls=[(q, *cache, tables, queries, held, head_dim**-0.5) for cache in caches],
+        bytes_read=size,
+        operations=4 * pairs * heads * head_dim,
+        kind=_CACHES[dtype],
+        torch_calls=[torch_call(cache) for cache in caches],
+    )
 
 
 def _bound(operator: Callable[..., Any], *given: Any, **named: Any) -> Callable[[], Any]:
@@ -278,4 +306,5 @@ BUILDERS: dict[str, Builder] = {
     "silu_mul": _silu_mul,
     "rotary": _rotary,
     "kv_write": _kv_write,
+    "rotary_kv_write": _rotary_kv_write,
 }

@@ -9,9 +9,8 @@ that an interrupted measurement goes on where it was.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,85 +18,21 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from qwenkit.bench.methods import METHODS, check_methods, own_rotary, positioned
 from qwenkit.bench.plot import lines_svg
-from qwenkit.checkpoint.atomic import replacing
+from qwenkit.bench.recorded import read_cells, write_files
 from qwenkit.engine.batch import build
 from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.scheduler import Chunk, Plan
-from qwenkit.errors import UsageError, suggest
-from qwenkit.layers.position import (
-    LARGEST_YARN_FACTOR,
-    DualChunk,
-    Dynamic,
-    Linear,
-    Position,
-    QwenNtk,
-    Rotary,
-    Yarn,
-    choose_extension,
-    extended,
-)
+from qwenkit.errors import UsageError
+from qwenkit.layers.position import Position, Rotary, choose_extension, extended
 from qwenkit.load import Loaded
-from qwenkit.types.extension import Extension, RopeMode
+from qwenkit.types.extension import Extension
 
 BLOCK_TOKENS = 16
 CHUNK_TOKENS = 256  # rows of logits at a time: they are as wide as the vocabulary
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A row: what the layers' position spec becomes, given the model's own and the trained length,
-    and when it is extended.
-    """
-
-    position: Callable[[Rotary, int], Position]
-    mode: RopeMode = "as-config"
-
-
-def _plain(own: Rotary) -> Rotary:
-    return dataclasses.replace(own, scaling=None, log_n=None)
-
-
-METHODS: Mapping[str, Method] = {
-    "none": Method(lambda own, trained: _plain(own)),
-    "per-request": Method(lambda own, trained: own, "per-request"),
-    "as-config": Method(lambda own, trained: own),
-    "linear": Method(
-        lambda own, trained: dataclasses.replace(
-            _plain(own), scaling=Linear(factor=LARGEST_YARN_FACTOR)
-        )
-    ),
-    "dynamic": Method(
-        lambda own, trained: dataclasses.replace(
-            _plain(own), scaling=Dynamic(factor=2.0, trained_tokens=trained)
-        )
-    ),
-    "qwen-ntk": Method(
-        lambda own, trained: dataclasses.replace(
-            _plain(own), scaling=QwenNtk(trained_tokens=trained)
-        )
-    ),
-    "qwen-ntk+logn": Method(
-        lambda own, trained: dataclasses.replace(
-            own, scaling=QwenNtk(trained_tokens=trained), log_n=trained
-        )
-    ),
-    "yarn": Method(
-        lambda own, trained: dataclasses.replace(
-            _plain(own),
-            scaling=Yarn(factor=LARGEST_YARN_FACTOR, trained_tokens=trained),
-        )
-    ),
-    "dual-chunk": Method(
-        lambda own, trained: DualChunk(
-            rotary=_plain(own),
-            chunk_tokens=max(trained * 3 // 4, 2),  # the paper's sizes
-            local_tokens=max(trained // 16, 1),
-        )
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +47,7 @@ class PerplexitySettings:
     windows: int = 1
 
     def __post_init__(self) -> None:
-        for name in self.methods:
-            if name not in METHODS:
-                raise UsageError(f"method: got {name!r}. {suggest(name, METHODS)}")
+        check_methods("method", self.methods)
         if not self.lengths or min(self.lengths) < 2:
             raise UsageError(f"length: expected numbers of at least 2, got {self.lengths}.")
         if self.windows < 1:
@@ -172,21 +105,13 @@ def read_table(path: Path, fresh: PerplexityTable) -> PerplexityTable:
 
     Raises UsageError for a file of another measurement, or one that cannot be read.
     """
-    if not path.exists():
-        return fresh
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: data[key] for key in ("model", "text", "trained_tokens", "windows")}
-        cells = {m: {int(n): float(v) for n, v in row.items()} for m, row in data["cells"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"out: {str(path)!r} is no perplexity table ({error}).") from error
-    for key, value in found.items():
-        if value != getattr(fresh, key):
-            raise UsageError(
-                f"out: {str(path)!r} was measured with {key} {value!r}, not "
-                f"{getattr(fresh, key)!r}. Give another folder."
-            )
-    return dataclasses.replace(fresh, cells=cells)
+    conditions = {k: getattr(fresh, k) for k in ("model", "text", "trained_tokens", "windows")}
+    cells = read_cells(path, conditions, _cells)
+    return fresh if cells is None else dataclasses.replace(fresh, cells=cells)
+
+
+def _cells(data: Any) -> dict[str, dict[int, float]]:
+    return {m: {int(n): float(v) for n, v in row.items()} for m, row in data.items()}
 
 
 def write_table(folder: Path, table: PerplexityTable) -> None:
@@ -195,14 +120,13 @@ def write_table(folder: Path, table: PerplexityTable) -> None:
         method: {n: p for n in row if (p := table.perplexity(method, n)) is not None}
         for method, row in table.cells.items()
     }
-    files = {
-        "json": json.dumps(table.to_json(), indent=1) + "\n",
-        "md": table.to_markdown(),
-        "svg": lines_svg(f"{table.model} on {table.text}", "tokens", "perplexity", rows),
-    }
-    for kind, content in files.items():
-        with replacing(folder / f"perplexity.{kind}") as file:
-            file.write(content.encode())
+    write_files(
+        folder,
+        "perplexity",
+        data=table.to_json(),
+        markdown=table.to_markdown(),
+        picture=lines_svg(f"{table.model} on {table.text}", "tokens", "perplexity", rows),
+    )
 
 
 def measure_perplexity(
@@ -218,9 +142,7 @@ def measure_perplexity(
 
     Raises UsageError when the text is too short, or the model's positions are not rotary.
     """
-    own, longest = loaded.config.position, max(settings.lengths)
-    if not isinstance(own, Rotary):
-        raise UsageError(f"model: {loaded.record.name} has no rotary positions to be extended.")
+    own, longest = own_rotary(loaded.config, loaded.record.name), max(settings.lengths)
     if len(ids) < longest * settings.windows:
         raise UsageError(
             f"text: has {len(ids)} tokens; {settings.windows} windows of {longest} need "
@@ -280,28 +202,11 @@ def _passes(
     return [_Pass(name, position, extension, tuple(n)) for extension, n in decided.values()]
 
 
-class _Positioned:
-    """A context that gives every layer one and the same position spec, whatever it asks for."""
-
-    def __init__(self, inner: PagedAttention, position: Position) -> None:
-        self._inner = inner
-        self._position = position
-
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        position: Position,
-        *,
-        window: int | None = None,
-    ) -> torch.Tensor:
-        """See `AttentionContext.attend`."""
-        return self._inner.attend(layer, q, k, v, self._position, window=window)
+class _EveryRow(PagedAttention):
+    """A context that wants the logits of every token."""
 
     def select(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Every row."""
+        """All of it."""
         return hidden
 
 
@@ -322,9 +227,9 @@ def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Te
         part = tuple(ids[start : start + CHUNK_TOKENS])
         plan = Plan((Chunk("window", part, start, blocks, True, job.extension),))
         batch = build(plan, block_tokens=BLOCK_TOKENS, device=device)
-        context = _Positioned(PagedAttention(cache, batch), job.position)
+        context = _EveryRow(cache, batch)
         targets = torch.tensor(ids[start + 1 : start + 1 + len(part)])
-        with torch.inference_mode():
+        with torch.inference_mode(), positioned(model, job.position):
             logits = model(batch.ids, context)[: len(targets)]  # [tokens, vocab_size]
             losses = functional.cross_entropy(logits.float(), targets, reduction="none")
         yield losses.double()

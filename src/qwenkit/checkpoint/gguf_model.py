@@ -27,6 +27,7 @@ REQUIRED = {
 OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
+    "attention.max_alibi_bias": "max_alibi_bias",
     "attention.sliding_window": "sliding_window",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
@@ -68,6 +69,7 @@ TOKEN_IDS = {  # GGUF's word → Hugging Face's
 }
 _FRACTIONS = frozenset(
     {"rms_norm_eps", "layer_norm_epsilon", "rope_theta", "factor", "attention_factor"}
+    | {"max_alibi_bias"}
     | {"beta_fast", "beta_slow", "temperature", "top_p", "min_p", "repetition_penalty"}
 )
 _FLAGS = frozenset(
@@ -132,6 +134,7 @@ class _Reading:
         config["tie_word_embeddings"] = "output.weight" not in self.tensors
         config["attention_bias"] = "blk.0.attn_output.bias" in self.tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in self.tensors
+        config |= self._baichuan(config)
         if config.get("sliding_window"):
             config["use_sliding_window"] = True
         return config
@@ -153,6 +156,20 @@ class _Reading:
             if key not in config and tensor in self.tensors and len(self.tensors[tensor].shape) > 1:
                 found[key] = self.tensors[tensor].shape[-2]
         return found
+
+    def _baichuan(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What tells the 13B from the rotary 7B, and the second generation from the first, whose
+        head is plain: files of other converters say neither, so it is llama.cpp's sign for the one,
+        40 layers, and the number of rows for the other.
+        """
+        alibi = "max_alibi_bias" in config or config["num_hidden_layers"] == 40
+        if self.architecture != "baichuan" or not alibi:
+            return {}
+        found = {
+            "max_position_embeddings": None,
+            "model_max_length": config["max_position_embeddings"],
+        }
+        return found | ({} if config["vocab_size"] == 64_000 else {"z_loss_weight": 0})
 
     def _rope_scaling(self) -> dict[str, Any]:
         prefix = f"{self.architecture}.rope.scaling"

@@ -1,8 +1,8 @@
-"""Where a model name leads: a path, the embedded model, or a repository of a Hugging Face hub.
+"""Where a model name leads: a path, the embedded model, or a repository of a hub.
 
 Each file of a repository resumes where a broken download stopped, also in a later process, and only
-enters the cache with the checksum that the hub announced. This is the only network code of the
-room; it knows nothing of what is in the files.
+enters the cache with the checksum that the hub announced. Other hubs have their client libraries
+(`client_hubs`). Knows nothing of what is in the files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
+from qwenkit.checkpoint import client_hubs
 from qwenkit.checkpoint.embedded import EMBEDDED, cached_file, fetch
 from qwenkit.checkpoint.hub_cache import (
     bytes_of,
@@ -34,6 +35,7 @@ from qwenkit.checkpoint.names import (
     HubName,
     check_revision,
     did_you_mean,
+    existing_path,
     parse_hub_name,
 )
 from qwenkit.checkpoint.progress import Progress, ProgressCallback
@@ -62,16 +64,22 @@ def resolve(
 
     An existing path is taken as it is; "default" is the embedded model; `organisation/name` is
     looked up in the cache and, unless `offline`, fetched from the hub (`:file.gguf` picks one
-    file). What is cached whole is used without asking the hub. `cache_dir` replaces the user's
-    cache folders, `endpoint` the hub's address.
+    file); `modelscope:…` and `openmind:…` are names on those hubs, fetched by their own clients.
+    What is cached whole is used without asking. `cache_dir` replaces the user's cache folders,
+    `endpoint` the hub's address.
 
-    Raises ModelNotFoundError when the name leads nowhere, NetworkError when the network does.
+    Raises ModelNotFoundError when the name leads nowhere, NetworkError when the network does,
+    MissingDependencyError without the client of a hub that needs one.
     """
-    path = _existing_path(name)
+    path = existing_path(name)
     if path is not None:
         return path
     if name == EMBEDDED_NAME:
         return _embedded(cache_dir, offline=offline, check=False, progress=progress)
+    elsewhere = client_hubs.client_name(name)
+    if elsewhere is not None:
+        asked = client_hubs.Request(elsewhere, revision, progress, cache_dir, endpoint)
+        return client_hubs.fetch(asked, offline=offline)
     hub_name = parse_hub_name(name)
     wanted = check_revision(revision or "main")
     hub = _Hub.of(endpoint, cache_dir)
@@ -97,13 +105,17 @@ def pull(
 ) -> Path:
     """As `resolve`, but asks the hub what is newest and verifies the checksum of every file.
 
-    A damaged file is fetched again. Raises ModelNotFoundError or NetworkError.
+    A damaged file is fetched again. Raises as `resolve`.
     """
-    path = _existing_path(name)
+    path = existing_path(name)
     if path is not None:
         return path
     if name == EMBEDDED_NAME:
         return _embedded(cache_dir, offline=False, check=True, progress=progress)
+    elsewhere = client_hubs.client_name(name)
+    if elsewhere is not None:
+        asked = client_hubs.Request(elsewhere, revision, progress, cache_dir, endpoint)
+        return client_hubs.fetch(asked, newest=True)
     hub_name = parse_hub_name(name)
     wanted = check_revision(revision or "main")
     hub = _Hub.of(endpoint, cache_dir)
@@ -125,8 +137,8 @@ class Described:
 def describe(
     name: str, *, revision: str | None = None, endpoint: str | None = None
 ) -> Described | None:
-    """Read a repository's listing and its config.json, nothing else; None where it has no
-    config.json, as a repository of GGUF files only. Raises ModelNotFoundError or NetworkError.
+    """Read a repository's listing and its config.json only; None where it has none, as one of GGUF
+    files. Raises ModelNotFoundError or NetworkError.
     """
     hub_name = parse_hub_name(name)
     wanted = check_revision(revision or "main")
@@ -146,16 +158,6 @@ _ALWAYS_THERE = (
     f"Without a hub: 'qwenkit chat {EMBEDDED_NAME}' talks with the embedded "
     "SmolLM2-135M-Instruct, or give a folder or a .gguf file."
 )
-
-
-def _existing_path(name: str) -> Path | None:
-    if not name or "\0" in name:
-        raise ModelNotFoundError(f"model name {name!r}: empty or not a text. {did_you_mean('')}")
-    try:
-        path = Path(name).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError):  # too long for a path; a '~name' that is nobody's home
-        return None
 
 
 def _embedded(

@@ -26,10 +26,10 @@ def repository_folder(name: HubName, cache: Path) -> Path:
 
 
 def repository_name(snapshot: Path) -> str | None:
-    """`organisation/name` of a snapshot's folder, whose own name is only a commit; None for
-    other folders.
+    """`organisation/name` of a snapshot's folder, whose own name is only a commit or a revision, in
+    this cache or in ModelScope's; None for other folders.
     """
-    match = re.fullmatch(r"models--([^-].*?)--(.+)", snapshot.parent.parent.name)
+    match = re.fullmatch(r"(?:models--)?([^-].*?)--(.+)", snapshot.parent.parent.name)
     return f"{match[1]}/{match[2]}" if match and snapshot.parent.name == "snapshots" else None
 
 

@@ -8,7 +8,7 @@ Knows no model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -57,6 +57,13 @@ def parted(tensors: Mapping[str, StoredTensor], names: Names) -> dict[str, Store
         for index, part in enumerate(parts):
             result[part] = stored if len(parts) == 1 else _part(stored, index, len(parts))
     return result
+
+
+def reordered(stored: StoredTensor, order: Callable[[int], torch.Tensor]) -> StoredTensor:
+    """A tensor with its rows in another order: `order` gives for so many rows the place [rows] of
+    each.
+    """
+    return replace(stored, read=lambda: stored.read()[order(stored.shape[0])])
 
 
 def _pattern(name: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from qwenkit.errors import ModelNotFoundError
 
@@ -52,6 +53,17 @@ class HubName:
 
     def __str__(self) -> str:
         return self.repository if self.file is None else f"{self.repository}:{self.file}"
+
+
+def existing_path(name: str) -> Path | None:
+    """What a name means on this machine, if it does. Raises ModelNotFoundError for no name."""
+    if not name or "\0" in name:
+        raise ModelNotFoundError(f"model name {name!r}: empty or not a text. {did_you_mean('')}")
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path; a '~name' that is nobody's home
+        return None
 
 
 def parse_hub_name(name: str) -> HubName:

@@ -16,6 +16,7 @@ from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console
 from qwenkit.cli.bench_memory import memory
+from qwenkit.cli.bench_needle import needle
 from qwenkit.cli.bench_options import (
     DEFAULT_PEERS,
     Contexts,
@@ -33,6 +34,7 @@ from qwenkit.cli.bench_options import (
 )
 from qwenkit.cli.bench_perplexity import perplexity
 from qwenkit.cli.bench_tables import ProgressBar, show_kernels, show_speed
+from qwenkit.cli.bench_tokenizer import compression, tokenizer
 from qwenkit.errors import UsageError, suggest
 
 GROUP_SIZES = (32, 64, 128)
@@ -47,7 +49,10 @@ app = typer.Typer(
 
 
 app.command()(perplexity)
+app.command()(needle)
 app.command()(memory)
+app.command()(compression)
+app.command()(tokenizer)
 
 
 @app.command()

@@ -1,8 +1,10 @@
-"""The options of `qwenkit bench speed`, and the folder that measurements share."""
+"""The options of `qwenkit bench speed`, and what its sisters share."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ import typer
 from qwenkit.bench.environments import RECIPES
 from qwenkit.bench.peers.spec import WEIGHTS
 from qwenkit.bench.shapes import SHAPES
+from qwenkit.errors import UsageError
 
 DEFAULT_PEERS = ("llama.cpp", "transformers")
 
@@ -78,6 +81,19 @@ Contexts = Annotated[
         show_default=False,
     ),
 ]
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder for results. Raises UsageError naming the `option` when it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option}: {str(folder)!r}: {error.strerror}.") from error
+
+
+def this_command() -> str:
+    """The command line of this process, to be recorded beside what it measures."""
+    return shlex.join(["qwenkit", *sys.argv[1:]])
 
 
 def cache_folder() -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qwenkit.bench.methods import METHODS
 from qwenkit.bench.perplexity import (
-    METHODS,
     PerplexitySettings,
     PerplexityTable,
     measure_perplexity,
@@ -19,8 +17,8 @@ from qwenkit.bench.perplexity import (
 )
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console, options
+from qwenkit.cli.bench_options import make_folder, this_command
 from qwenkit.cli.bench_tables import ProgressBar
-from qwenkit.errors import UsageError
 from qwenkit.kernels import cpu
 from qwenkit.load import load
 
@@ -101,10 +99,10 @@ def _measure(
         text=text.name,
         trained_tokens=loaded.record.trained_context_tokens,
         windows=settings.windows,
-        command=shlex.join(["qwenkit", *sys.argv[1:]]),
+        command=this_command(),
     )
     if out is not None:
-        _make(out)
+        make_folder("--out", out)
         table = read_table(out / "perplexity.json", table)
 
     def save(done: PerplexityTable) -> None:
@@ -114,10 +112,3 @@ def _measure(
     ids = loaded.tokenizer.encode(content)
     with ProgressBar() as progress:
         return measure_perplexity(loaded, ids, settings, table, save=save, progress=progress)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: {str(folder)!r}: {error.strerror}.") from error

@@ -44,7 +44,7 @@ Seed = Annotated[
     int, typer.Option("-s", "--seed", metavar="N", help="The same seed gives the same reply.")
 ]
 CpuOnly = Annotated[
-    bool, typer.Option("--cpu-only", help="Compute on the CPU, as this version always does.")
+    bool, typer.Option("--cpu-only", help="Compute on the CPU, as without --device.")
 ]
 
 
@@ -76,6 +76,8 @@ def command(
       qwenkit chat --prompt "What is the capital of France?" --greedy
       cat letter.txt | qwenkit chat --system "Summarise the letter."
     """
+    if cpu_only and (loaded_as.device, loaded_as.device_map) != ("cpu", None):
+        raise UsageError("Got --cpu-only and another device; drop one.")
     changes = sampling.changes(max_tokens=max_tokens, seed=seed)
     name = options.one_of({"MODEL": model, "--checkpoint-path": checkpoint_path})
     name = options.check_model_name(name, takes_prompt=True)

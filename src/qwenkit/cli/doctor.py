@@ -12,6 +12,7 @@ from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console, download, options
 
 if TYPE_CHECKING:
+    from qwenkit.kernels.devices import Device
     from qwenkit.survey.doctor_facts import Finding
     from qwenkit.survey.doctor_machine import Machine
 
@@ -104,8 +105,17 @@ def rows(machine: Machine) -> list[tuple[str, str]]:
         ("kernels / 算子", used),
         ("threads / 线程", f"{kernels.threads} of {machine.cores} processors"),
         ("memory / 内存", _memory(machine)),
-        ("accelerators / 加速卡", ", ".join(machine.accelerators) or "none / 无"),
+        *((f"device / 设备 {device.name}", _device(device)) for device in machine.devices),
     ]
+
+
+def _device(device: Device) -> str:
+    formats = {"bf16": device.bf16, "fp16": device.fp16, "fp32": True}
+    said = f"{device.title}, computes in {' '.join(name for name, can in formats.items() if can)}"
+    if device.free_bytes is None or device.total_bytes is None:
+        return said
+    free, total = device.free_bytes / 2**30, device.total_bytes / 2**30
+    return f"{said}, {free:.1f} GiB free of {total:.1f} GiB"
 
 
 def _memory(machine: Machine) -> str:

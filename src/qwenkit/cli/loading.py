@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,10 +13,12 @@ from qwenkit.types.extension import ROPE_MODES
 
 if TYPE_CHECKING:
     from qwenkit.api import LLM
+    from qwenkit.parallel import GivenMap
 
 _OPTIONS = {
     "context_tokens": "--context",
     "kv_cache_tokens": "--context",
+    "kv_dtype": "--kv-dtype",
     "threads": "--threads",
     "rope": "--rope",
     "dtype": "--dtype",
@@ -23,9 +26,10 @@ _OPTIONS = {
     "group_size": "--group-size",
     "head_weights": "--head-weights",
     "compute": "--compute",
+    "device": "--device",
+    "device_map": "--device-map",
     "users": "--users",
     "tokens": "--tokens",
-    "kv_dtype": "--kv-dtype",
     "devices": "--devices",
 }
 
@@ -36,7 +40,7 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
     Raises what `qwenkit.api.LLM` raises, with the names of the command line's options.
     """
     given = given or options.ModelOptions()
-    _check(given)
+    device_map = _check(given)
     from qwenkit.checkpoint.hub import resolve  # a tenth of a second that --help does without
 
     with download.bars() as progress:
@@ -44,32 +48,71 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
     with console.progress(f"Loading {name} / 正在加载模型 …") as show, options_named():
         from qwenkit.api import LLM  # torch takes seconds; something moves already
 
-        return LLM(
+        llm = LLM(
             name,
             dtype=given.dtype,
             weights=given.weights,
             group_size=given.group_size,
             head_weights=given.head_weights,
             compute=given.compute,
+            device=given.device,
+            device_map=device_map,
             threads=given.threads,
             pin_threads=given.pin_threads,
             context_tokens=given.context,
+            kv_dtype=given.kv_dtype,
             rope=given.rope,
             offline=given.offline,
             progress=show,
         )
+    if not isinstance(llm.devices, str):
+        console.note(f"{llm.devices}.")
+    return llm
 
 
-def _check(given: options.ModelOptions) -> None:
-    """Raises UsageError for what can be known to be wrong before anything is downloaded."""
-    options.check_name("--dtype", given.dtype, options.DTYPES)
+def _check(given: options.ModelOptions) -> GivenMap | None:
+    """The device map, read. Raises UsageError for what can be known to be wrong before anything is
+    downloaded.
+    """
+    device_map = None if given.device_map is None else _read_device_map(given.device_map)
+    on_cpu = (given.device, device_map) == ("cpu", None)
+    if given.device != "cpu" and device_map is not None:
+        raise UsageError("Got both --device and --device-map; give one.")
+    dtypes = [name for name in options.DTYPES if not (on_cpu and name == "float16")]
+    options.check_name("--dtype", given.dtype, dtypes)
     options.check_name("--compute", given.compute, options.COMPUTE)
+    options.check_name("--kv-dtype", given.kv_dtype, options.KV_DTYPES)
     options.check_name("--rope", given.rope, ROPE_MODES)
     if (given.weights, given.group_size, given.head_weights) != ("auto", None, None):
         from qwenkit.formats.plan import WeightPlan  # imports torch
 
         with options_named():
             WeightPlan(given.weights, given.group_size, given.head_weights)
+    if not on_cpu:
+        from qwenkit.parallel import read_places  # imports torch
+
+        with options_named():
+            read_places(given.device if device_map is None else device_map)
+    return device_map
+
+
+def _read_device_map(text: str) -> str | dict[str, str | int]:
+    """The value of --device-map: "auto", or a JSON object of module paths and devices.
+
+    Raises UsageError for anything else.
+    """
+    if text == "auto":
+        return text
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(v, str | int) for v in given.values()):
+        raise UsageError(
+            f"--device-map: got {text!r}; expected auto, or a JSON object such as "
+            """'{"": "cuda:0", "lm_head": "cpu"}'. For one device use --device."""
+        )
+    return given
 
 
 @contextmanager

@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "Say whether a model fits this machine, and how far: before it is downloaded.",
     "doctor": "Look at this machine, or for faults in a model's files.",
     "pull": "Download a model, resuming and checking it.",
+    "tokenizer": "Look at the tokens of a text, add words to a vocabulary.",
     "bench": "Measure speed and memory, beside other engines.",
 }
 

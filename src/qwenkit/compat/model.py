@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,15 +14,23 @@ import torch
 
 from qwenkit.api import LLM
 from qwenkit.chat.render import render
+from qwenkit.checkpoint.hub import resolve
 from qwenkit.compat.generation import GenerationConfig
 from qwenkit.compat.prompts import History, conversation
 from qwenkit.compat.streamers import TextStreamer
 from qwenkit.compat.tokenizer import CompatTokenizer
 from qwenkit.errors import QwenkitError, UsageError
-from qwenkit.layers.attention import PackedCausal
+from qwenkit.kernels import devices
+from qwenkit.layers.attention import ByDevice, PackedCausal
+from qwenkit.parallel import GivenMap, plan_evenly, read_places
 from qwenkit.types.events import FinishEvent, FinishReason
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+_NO_HALF = (
+    "dtype: float16 was asked for, but Qwen's activations go beyond it and a processor is slow in "
+    "it; bfloat16 or float32 is computed instead, whichever suits the processor."
+)
+_log = logging.getLogger(__name__)
 _STREAM_REFUSED = (
     "stream: call chat_stream(…) for streaming. / 流式对话请改用 chat_stream(…)，"
     "chat(…) 不再支持 stream 参数。"
@@ -44,8 +53,8 @@ class CompatModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(iter(self.llm.model.parameters())).device
+        """Where token ids go in; of a model on several devices that of the embedding."""
+        return self.llm.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,9 +101,10 @@ class CompatModel:
             )
         real = mask.bool()
         lengths = [n for n in real.sum(1).tolist() if n]
-        flat = self.llm.model(input_ids[real], PackedCausal(lengths, device=input_ids.device))
+        context = ByDevice(lambda device: PackedCausal(lengths, device=device))
+        flat = self.llm.model(input_ids[real].to(self.device), context)
         logits = flat.new_zeros(*input_ids.shape, flat.shape[-1])  # [batch, length, vocab]
-        logits[real] = flat
+        logits[real.to(flat.device)] = flat
         return CausalOutput(logits)
 
     def generate(
@@ -254,7 +264,7 @@ class AutoModelForCausalLM:
     def from_pretrained(
         pretrained_model_name_or_path: str | Path,
         *,
-        device_map: str | None = None,
+        device_map: GivenMap | None = None,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         bf16: bool = False,
@@ -269,15 +279,19 @@ class AutoModelForCausalLM:
     ) -> CompatModel:
         """Load a model with its published switches.
 
-        One of `torch_dtype`/`dtype`, `bf16`, `fp16`, `fp32` may choose the precision; float16 on a
-        processor becomes bfloat16 or float32, whichever it computes, since Qwen's activations
-        overflow it. Remote code is never run; weights are always memory-mapped; the switches
-        `low_cpu_mem_usage`, `use_safetensors` and `attn_implementation` are accepted without
-        effect. Raises UsageError for a contradiction.
+        `device_map` is "auto", a device, or a mapping of module paths to devices (None: "cpu"); see
+        `qwenkit.parallel.plan_devices`. One of `torch_dtype`/`dtype`, `bf16`, `fp16`, `fp32` may
+        choose the precision; float16 on a processor becomes what suits it, and that is said, since
+        Qwen's activations go beyond it. Remote code is never run; weights are always memory-mapped;
+        the switches `low_cpu_mem_usage`, `use_safetensors` and `attn_implementation` are accepted
+        without effect. Raises UsageError for a contradiction.
         """
         chosen = _dtype(torch_dtype if torch_dtype is not None else dtype, bf16, fp16, fp32)
-        device = "cpu" if device_map in (None, "auto", "cpu") else str(device_map)
-        llm = LLM(pretrained_model_name_or_path, dtype=chosen, device=device, revision=revision)
+        places = read_places("cpu" if device_map is None else device_map)
+        if chosen == "float16" and _on_a_processor(places):
+            _log.warning("%s", _NO_HALF)
+            chosen = "auto"
+        llm = LLM(pretrained_model_name_or_path, dtype=chosen, device_map=places, revision=revision)
         model = CompatModel(llm)
         if pad_token_id is not None:
             model.generation_config.pad_token_id = pad_token_id
@@ -291,5 +305,25 @@ def _dtype(given: torch.dtype | str | None, bf16: bool, fp16: bool, fp32: bool) 
         names.append(str(given).removeprefix("torch."))
     if len(set(names)) > 1:
         raise UsageError(f"dtype: choose one precision; got {', '.join(sorted(set(names)))}.")
-    name = names[0] if names else "auto"
-    return "auto" if name == "float16" else name
+    return names[0] if names else "auto"
+
+
+def _on_a_processor(places: str | Mapping[str, str]) -> bool:
+    """Whether float16 would be computed on a processor."""
+    if places == "auto":
+        return not devices.find_accelerators()
+    return "cpu" in ([places] if isinstance(places, str) else places.values())
+
+
+def load_model_on_gpus(model_name_or_path: str | Path, num_gpus: int = 2) -> CompatModel:
+    """A model with its layers shared out over the first `num_gpus` accelerators; 1 is "auto".
+
+    As the first Qwen's script of this name; see `qwenkit.parallel.device_map.split_evenly`. Raises
+    UsageError when there are not so many.
+    """
+    if num_gpus == 1:
+        return AutoModelForCausalLM.from_pretrained(model_name_or_path, device_map="auto")
+    path = resolve(str(model_name_or_path))
+    placed = plan_evenly(path, num_gpus)
+    _log.info("%s", placed)
+    return AutoModelForCausalLM.from_pretrained(path, device_map=placed.devices)

@@ -12,7 +12,7 @@ import torch
 from qwenkit.chat.render import render
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.hub import resolve
-from qwenkit.errors import TokenizerError, UsageError
+from qwenkit.errors import TokenizerError, UsageError, suggest
 from qwenkit.load import load_tokenizer, read_architecture
 from qwenkit.record import read_record
 from qwenkit.tokenizer import BytePairTokenizer
@@ -22,6 +22,8 @@ from qwenkit.types.record import ModelRecord
 Special = Literal["all"] | Collection[str]
 Side = Literal["left", "right"]
 Ids = int | Sequence[int] | torch.Tensor
+
+_ROLES = ("pad_token", "eos_token", "bos_token")
 
 
 class BatchEncoding(dict[str, Any]):
@@ -121,6 +123,33 @@ class CompatTokenizer:
     def get_vocab(self) -> dict[bytes | str, int]:
         """Bytes of each regular token, text of each control token, to its id."""
         return self.core.get_vocab()
+
+    def add_tokens(
+        self, new_tokens: str | Sequence[str], special_tokens: bool = False
+    ) -> Literal[0]:
+        """Accept control tokens that are there already and return 0, the number added.
+
+        Raises TokenizerError (a ValueError), as the originals do, for anything else.
+        """
+        self.core.add_tokens(new_tokens, special=special_tokens)
+        return 0
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, str | Sequence[str]]
+    ) -> Literal[0]:
+        """Give control tokens that are there already a role: "pad_token", "eos_token", "bos_token",
+        or none ("additional_special_tokens"); returns 0, the number added.
+
+        Raises TokenizerError for tokens that are not there, UsageError for other roles.
+        """
+        for role, tokens in special_tokens_dict.items():
+            if role not in (*_ROLES, "additional_special_tokens"):
+                allowed = suggest(str(role), [*_ROLES, "additional_special_tokens"])
+                raise UsageError(f"special_tokens_dict: got {role!r}. {allowed}")
+            self.add_tokens(tokens, special_tokens=True)
+            if role in _ROLES:
+                setattr(self, f"{role}_id", self.core.control_id(str(tokens)))
+        return 0
 
     def encode(
         self, text: str, *, allowed_special: Special = "all", disallowed_special: Special = ()
@@ -279,15 +308,17 @@ class AutoTokenizer:
         padding_side: str = "left",
         pad_token: str | None = None,
         eos_token: str | None = None,
+        extra_vocab_file: str | Path | None = None,
     ) -> CompatTokenizer:
-        """Load a tokenizer.
+        """Load a tokenizer, with the tokens of `extra_vocab_file` (of 'add-merges') if given.
 
         `trust_remote_code` and `use_fast` are accepted and not needed. Raises ModelNotFoundError,
         NetworkError, CheckpointError or TokenizerError.
         """
         path = resolve(str(pretrained_model_name_or_path), revision=revision)
         checkpoint = open_checkpoint(path)
-        core = load_tokenizer(checkpoint)
+        extra = None if extra_vocab_file is None else Path(extra_vocab_file)
+        core = load_tokenizer(checkpoint, extra_vocab_file=extra)
         config = read_architecture(checkpoint)[1]
         return CompatTokenizer(
             core,

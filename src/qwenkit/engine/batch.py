@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -41,6 +42,12 @@ class Batch:
     def sequences(self) -> Sequences:
         """What paged attention asks of the sequences."""
         return self.block_tables, self.query_lengths, self.kv_lengths
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with every tensor on `device`."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qwenkit.engine.blocks import BlockPool
+from qwenkit.engine.kv import KV_DTYPES
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Choice, Sampler
 from qwenkit.engine.scheduler import Scheduler, SchedulerStatus
 from qwenkit.engine.served import ServedModel
 from qwenkit.engine.text import Ending, Output
-from qwenkit.errors import QwenkitError, RequestError, UsageError
+from qwenkit.errors import QwenkitError, RequestError, UsageError, suggest
 from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage
 from qwenkit.types.extension import Extension, RopeMode
 from qwenkit.types.protocols import Tokenizer
@@ -37,7 +38,9 @@ class EngineSettings:
     shorter ones).
     `max_batch_tokens` bounds the tokens computed in one step, so a longer prompt is computed in
     chunks of that size; `max_sequences` bounds the requests that run at the same time.
-    `reference_ops` runs every op's torch reference, whatever backends are registered.
+    `kv_dtype` "fp32", "bf16" or "int8" is what keys and values are kept in; "auto" is what the
+    model computes in. `reference_ops` runs every op's torch reference, whatever backends are
+    registered.
 
     Raises UsageError naming the setting on construction.
     """
@@ -46,6 +49,7 @@ class EngineSettings:
     kv_cache_tokens: int | None = None
     max_batch_tokens: int = 512
     max_sequences: int = 64
+    kv_dtype: str = "auto"
     reference_ops: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +59,10 @@ class EngineSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        if self.kv_dtype not in KV_DTYPES:
+            raise UsageError(
+                f"kv_dtype: got {self.kv_dtype!r}. {suggest(self.kv_dtype, KV_DTYPES)}"
+            )
         if self.max_sequences > self.max_batch_tokens:
             raise UsageError(
                 f"max_sequences: {self.max_sequences} is above max_batch_tokens "
@@ -82,7 +90,8 @@ class Engine:
 
     `stop_token_ids`, `context_tokens` and `trained_tokens` are the model record's; `rope` says when
     the trained length is extended: for each request as it needs, decided when it is added, or as
-    the model's config says. `device` is where the model is.
+    the model's config says. `device` is where the model is; `layer_devices` says it of each layer
+    where they are on several, `device` then of the embedding.
     Every accepted request yields token events and then exactly one finish event; what goes wrong
     with one of them ends that one only.
     """
@@ -98,6 +107,7 @@ class Engine:
         trained_tokens: int | None = None,
         rope: RopeMode = "per-request",
         device: torch.device | str = "cpu",
+        layer_devices: Sequence[str] | None = None,
     ) -> None:
         num_blocks = settings.num_blocks(context_tokens)
         self.limits = Limits(
@@ -123,6 +133,8 @@ class Engine:
             block_tokens=settings.block_tokens,
             device=self._device,
             reference_ops=settings.reference_ops,
+            layer_devices=None if layer_devices is None else list(map(torch.device, layer_devices)),
+            kv_dtype=settings.kv_dtype,
         )
         self._active: dict[str, _Active] = {}
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qwenkit.errors import UsageError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES = ("auto", *NAMED_DTYPES)
 
 
 class KVCache:
@@ -14,8 +18,9 @@ class KVCache:
 
     `keys[layer]` and `values[layer]` are [num_blocks, block_tokens, kv_heads, head_dim] of `dtype`;
     keys are kept rotated. With int8 `key_scales[layer]` and `value_scales[layer]` are [num_blocks,
-    block_tokens, kv_heads] fp32, one for each token and head; otherwise None. The memory is not
-    initialised: on a CPU a page costs nothing until it is written.
+    block_tokens, kv_heads] fp32, one for each token and head; otherwise None. All is on `device`,
+    or each layer's on its own of `layer_devices`. The memory is not initialised: on a CPU a page
+    costs nothing until it is written.
 
     Raises UsageError for another dtype, or when the machine refuses that much memory.
     """
@@ -30,6 +35,7 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        layer_devices: Sequence[torch.device] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UsageError(
@@ -37,27 +43,28 @@ class KVCache:
             )
         self.block_tokens = block_tokens
         shape = (num_blocks, block_tokens, kv_heads, head_dim)
-        layers = range(num_layers)
+        places = [device] * num_layers if layer_devices is None else layer_devices
         try:
             self.keys, self.values = (
-                [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+                [torch.empty(shape, dtype=dtype, device=place) for place in places]
                 for _ in ("keys", "values")
             )
             self.key_scales, self.value_scales = (
                 [
-                    torch.empty(shape[:3], device=device, dtype=torch.float32)
+                    torch.empty(shape[:3], device=place, dtype=torch.float32)
                     if dtype is torch.int8
                     else None
-                    for _ in layers
+                    for place in places
                 ]
                 for _ in ("keys", "values")
             )
         except RuntimeError as error:
             scale_bytes = 4 if dtype is torch.int8 else 0
             bytes_per_token = 2 * num_layers * kv_heads * (head_dim * dtype.itemsize + scale_bytes)
+            names = ", ".join(sorted({str(place) for place in places}))
             raise UsageError(
                 f"kv_cache_tokens: {num_blocks * block_tokens} tokens of {bytes_per_token} bytes "
-                f"do not fit the memory of {device}; ask for fewer. ({error})"
+                f"do not fit the memory of {names}; ask for fewer. ({error})"
             ) from error
 
     @property

@@ -10,6 +10,7 @@ from qwenkit.kernels.ops.dual_chunk_attention import dual_chunk_attention
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
 from qwenkit.kernels.ops.rotary import rotary
+from qwenkit.kernels.ops.rotary_kv_write import rotary_kv_write
 from qwenkit.layers.position import Alibi, DualChunk, Position, Rotary, extended, score_factor
 from qwenkit.layers.rope import Tables, dual_chunk_tables, log_n_scale, rotary_tables
 from qwenkit.types.extension import NO_EXTENSION
@@ -43,12 +44,9 @@ class PagedAttention:
         if isinstance(position, DualChunk):
             return self._in_chunks(layer, q, k, v, position)
         if isinstance(position, Rotary):
-            cos, sin = self.rotation(position)
-            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-            if position.log_n is not None:
-                scale = log_n_scale(position.log_n, self._batch.positions)  # [tokens]
-                q = q * scale[:, None, None].to(q.dtype)
-        self._keep(layer, k, v)
+            q = self._rotate_and_keep(layer, q, k, v, position)
+        else:
+            self._keep(layer, k, v)
         slopes = self._slopes(position) if isinstance(position, Alibi) else None
         return self._over_cache(layer, q, self._batch.sequences, window or 0, slopes)
 
@@ -56,6 +54,20 @@ class PagedAttention:
         """The rows that a token is sampled from: [rows, hidden_size]."""
         rows = self._batch.rows
         return hidden if rows is None else hidden.index_select(0, rows)
+
+    def _rotate_and_keep(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Rotary
+    ) -> torch.Tensor:
+        """q rotated, [tokens, heads, head_dim]; k rotated, and v, into the cache."""
+        factors = None
+        if spec.log_n is not None:
+            factors = log_n_scale(spec.log_n, self._batch.positions)  # [tokens]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        scales = self._cache.key_scales[layer], self._cache.value_scales[layer]
+        rotated: torch.Tensor = rotary_kv_write(
+            q, k, v, *self.rotation(spec), keys, values, self._batch.slots, *scales, factors
+        )
+        return rotated
 
     def _keep(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         keys, values = self._cache.keys[layer], self._cache.values[layer]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 
-from qwenkit.engine.batch import build
-from qwenkit.engine.kv import KVCache
+from qwenkit.engine.batch import Batch, build
+from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.replay import Replayer
 from qwenkit.engine.scheduler import Plan
 from qwenkit.engine.served import ServedModel
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.registry import reference_only
+from qwenkit.layers.attention import AttentionContext, ByDevice
 
 
 class Runner:
-    """A model on `device` and its KV cache of `num_blocks` blocks; `reference_ops` as in the
-    engine's settings.
+    """A model on `device` and its KV cache of `num_blocks` blocks; `reference_ops` and
+    `kv_dtype` as in the engine's settings. Of a model split over several devices `device` is that
+    of the embedding and `layer_devices` is each layer's.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class Runner:
         block_tokens: int,
         device: torch.device,
         reference_ops: bool,
+        layer_devices: Sequence[torch.device] | None = None,
+        kv_dtype: str = "auto",
     ) -> None:
         self._model = model
         self._reference_ops = reference_ops
@@ -39,10 +44,17 @@ class Runner:
             block_tokens=block_tokens,
             kv_heads=model.config.num_key_value_heads,
             head_dim=model.config.head_dim,
-            dtype=model.dtype,
+            dtype=NAMED_DTYPES.get(kv_dtype, model.dtype),
             device=device,
+            layer_devices=layer_devices,
         )
-        native = not reference_ops and device.type == "cpu" and "cpu" in packed_matmul.backends
+        self._is_split = layer_devices is not None
+        native = (
+            not self._is_split
+            and not reference_ops
+            and device.type == "cpu"
+            and "cpu" in packed_matmul.backends
+        )
         self._replayer = Replayer(model, self._cache) if native else None
 
     @torch.inference_mode()
@@ -56,4 +68,9 @@ class Runner:
             if logits is not None:
                 return logits
         with reference_only() if self._reference_ops else nullcontext():
-            return self._model(batch.ids, PagedAttention(self._cache, batch))
+            return self._model(batch.ids, self._context(batch))
+
+    def _context(self, batch: Batch) -> AttentionContext:
+        if self._is_split:
+            return ByDevice(lambda device: PagedAttention(self._cache, batch.to(device)))
+        return PagedAttention(self._cache, batch)

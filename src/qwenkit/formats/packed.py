@@ -8,7 +8,7 @@ such as INT4_G32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -16,7 +16,9 @@ import torch
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError, suggest
 from qwenkit.formats.ggml import GgmlWeight
 from qwenkit.kernels.ops.grouped_matmul import segments
+from qwenkit.kernels.ops.packed_gated import packed_gated
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
+from qwenkit.kernels.ops.packed_projections import packed_projections
 from qwenkit.kernels.ops.packed_rows import packed_rows
 from qwenkit.kernels.packed import (
     COLUMN_MULTIPLE,
@@ -217,6 +219,59 @@ class PackedWeight(QuantWeight):
         )
         return y.view(*x.shape[:-1], rows)
 
+    def project(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[QuantWeight],
+        biases: Sequence[torch.Tensor | None],
+        norm: torch.Tensor | None,
+        epsilon: float,
+    ) -> list[torch.Tensor] | None:
+        packed = self._alike(x, weights, norm)
+        bias = [each for each in biases if each is not None]
+        if packed is None or len(bias) not in (0, len(weights)):
+            return None
+        results: list[torch.Tensor] = packed_projections(
+            x.reshape(-1, self.shape[1]),
+            norm,
+            epsilon,
+            *_lists(packed),
+            bias,
+            self.kind,
+            [weight.shape[0] for weight in packed],
+            self.zero_point,
+            [weight.precise for weight in packed],
+        )
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
+
+    def gated(
+        self, x: torch.Tensor, up: QuantWeight, norm: torch.Tensor | None, epsilon: float
+    ) -> torch.Tensor | None:
+        packed = self._alike(x, (self, up), norm)
+        if packed is None or self.shape != up.shape or self.precise or packed[1].precise:
+            return None
+        rows, columns = self.shape
+        y: torch.Tensor = packed_gated(
+            x.reshape(-1, columns), norm, epsilon, *_lists(packed), self.kind, rows, self.zero_point
+        )
+        return y.view(*x.shape[:-1], rows)
+
+    def _alike(
+        self, x: torch.Tensor, weights: Sequence[QuantWeight], norm: torch.Tensor | None
+    ) -> list[PackedWeight] | None:
+        """The weights if they can be multiplied with x in one call: all in one kind of panels."""
+        alike = [
+            weight
+            for weight in weights
+            if isinstance(weight, PackedWeight)
+            and (weight.kind, weight.zero_point) == (self.kind, self.zero_point)
+            and weight.packed.group == self.packed.group
+            and (weight.mins is None) == (self.mins is None)
+        ]
+        numbers = x.dtype is torch.float32 and (norm is None or norm.dtype is torch.float32)
+        plain = not (x.requires_grad and torch.is_grad_enabled())
+        return alike if len(alike) == len(weights) and numbers and plain else None
+
     def grouped_matmul(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         rows = self.shape[0] // ends.numel()
         if rows % PANEL_ROWS or (x.requires_grad and torch.is_grad_enabled()):
@@ -232,6 +287,15 @@ class PackedWeight(QuantWeight):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]}, {self._storage}, packed"
+
+
+def _lists(weights: Sequence[PackedWeight]) -> tuple[list[torch.Tensor], ...]:
+    """Data, scales and minimums as the ops of several matrices take them."""
+    return (
+        [weight.data for weight in weights],
+        [weight.scales for weight in weights if weight.scales is not None],
+        [weight.mins for weight in weights if weight.mins is not None],
+    )
 
 
 def fitting_group(columns: int, wanted: int) -> int:

@@ -38,8 +38,9 @@ class Op:
 
     `schema` is a torch.library schema without the name. `shape` maps meta tensors to meta outputs.
     `cases` yields argument tuples, adversarial ones included. `tolerance` bounds the difference
-    between a backend and the reference, relative to the largest magnitude of the reference.
-    Creating an Op registers it under `name`.
+    between a backend and the reference, relative to the largest magnitude of the reference;
+    `bf16_tolerance`, where it is given, of calls with a bf16 tensor. Creating an Op registers it
+    under `name`.
     """
 
     name: str
@@ -48,10 +49,19 @@ class Op:
     shape: Callable[..., Any]
     cases: Callable[[], Iterable[Arguments]]
     tolerance: float = 1e-5
+    bf16_tolerance: float | None = None
     backends: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
+
+    def bound(self, arguments: Arguments) -> float:
+        """The tolerance of a call with these arguments."""
+        if self.bf16_tolerance is None:
+            return self.tolerance
+        tensors = (a for a in arguments if isinstance(a, torch.Tensor))
+        narrow = any(t.dtype is torch.bfloat16 for t in tensors)
+        return self.bf16_tolerance if narrow else self.tolerance
 
     def __call__(self, *arguments: Any) -> Any:
         """Run on the device of the first argument, which must be a tensor."""

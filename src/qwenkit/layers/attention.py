@@ -8,7 +8,7 @@ model file is the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -29,7 +29,7 @@ from qwenkit.layers.position import (
 from qwenkit.layers.rope import Tables, dual_chunk_tables, log_n_scale, rotary_tables
 from qwenkit.types.extension import Extension, RopeMode
 
-__all__ = ["AttentionContext", "PackedCausal", "Position"]
+__all__ = ["AttentionContext", "ByDevice", "PackedCausal", "Position"]
 
 
 class AttentionContext(Protocol):
@@ -56,6 +56,39 @@ class AttentionContext(Protocol):
     def select(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of hidden [tokens, hidden_size] the rows whose logits are wanted: [rows, hidden_size]."""
         ...
+
+
+class ByDevice:
+    """One forward pass of a model whose layers are on several devices: a context for each.
+
+    `make` makes the context of a device when the first tensor on it arrives.
+    """
+
+    def __init__(self, make: Callable[[torch.device], AttentionContext]) -> None:
+        self._make = make
+        self._contexts: dict[torch.device, AttentionContext] = {}
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: Position,
+        *,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """See `AttentionContext.attend`; on the device of q."""
+        return self._on(q.device).attend(layer, q, k, v, position, window=window)
+
+    def select(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `AttentionContext.select`; on the device of `hidden`."""
+        return self._on(hidden.device).select(hidden)
+
+    def _on(self, device: torch.device) -> AttentionContext:
+        if device not in self._contexts:
+            self._contexts[device] = self._make(device)
+        return self._contexts[device]
 
 
 class PackedCausal:

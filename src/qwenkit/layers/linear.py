@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
 
+from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.weight import QuantWeight
 
 
@@ -31,6 +34,25 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, bias={self.bias is not None}"
+
+
+def project(
+    x: torch.Tensor, linears: Sequence[nn.Module], norm: RMSNorm | None = None
+) -> Sequence[torch.Tensor]:
+    """Each of `linears` of norm(x), x [..., in_features], in one product where the weights have one
+    and with the same results where not. Whatever wraps a `Linear` is called by itself.
+    """
+    weights = [each.weight for each in linears if type(each) is Linear]
+    if len(weights) == len(linears) and isinstance(weights[0], QuantWeight):
+        quantized = [weight for weight in weights if isinstance(weight, QuantWeight)]
+        biases = [each.bias for each in linears if isinstance(each, Linear)]
+        if len(quantized) == len(weights):
+            given = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            together = weights[0].project(x, quantized, biases, *given)
+            if together is not None:
+                return together
+    x = x if norm is None else norm(x)
+    return [each(x) for each in linears]
 
 
 class Embedding(nn.Module):

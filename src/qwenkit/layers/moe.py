@@ -13,6 +13,7 @@ from qwenkit.kernels.ops.silu_mul import silu_mul
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Linear
 from qwenkit.layers.mlp import SwiGLU
+from qwenkit.layers.norm import RMSNorm
 
 
 class Experts(nn.Module):
@@ -61,8 +62,16 @@ class SparseMoe(nn.Module):
             self.shared_expert = SwiGLU(hidden_size, shared_intermediate_size)
             self.shared_expert_gate = Linear(hidden_size, 1, bias=False)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape; `residual`, of that shape, is added."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
+    ) -> torch.Tensor:
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
+        shape, is added.
+        """
+        x = x if norm is None else norm(x)
         weights, chosen = self.route(x)  # [tokens, experts_per_token] each
         by_expert, order = chosen.flatten().sort(stable=True)  # [tokens * experts_per_token] each
         every_expert = torch.arange(self.experts.gate_proj.groups, device=x.device)

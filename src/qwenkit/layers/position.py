@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from qwenkit.types.extension import NO_EXTENSION, Extension, RopeMode
 
 LARGEST_YARN_FACTOR = 4.0  # as far as the published Qwens were tried
+ALIBI_BIAS = 8.0  # ALiBi's largest, at a distance of one (arXiv 2108.12409)
 LARGEST_ALPHA_LENGTHS = 8  # Qwen's alpha of 15 reaches eight trained lengths
 
 

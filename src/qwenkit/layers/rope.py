@@ -85,9 +85,9 @@ def log_n_scale(trained_tokens: int, positions: torch.Tensor) -> torch.Tensor:
 
     Exactly 1 up to the trained length. Of the n-th token: log(n) to the base of that length.
     """
-    count = positions.to(torch.float64) + 1
+    count = positions.cpu().to(torch.float64) + 1  # some devices have no fp64
     scale = torch.where(count > trained_tokens, count.log() / math.log(trained_tokens), 1.0)
-    return scale.to(torch.float32)
+    return scale.to(positions.device, torch.float32)
 
 
 def _scaled(angles: torch.Tensor, factor: float | torch.Tensor) -> Tables:

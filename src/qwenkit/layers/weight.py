@@ -7,7 +7,7 @@ outside `qwenkit.formats` knows which format it is.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -72,6 +72,27 @@ class QuantWeight(nn.Module):
         y = functional.linear(x, self.dequantize(x.dtype), bias)
         return y if residual is None else residual + y
 
+    def project(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[QuantWeight],
+        biases: Sequence[torch.Tensor | None],
+        norm: torch.Tensor | None,
+        epsilon: float,
+    ) -> list[torch.Tensor] | None:
+        """x [..., columns], normalised by its root mean square with the weights `norm` where they
+        are given, times each of `weights`, of which this is the first, plus its bias.
+
+        None where the format has no such product of these: then they are multiplied one by one.
+        """
+        return None
+
+    def gated(
+        self, x: torch.Tensor, up: QuantWeight, norm: torch.Tensor | None, epsilon: float
+    ) -> torch.Tensor | None:
+        """silu(n(x) Wᵀ) · n(x) upᵀ of this weight and another, n as in `project`; or None."""
+        return None
+
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of the given ids [tokens] as [tokens, columns] in `dtype`."""
         return self.select_rows(ids).dequantize(dtype)
@@ -81,7 +102,8 @@ class QuantWeight(nn.Module):
 
         A copy unless the format knows how to take a view.
         """
-        return self.select_rows(torch.arange(start, stop))
+        device = next(self.buffers()).device
+        return self.select_rows(torch.arange(start, stop, device=device))
 
     def grouped_matmul(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """As the op `grouped_matmul`: x [rows, columns] sorted by group, this weight being

@@ -17,10 +17,11 @@ from torch import nn
 
 from qwenkit.errors import ConfigError
 from qwenkit.layers.attention import AttentionContext
-from qwenkit.layers.linear import Embedding, Linear
+from qwenkit.layers.linear import Embedding, Linear, project
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
-from qwenkit.layers.position import Alibi
+from qwenkit.layers.position import ALIBI_BIAS, Alibi
+from qwenkit.models import qwen2
 from qwenkit.models.config_keys import flag, only, positive, whole
 from qwenkit.models.spec import Architecture, CausalModel
 
@@ -79,6 +80,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
             f"num_attention_heads: {heads} does not divide hidden_size {hidden_size}."
         )
     only(config, "hidden_act", "silu")
+    only(config, "max_alibi_bias", ALIBI_BIAS)
     return Config(
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden_size,
@@ -98,8 +100,8 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     then every other one of the next higher.
     """
     lower = 2 ** int(math.log2(heads))
-    slopes = [2 ** (-8 * n / lower) for n in range(1, lower + 1)]
-    between = [2 ** (-8 * n / (2 * lower)) for n in range(1, 2 * lower, 2)]
+    slopes = [2 ** (-ALIBI_BIAS * n / lower) for n in range(1, lower + 1)]
+    between = [2 ** (-ALIBI_BIAS * n / (2 * lower)) for n in range(1, 2 * lower, 2)]
     return tuple(slopes + between[: heads - lower])
 
 
@@ -115,11 +117,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor
+        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor, norm: RMSNorm
     ) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape, with `residual`, of that shape, added."""
-        packed = self.W_pack(x).unflatten(-1, (3, -1, self.head_dim))
-        q, k, v = packed.unbind(1)  # each [tokens, heads, head_dim]
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
+        shape, is added.
+        """
+        [packed] = project(x, (self.W_pack,), norm)
+        q, k, v = packed.view(len(packed), 3, -1, self.head_dim).unbind(1)
+        # each [tokens, heads, head_dim]
         output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
         y: torch.Tensor = self.o_proj(output.flatten(-2), residual)
         return y
@@ -137,8 +142,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
-        x = self.self_attn(self.input_layernorm(x), context, residual=x)
-        x = self.mlp(self.post_attention_layernorm(x), residual=x)
+        x = self.self_attn(x, context, residual=x, norm=self.input_layernorm)
+        x = self.mlp(x, residual=x, norm=self.post_attention_layernorm)
         return x
 
 
@@ -216,7 +221,11 @@ ARCHITECTURE = Architecture(
     gguf_arch="baichuan",
     config=read_config,
     build=Model,
-    gguf_names={},
+    gguf_names=qwen2.GGUF_NAMES
+    | {"blk.{}.attn_qkv.weight": "model.layers.{}.self_attn.W_pack.weight"},
+    gguf_parts={"blk.{}.attn_qkv.weight": tuple(f"blk.{{}}.attn_{part}.weight" for part in "qkv")},
+    gguf_interleaved=("attn_q", "attn_k"),  # as for its rotary sister, though nothing turns here
+    gguf_unit_rows=("lm_head",),
     ignored=("rotary_emb.inv_freq", "alibi_mask"),
     lora_targets=("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"),
 )

@@ -28,7 +28,7 @@ ARCHITECTURE = Architecture(
     config=read_config,
     build=qwen2.Model,
     gguf_names=qwen2.GGUF_NAMES,
-    gguf_interleaved=("q_proj", "k_proj"),
+    gguf_interleaved=("attn_q", "attn_k"),
     ignored=("rotary_emb.inv_freq",),
     lora_targets=qwen2.LORA_TARGETS,
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from qwenkit.errors import UsageError
 from qwenkit.layers.grouped import GroupedLinear
@@ -42,7 +43,8 @@ def published_tensors(model: CausalModel) -> Iterator[NamedTensor]:
 
 def gguf_tensors(model: CausalModel, architecture: Architecture) -> Iterator[NamedTensor]:
     """Under GGUF's names: experts stacked in three dimensions, rotary rows in GGUF's order, sizes
-    of one dropped, vectors in fp32.
+    of one dropped, vectors in fp32, heads of plain numbers with rows of length one where GGUF's
+    engines expect that.
 
     Raises UsageError for a weight that GGUF has no name or no block type for.
     """
@@ -52,9 +54,8 @@ def gguf_tensors(model: CausalModel, architecture: Architecture) -> Iterator[Nam
         pattern = f"{path}.{part}".replace(f".{number}.", ".{}.", 1) if number else f"{path}.{part}"
         if pattern not in names:
             raise UsageError(f"{path}.{part}: GGUF has no name for it in {architecture.gguf_arch}.")
-        if path.endswith(architecture.gguf_interleaved):
-            order = pairs_from_halves(value.shape[0], model.config.head_dim)
-            value = value.select_rows(order) if isinstance(value, QuantWeight) else value[order]
+        if path in architecture.gguf_unit_rows and isinstance(value, torch.Tensor):
+            value = functional.normalize(value.float(), dim=1).to(value.dtype)
         (named,) = _named(path, part, value)
         if named.name != f"{path}.{part}":
             raise UsageError(f"{path}: GGUF has no block type for {named.storage} weights.")
@@ -66,7 +67,17 @@ def gguf_tensors(model: CausalModel, architecture: Architecture) -> Iterator[Nam
         if len(shape) == 1:
             tensor = tensor.to(torch.float32)
         tensor = tensor.reshape(*shape[:-1], -1)
-        yield NamedTensor(names[pattern].replace("{}", number), shape, named.storage, tensor)
+        parts = architecture.gguf_parts.get(names[pattern], (names[pattern],))
+        shape = (shape[0] // len(parts), *shape[1:])
+        for name, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
+            if is_interleaved(name, architecture):
+                rows = rows[pairs_from_halves(shape[0], model.config.head_dim)]
+            yield NamedTensor(name.replace("{}", number), shape, named.storage, rows)
+
+
+def is_interleaved(gguf_name: str, architecture: Architecture) -> bool:
+    """True for a tensor ("blk.3.attn_q.weight") whose rows are in GGUF's pairwise rotary order."""
+    return any(step in architecture.gguf_interleaved for step in gguf_name.split("."))
 
 
 def pairs_from_halves(rows: int, head_dim: int) -> torch.Tensor:

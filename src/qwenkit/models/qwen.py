@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from qwenkit.errors import ConfigError
-from qwenkit.kernels.ops.silu_mul import silu_mul
 from qwenkit.layers.attention import AttentionContext
-from qwenkit.layers.linear import Embedding, Linear
+from qwenkit.layers.linear import Embedding, Linear, project
+from qwenkit.layers.mlp import gated
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import QwenNtk, Rotary
 from qwenkit.models.config_keys import flag, only, positive, whole
@@ -140,11 +140,14 @@ class Attention(nn.Module):
         self.c_proj = Linear(size, config.hidden_size, bias=not config.no_bias)
 
     def forward(
-        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor
+        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor, norm: RMSNorm
     ) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape, with `residual`, of that shape, added."""
-        packed = self.c_attn(x).unflatten(-1, (3, -1, self.head_dim))
-        q, k, v = packed.unbind(1)  # each [tokens, heads, head_dim]
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
+        shape, is added.
+        """
+        [packed] = project(x, (self.c_attn,), norm)
+        q, k, v = packed.view(len(packed), 3, -1, self.head_dim).unbind(1)
+        # each [tokens, heads, head_dim]
         output = context.attend(self.layer, q, k, v, self.position)  # [tokens, heads, head_dim]
         y: torch.Tensor = self.c_proj(output.flatten(-2), residual)
         return y
@@ -160,9 +163,11 @@ class MLP(nn.Module):
         self.w2 = Linear(config.hidden_size, half, bias=bias)
         self.c_proj = Linear(half, config.hidden_size, bias=bias)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape; `residual`, of that shape, is added."""
-        hidden: torch.Tensor = silu_mul(self.w2(x), self.w1(x))  # [tokens, intermediate_size / 2]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
+        shape, is added.
+        """
+        hidden = gated(x, self.w2, self.w1, norm)  # [tokens, intermediate_size / 2]
         y: torch.Tensor = self.c_proj(hidden, residual)
         return y
 
@@ -179,8 +184,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
-        x = self.attn(self.ln_1(x), context, residual=x)
-        x = self.mlp(self.ln_2(x), residual=x)
+        x = self.attn(x, context, residual=x, norm=self.ln_1)
+        x = self.mlp(x, residual=x, norm=self.ln_2)
         return x
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from qwenkit.errors import ConfigError
 from qwenkit.layers.attention import AttentionContext
-from qwenkit.layers.linear import Embedding, Linear
+from qwenkit.layers.linear import Embedding, Linear, project
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import DualChunk, Rotary
@@ -103,12 +103,18 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor
+        self,
+        x: torch.Tensor,
+        context: AttentionContext,
+        residual: torch.Tensor,
+        norm: RMSNorm,
     ) -> torch.Tensor:
-        """x [tokens, hidden_size] to the same shape, with `residual`, of that shape, added."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, heads, head_dim]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, kv_heads, head_dim]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [tokens, kv_heads, head_dim]
+        """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
+        shape, is added.
+        """
+        projections = project(x, (self.q_proj, self.k_proj, self.v_proj), norm)
+        # [tokens, heads, head_dim] and twice [tokens, kv_heads, head_dim]
+        q, k, v = (y.view(len(y), -1, self.head_dim) for y in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
         output = context.attend(
@@ -130,8 +136,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """x [tokens, hidden_size] to the same shape."""
-        x = self.self_attn(self.input_layernorm(x), context, residual=x)
-        x = self.mlp(self.post_attention_layernorm(x), residual=x)
+        x = self.self_attn(x, context, residual=x, norm=self.input_layernorm)
+        x = self.mlp(x, residual=x, norm=self.post_attention_layernorm)
         return x
 
 

@@ -64,12 +64,14 @@ class Architecture:
     """One architecture.
 
     `config` reads a `config.json` dictionary, old and new layouts, and raises ConfigError naming
-    the key. `gguf_names` maps a GGUF tensor name to ours, with `{}` for the layer number; tensors
-    of `gguf_interleaved` (our names) have their rows in GGUF's pairwise rotary order and are put
-    back in rotate-half order on loading. `ignored` are tensor names that old files carry but no
-    model needs. `lora_targets` are the linear layers that adapters wrap by default. `qwen2_names`
-    are the names of the same weights in Qwen2's layout, if it can hold them: the first generation
-    joins the rows of several in one tensor.
+    the key. `gguf_names` maps a GGUF tensor name to ours, with `{}` for the layer number; a name of
+    `gguf_parts` is in no file: its rows are those of several tensors there, one after another, in
+    equal parts. Tensors of `gguf_interleaved` ("attn_q") have their rows in GGUF's pairwise rotary
+    order and are put back in rotate-half order on loading. Modules of `gguf_unit_rows` (our paths)
+    get rows of length one there, for other engines do not divide by it. `ignored` are tensor names
+    that old files carry but no model needs. `lora_targets` are the linear layers that adapters wrap
+    by default. `qwen2_names` are the names of the same weights in Qwen2's layout, if it can hold
+    them: the first generation joins the rows of several in one tensor.
     """
 
     model_types: tuple[str, ...]
@@ -77,7 +79,9 @@ class Architecture:
     config: Callable[[Mapping[str, Any]], ModelConfig]
     build: Callable[[Any], CausalModel]
     gguf_names: Mapping[str, str]
+    gguf_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gguf_interleaved: tuple[str, ...] = ()
+    gguf_unit_rows: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     dialect: str | None = None

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qwenkit.errors import CheckpointError, QwenkitError
+from qwenkit.record import read_record
 from qwenkit.survey import doctor_config, doctor_files, doctor_tokens, doctor_weights
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, gather
 
@@ -35,6 +37,16 @@ def examine(path: Path) -> list[Finding]:
 
 def _unexplained(facts: Facts) -> Iterator[Finding]:
     """What loading refuses and no check knows."""
-    for error in (facts.opening_error, facts.config_error, facts.tokenizer_error):
-        if error is not None:
-            yield fault("does-not-load", facts.path.name, str(error), f"无法加载：{error}")
+    errors: list[QwenkitError | None] = [
+        facts.opening_error,
+        facts.config_error,
+        facts.tokenizer_error,
+    ]
+    if facts.checkpoint and facts.model_config and facts.tokenizer:
+        try:
+            read_record(facts.checkpoint, facts.tokenizer, facts.model_config)
+        except CheckpointError as error:
+            errors.append(error)
+    for reason in errors:
+        if reason is not None:
+            yield fault("does-not-load", facts.path.name, str(reason), f"无法加载：{reason}")

@@ -35,7 +35,7 @@ def misspelt_keys(facts: Facts) -> Iterator[Finding]:
 
 def dead_keys(facts: Facts) -> Iterator[Finding]:
     """Switches that the architecture does not have, so that turning them on does nothing."""
-    if facts.architecture is None:
+    if facts.architecture is None or facts.folder is None:  # a GGUF's keys are translated
         return
     dead = doctor_keys.LATER if facts.model_type == "qwen" else doctor_keys.FIRST_SWITCHES
     if "moe" not in facts.model_type:
@@ -114,7 +114,7 @@ def class_names(facts: Facts) -> Iterator[Finding]:
 
 def shapes(facts: Facts) -> Iterator[Finding]:
     error = facts.config_error
-    if error and facts.architecture and not str(error).startswith("rope_scaling"):
+    if error and facts.architecture and not any(rope_scaling(facts)):
         yield fault(
             "bad-config",
             _FILE,
@@ -157,6 +157,15 @@ def rope_scaling(facts: Facts) -> Iterator[Finding]:
     if not isinstance(block, Mapping):
         return
     kind = block.get("rope_type", block.get("type"))
+    if {"type", "rope_type"} <= set(block) and block["type"] != block["rope_type"]:
+        yield fault(
+            "two-rope-types",
+            _FILE,
+            f"rope_scaling: type is {block['type']!r}, rope_type {block['rope_type']!r}; programs "
+            "read the one or the other. Keep one.",
+            f"rope_scaling：type 为 {block['type']!r}，rope_type 为 {block['rope_type']!r}，"
+            "不同程序读取不同的键，请只保留一个。",
+        )
     if kind not in _ROPE_TYPES:
         yield fault(
             "bad-rope-scaling",
@@ -197,6 +206,17 @@ def quantization(facts: Facts) -> Iterator[Finding]:
             f"quantization_config: quant_method is {given!r}. {suggest(str(given), methods)}",
             f"quantization_config：未知的 quant_method {given!r}。{suggest(str(given), methods)}",
         )
+    elif isinstance(block, Mapping) and facts.checkpoint is not None:
+        names = facts.checkpoint.tensors
+        if block["quant_method"] in ("gptq", "awq") and not any("qweight" in n for n in names):
+            yield fault(
+                "quantized-in-name-only",
+                _FILE,
+                f"quantization_config says {block['quant_method']}, but no weight is quantized. "
+                "Remove it, or take the weights from the quantized model's repository.",
+                f"quantization_config 为 {block['quant_method']}，但权重并未量化。"
+                "请删除该项，或从量化模型仓库下载权重。",
+            )
 
 
 CHECKS = (

@@ -139,6 +139,15 @@ def damaged_weights(facts: Facts) -> Iterator[Finding]:
     error = facts.opening_error
     if error is None or not error.file.endswith(_WEIGHTS) or "git-LFS" in str(error):
         return
+    if any(name in str(error) for name in INDEXES):
+        yield fault(
+            "index-disagrees",
+            error.file.rpartition("/")[2],
+            f"index and weights are not of one model: {error.field} "
+            f"{str(error).partition(f'{error.field}: ')[2]} Fetch both again.",
+            f"索引与权重文件不一致（{error.field}），可能来自不同版本，请重新下载两者。",
+        )
+        return
     if facts.files.get(error.file.rpartition("/")[2]):  # empty and dead ones are found elsewhere
         yield fault(
             "damaged-weights",

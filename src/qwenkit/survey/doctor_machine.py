@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from qwenkit.kernels import devices
 from qwenkit.kernels.cpu import KernelInfo, kernel_info
+from qwenkit.kernels.devices import Device
 
 _PACKAGES = ("qwenkit", "torch", "numpy", "tiktoken", "jinja2", "huggingface-hub", "transformers")
 _CPU_INFO, _MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
@@ -26,8 +26,8 @@ _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 class Machine:
     """`memory_bytes` is what the process may have at most, `free_bytes` what is free of it.
 
-    `versions` is by package, None where it is not installed. `accelerators` are those that torch
-    finds.
+    `versions` is by package, None where it is not installed. `devices` are the processor
+    and the accelerators that torch finds.
     """
 
     system: str
@@ -38,7 +38,7 @@ class Machine:
     kernels: KernelInfo
     memory_bytes: int | None
     free_bytes: int | None
-    accelerators: tuple[str, ...]
+    devices: tuple[Device, ...]
 
 
 def examine_machine() -> Machine:
@@ -53,7 +53,7 @@ def examine_machine() -> Machine:
         kernels=kernel_info(),
         memory_bytes=total,
         free_bytes=free,
-        accelerators=_accelerators(),
+        devices=(devices.find_cpu(), *devices.find_accelerators()),
     )
 
 
@@ -91,12 +91,6 @@ def machine_memory() -> tuple[int | None, int | None]:
 
 
 _KEYS = ("MemTotal", "MemAvailable")
-
-
-def _accelerators() -> tuple[str, ...]:
-    if torch.cuda.is_available():
-        return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return ("mps",) if torch.backends.mps.is_available() else ()
 
 
 def _text(file: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from qwenkit.types.sampling import SamplingParams
 
 _GENERATION = "generation_config.json"
 _SETTINGS = "tokenizer_config.json"
+_MOST_PADDING = 1024  # rows; of the published models 418 at most, in Qwen2-72B
 _CONTROL = re.compile(r"<\|[a-z_]+\|>")
 _SPECIAL_KEYS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -72,6 +73,15 @@ def vocabulary_and_rows(facts: Facts) -> Iterator[Finding]:
             "were added without resizing the model, or the files are of two models.",
             f"分词器有 {ids} 个 id，而词嵌入只有 {rows} 行（vocab_size）："
             "增加词元后没有扩展模型，或文件不属于同一模型。",
+        )
+    elif rows - ids > _MOST_PADDING:
+        yield fault(
+            "vocabulary-too-small",
+            "tokenizer",
+            f"has {ids} ids for the {rows} rows of the embedding (vocab_size), which no padding "
+            "explains: the tokenizer is another model's. Take it from the model's own repository.",
+            f"分词器只有 {ids} 个 id，而词嵌入有 {rows} 行（vocab_size），不可能是填充："
+            "分词器属于其他模型，请从该模型自己的仓库下载。",
         )
     elif ids < rows:
         yield note(
@@ -163,6 +173,34 @@ def ends_of_text(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def two_ends(facts: Facts) -> Iterator[Finding]:
+    """Programs read the one file or the other; published ones share an id."""
+    ours, theirs = (_in_file(file, "eos_token_id") for file in (facts.config, facts.generation))
+    if facts.folder is not None and ours and theirs and not ours & theirs:
+        yield fault(
+            "two-ends",
+            _GENERATION,
+            f"eos_token_id is {sorted(theirs)}, in config.json {sorted(ours)}: which of them stops "
+            "depends on the program. Take both files from one repository.",
+            f"eos_token_id 为 {sorted(theirs)}，而 config.json 中为 {sorted(ours)}，"
+            "不同程序停止的位置不同，请从同一仓库下载这两个文件。",
+        )
+
+
+def written_ids(facts: Facts) -> Iterator[Finding]:
+    for file, values in (("config.json", facts.config), (_GENERATION, facts.generation)):
+        for key in _SPECIAL_KEYS:
+            value = values.get(key)
+            wrong = [i for i in _listed(value) if i is not None and type(i) is not int]
+            if wrong:
+                yield fault(
+                    "special-id-kind",
+                    file,
+                    f"{key} is {value!r}; expected the number of a token, or a list of such.",
+                    f"{key} 为 {value!r}，应为词元的 id（整数）或其列表。",
+                )
+
+
 def special_ids(facts: Facts) -> Iterator[Finding]:
     if facts.model_config is None:
         return
@@ -219,6 +257,31 @@ def sampling(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def lengths(facts: Facts) -> Iterator[Finding]:
+    least, most = (facts.generation.get(f"{word}_new_tokens") for word in ("min", "max"))
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        yield fault(
+            "contradicting-lengths",
+            _GENERATION,
+            f"min_new_tokens {least} is above max_new_tokens {most}: no reply can be both. "
+            "Correct one.",
+            f"min_new_tokens {least} 大于 max_new_tokens {most}，相互矛盾，请更正其一。",
+        )
+
+
+def unused_sampling(facts: Facts) -> Iterator[Finding]:
+    given = facts.generation
+    unused = [k for k in ("temperature", "top_p", "top_k") if given.get(k) not in (None, 0, 1)]
+    if given.get("do_sample") is False and unused:
+        names = ", ".join(unused)
+        yield note(
+            "unused-sampling",
+            _GENERATION,
+            f"do_sample is false, so {names} do nothing; remove them or set it to true.",
+            f"do_sample 为 false，{names} 不起作用；请删除，或将 do_sample 设为 true。",
+        )
+
+
 def defaults(facts: Facts) -> Iterator[Finding]:
     is_chat = facts.folder is not None and facts.template is not None
     if is_chat and facts.is_llm_of_qwen and _GENERATION not in facts.files:
@@ -233,11 +296,15 @@ def defaults(facts: Facts) -> Iterator[Finding]:
 
 def _ids(facts: Facts, key: str) -> set[int]:
     """The ids that generation config and config give for `key`."""
-    found: set[int] = set()
-    for values in (facts.generation, facts.config):
-        value = values.get(key)
-        found |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
-    return found
+    return _in_file(facts.generation, key) | _in_file(facts.config, key)
+
+
+def _in_file(values: Mapping[str, Any], key: str) -> set[int]:
+    return {i for i in _listed(values.get(key)) if type(i) is int}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 CHECKS = (
@@ -248,9 +315,13 @@ CHECKS = (
     template_compiles,
     template_tokens,
     ends_of_text,
+    two_ends,
+    written_ids,
     special_ids,
     special_names,
     beginning_of_text,
     sampling,
+    lengths,
+    unused_sampling,
     defaults,
 )

@@ -67,7 +67,7 @@ def heads(facts: Facts) -> Iterator[Finding]:
     checkpoint, architecture, config = facts.checkpoint, facts.architecture, facts.model_config
     if checkpoint is None or architecture is None or config is None:
         return
-    ours = tensors_by_our_names(architecture, checkpoint)
+    ours = tensors_by_our_names(architecture, checkpoint, config.head_dim)
     head = next((t for n, t in ours.items() if _is_head(n)), None)
     embedding = next((t for n, t in ours.items() if _is_embedding(n)), None)
     if not config.tie_word_embeddings and head is None and checkpoint.container != "gguf":

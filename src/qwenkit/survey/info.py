@@ -140,7 +140,7 @@ def _stored_bytes(
     """Bytes of the file in each part, a quantized layer's several tensors together."""
     modules = dict(_built(architecture, config).named_modules())
     stored: Counter[PartName] = Counter()
-    for name, tensor in tensors_by_our_names(architecture, checkpoint).items():
+    for name, tensor in tensors_by_our_names(architecture, checkpoint, config.head_dim).items():
         owner = next((path for path in _ancestors(name) if path in modules), "")
         stored[_part(owner, modules[owner])] += tensor.size_bytes
     return stored

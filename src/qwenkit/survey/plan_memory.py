@@ -23,7 +23,7 @@ MOST_USERS = 64  # that run at the same time; more wait
 KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 KV_KINDS = ("auto", *KV_BYTES)
 # What the engine keeps them in by itself, where products round activations and where they do not.
-AUTO_KV = {True: "fp32", False: "fp32"}
+AUTO_KV = {True: "bf16", False: "fp32"}
 
 _RECORDED_USERS = 16  # up to which a decoding step is recorded and keeps all that it makes
 _FLOAT_BYTES = 4

@@ -80,7 +80,7 @@ def _from_files(name: str, path: Path) -> Shape:
     checkpoint = open_checkpoint(path)
     _refuse_quantized(name, checkpoint.config)
     architecture, config = read_architecture(checkpoint)
-    tensors = tensors_by_our_names(architecture, checkpoint)
+    tensors = tensors_by_our_names(architecture, checkpoint, config.head_dim)
     held: Counter[str] = Counter()
     for tensor in tensors.values():
         held[tensor.storage] += tensor.size_bytes

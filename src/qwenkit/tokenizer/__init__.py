@@ -10,13 +10,14 @@ from qwenkit.tokenizer.export import (
     write_folder,
     write_tiktoken,
 )
-from qwenkit.tokenizer.files import from_folder, from_tiktoken
+from qwenkit.tokenizer.files import from_folder, from_path, from_tiktoken
 from qwenkit.tokenizer.gguf import from_gguf
 
 __all__ = [
     "BytePairTokenizer",
     "from_folder",
     "from_gguf",
+    "from_path",
     "from_tiktoken",
     "to_gguf_metadata",
     "to_tokenizer_config",

@@ -128,7 +128,14 @@ def compose(text: str) -> str:
     """
     if text.isascii():
         return text
-    return unicodedata.normalize("NFC", _LONG_MARK_RUN.sub(_sort_marks, text))
+    # A line feed composes with nothing, and most lines are composed already, which is soon seen.
+    return "\n".join([_compose_line(line) for line in text.split("\n")])
+
+
+def _compose_line(line: str) -> str:
+    if line.isascii():
+        return line
+    return unicodedata.normalize("NFC", _LONG_MARK_RUN.sub(_sort_marks, line))
 
 
 def _sort_marks(run: Any) -> str:

@@ -209,14 +209,16 @@ class BytePairTokenizer:
         names = [tokens] if isinstance(tokens, str) else list(tokens)
         if names and not special:
             raise TokenizerError(
-                "Adding regular tokens is not supported: a token comes about by merges, which are "
-                f"learnt from text and stored in the vocabulary's files. Refused: {names!r}."
+                "Adding regular tokens is not supported: a token comes about by merges. 'qwenkit "
+                "tokenizer add-merges' learns them from words and their frequencies. Refused: "
+                f"{names!r}."
             )
         for name in names:
             if name not in self._control:
                 raise TokenizerError(
                     f"Adding unknown special tokens is not supported: {name!r} is not a control "
-                    f"token of this vocabulary. {suggest(str(name), self._control)}"
+                    f"token of this vocabulary. {suggest(str(name), self._control)} New words "
+                    "become regular tokens by 'qwenkit tokenizer add-merges'."
                 )
         return 0
 

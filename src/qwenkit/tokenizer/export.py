@@ -1,12 +1,10 @@
 """Any loaded tokenizer written in any of the formats that hold it exactly.
 
-The first generation's file has ranks and no merges. A token's merge is recovered by encoding its
-bytes with the merges of lower rank only: what then stand side by side are its two parts.
+The first generation's file has ranks and no merges; they are recovered token by token.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +13,9 @@ from typing import Any
 from qwenkit.errors import TokenizerError
 from qwenkit.tokenizer.bpe import Merge, Vocabulary, bytes_to_alphabet
 from qwenkit.tokenizer.byte_pair import BytePairTokenizer
+from qwenkit.tokenizer.extend import merge_of
 from qwenkit.tokenizer.gguf import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from qwenkit.tokenizer.ranks import write_ranks
 from qwenkit.tokenizer.reading import read_json
 from qwenkit.tokenizer.tokenizer_json import pre_tokenizer_json
 
@@ -30,18 +30,11 @@ def listed_merges(tokenizer: BytePairTokenizer) -> tuple[Merge, ...]:
     """
     if tokenizer.vocabulary.merges is not None:
         return tokenizer.vocabulary.merges
-    merges = []
-    for token, rank in tokenizer.vocabulary.regular_ids().items():
-        if len(token) == 1:
-            continue
-        parts = tokenizer.reference.merge(token, below=rank)
-        if len(parts) != 2:
-            raise TokenizerError(
-                f"token {rank}, {token!r}, comes about by no merge ({len(parts)} parts are left); "
-                "only a .tiktoken file can hold this vocabulary."
-            )
-        merges.append((parts[0], parts[1], rank))
-    return tuple(merges)
+    return tuple(
+        merge_of(tokenizer.reference, token, rank, source="vocabulary")
+        for token, rank in tokenizer.vocabulary.regular_ids().items()
+        if len(token) > 1
+    )
 
 
 def to_tokenizer_json(tokenizer: BytePairTokenizer) -> dict[str, Any]:
@@ -142,6 +135,7 @@ def write_folder(tokenizer: BytePairTokenizer, folder: Path) -> list[Path]:
     content = to_tokenizer_json(tokenizer)
     config_path = folder / "tokenizer_config.json"
     config = read_json(config_path) if config_path.is_file() else {}
+    config.pop("extra_vocab_file", None)  # its tokens are in the files written here
     texts = {
         "vocab.json": json.dumps(content["model"]["vocab"], ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *content["model"]["merges"], ""]),
@@ -172,8 +166,7 @@ def write_tiktoken(tokenizer: BytePairTokenizer, path: Path) -> None:
             f"{path}: ids of this vocabulary are not merge ranks from 0 on, which a .tiktoken file "
             "needs; write tokenizer.json instead."
         )
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in regular.items()]
-    path.write_bytes(b"".join(lines))
+    write_ranks(path, regular)
 
 
 def _merge_lines(tokenizer: BytePairTokenizer) -> list[str]:

@@ -114,30 +114,22 @@ class FastEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of normalised text; nothing in it is read as a control token."""
-        doubtful = self._doubtful_characters(text)
         ids: list[int] = []
         for start, end in _stretches(text):
             stretch = text[start:end]
-            certain = not doubtful or doubtful.isdisjoint(stretch)
-            if certain and end - start <= _LONGEST_STRETCH_CHARS:
+            if end - start <= _LONGEST_STRETCH_CHARS and not self._is_doubtful(stretch):
                 ids += self._translate(self._tiktoken.encode_ordinary(stretch))
             else:
                 ids += self._encode_pieces(stretch)
         return ids
 
-    def _doubtful_characters(self, text: str) -> set[str]:
-        """Characters of `text` that tiktoken may class otherwise than the reference, because they
-        are newer than this Python's Unicode tables, or that hold a byte without a token.
+    def _is_doubtful(self, text: str) -> bool:
+        """Whether `text` has a character that tiktoken may class otherwise than the reference,
+        because it is newer than this Python's Unicode tables, or a byte without a token.
         """
-        doubtful: set[str] = set()
-        if not text.isascii():
-            doubtful = {c for c in set(text) if unicodedata.category(c) == "Cn"}
-        missing = self._reference.missing_bytes
-        if missing:
-            data = text.encode()
-            if len(data.translate(None, missing)) != len(data):
-                doubtful |= {c for c in set(text) if _has_any(c, missing)}
-        return doubtful
+        if not text.isascii() and "Cn" in map(unicodedata.category, set(text)):
+            return True
+        return _has_any(text, self._reference.missing_bytes)
 
     def _encode_pieces(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -197,7 +189,7 @@ def _encoding(ranks: Ranks, pattern: str) -> tiktoken.Encoding:
 
 
 def _has_any(text: str, values: bytes) -> bool:
-    return bool(values) and any(b in values for b in text.encode())
+    return bool(values) and not set(text.encode()).isdisjoint(values)
 
 
 def _stretches(text: str) -> Iterator[tuple[int, int]]:

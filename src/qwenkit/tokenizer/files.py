@@ -1,13 +1,12 @@
 """Readers of the files that tokenizers are published in.
 
-`qwen.tiktoken` (first generation: one base64 token and its rank a line), `tokenizer.json`, and
- `vocab.json` with `merges.txt`. Files are data: nothing in a folder is executed, and what is not
-understood is refused, never guessed.
+`qwen.tiktoken` (first generation, `ranks.py`), `tokenizer.json`, and `vocab.json` with
+`merges.txt`; `extra_vocab_file` adds tokens to any of them. Files are data: nothing in a folder is
+executed, and what is not understood is refused, never guessed.
 """
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,9 @@ from qwenkit.errors import TokenizerError, suggest
 from qwenkit.tokenizer.assemble import AddedToken, Parts, assemble
 from qwenkit.tokenizer.bpe import PRE_TOKENIZERS, Vocabulary
 from qwenkit.tokenizer.byte_pair import BytePairTokenizer
-from qwenkit.tokenizer.reading import read_bytes, read_json, read_text
+from qwenkit.tokenizer.extend import extended, with_extra_file
+from qwenkit.tokenizer.ranks import read_ranks
+from qwenkit.tokenizer.reading import read_json, read_text
 from qwenkit.tokenizer.tokenizer_json import added_token, read_parts
 
 Release = Literal["current", "first"]
@@ -33,88 +34,106 @@ _CONTROL: Mapping[Release, tuple[str, ...]] = {
 }
 
 
-def from_folder(folder: Path, *, pre_tokenizer: str | None = None) -> BytePairTokenizer:
+def from_path(path: Path, *, extra_vocab_file: Path | None = None) -> BytePairTokenizer:
+    """The tokenizer of a model folder, or of a `.tiktoken` or `tokenizer.json` file alone.
+
+    Raises as `from_folder`.
+    """
+    if path.is_dir():
+        return from_folder(path, extra_vocab_file=extra_vocab_file)
+    if path.suffix == ".json":
+        vocabulary = assemble(read_parts(str(path), read_json(path), ()))
+        return BytePairTokenizer(with_extra_file(vocabulary, extra_vocab_file))
+    if path.suffix == ".tiktoken":
+        return from_tiktoken(path, extra_vocab_file=extra_vocab_file)
+    raise TokenizerError(f"{path}: no vocabulary file; expected a .tiktoken or a tokenizer.json.")
+
+
+def from_folder(
+    folder: Path, *, pre_tokenizer: str | None = None, extra_vocab_file: Path | None = None
+) -> BytePairTokenizer:
     """The tokenizer of a model folder: `tokenizer.json`, else `vocab.json` with `merges.txt`, else
     `qwen.tiktoken`.
 
-    `pre_tokenizer` names the split pattern for a vocab.json whose folder does not tell. Raises
-    TokenizerError naming the file and field that cannot be used, or the files looked for.
+    `pre_tokenizer` names the split pattern for a vocab.json whose folder does not tell.
+    `extra_vocab_file` adds tokens; without it, the file in the folder that tokenizer_config.json
+    names under that key does. Raises TokenizerError naming the file and field that cannot be used,
+    or the files looked for.
     """
     config_path = folder / "tokenizer_config.json"
     config = read_json(config_path) if config_path.is_file() else {}
     added = _added_decoder(config_path, config)
+    extra = extra_vocab_file or _named_extra(config_path, config)
     if (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
-        return BytePairTokenizer(assemble(read_parts(str(path), read_json(path), added)))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary = assemble(read_parts(str(path), read_json(path), added))
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         name = pre_tokenizer or _pre_tokenizer_name(folder, config)
-        return BytePairTokenizer(_vocab_and_merges(folder, config, added, name))
-    if (folder / "qwen.tiktoken").is_file():
-        return _first_generation(folder / "qwen.tiktoken", added)
-    other = " tokenizer.model is there, but SentencePiece vocabularies are not supported."
-    raise TokenizerError(
-        f"{folder}: no tokenizer found; looked for {_LOOKED_FOR}."
-        + (other if (folder / "tokenizer.model").exists() else "")
-    )
+        vocabulary = _vocab_and_merges(folder, config, added, name)
+    elif (folder / "qwen.tiktoken").is_file():
+        vocabulary = _first_generation(folder / "qwen.tiktoken", added)
+    else:
+        other = " tokenizer.model is there, but SentencePiece vocabularies are not supported."
+        raise TokenizerError(
+            f"{folder}: no tokenizer found; looked for {_LOOKED_FOR}."
+            + (other if (folder / "tokenizer.model").exists() else "")
+        )
+    return BytePairTokenizer(with_extra_file(vocabulary, extra))
 
 
-def from_tiktoken(path: Path, *, release: Release = "current") -> BytePairTokenizer:
-    """The first generation's tokenizer from its `qwen.tiktoken`.
+def from_tiktoken(
+    path: Path, *, release: Release = "current", extra_vocab_file: Path | None = None
+) -> BytePairTokenizer:
+    """The first generation's tokenizer from its `qwen.tiktoken`, to which the lines of an
+    `extra_vocab_file` may have been appended.
 
     `release` "first" gives the control tokens the names they had in the very first release.
     """
+    return BytePairTokenizer(with_extra_file(_ranked(path, release), extra_vocab_file))
+
+
+def _ranked(path: Path, release: Release) -> Vocabulary:
     if release not in _CONTROL:
         raise TokenizerError(f"release: got {release!r}. {suggest(release, _CONTROL)}")
-    tokens = _ranked_tokens(path)
     names = _CONTROL[release]
+    ranks = read_ranks(path, control_count=len(names))
+    tokens = [token for i, (token, rank) in enumerate(ranks.items()) if rank == i]
     control = {name: len(tokens) + i for i, name in enumerate(names)}
-    return BytePairTokenizer(
-        Vocabulary(
-            tokens=(*tokens, *(name.encode() for name in names)),
-            control=control,
-            special_ids=frozenset(control.values()),
-            merges=None,
-            pre_tokenizer=PRE_TOKENIZERS["qwen2"],
-            normalization="text",
-            whole_piece_first=True,
-        )
+    vocabulary = Vocabulary(
+        tokens=(*tokens, *(name.encode() for name in names)),
+        control=control,
+        special_ids=frozenset(control.values()),
+        merges=None,
+        pre_tokenizer=PRE_TOKENIZERS["qwen2"],
+        normalization="text",
+        whole_piece_first=True,
     )
+    later = {token: rank for token, rank in ranks.items() if rank >= len(tokens)}
+    return extended(vocabulary, later, source=str(path)) if later else vocabulary
 
 
-def _first_generation(path: Path, added: Sequence[AddedToken]) -> BytePairTokenizer:
-    tokenizer = from_tiktoken(path)
+def _first_generation(path: Path, added: Sequence[AddedToken]) -> Vocabulary:
+    vocabulary = _ranked(path, "current")
     for token in added:
-        if tokenizer.control_tokens.get(token.text) != token.token_id:
+        if vocabulary.control.get(token.text) != token.token_id:
             raise TokenizerError(
                 f"{path}: tokenizer_config.json beside it gives id {token.token_id} to "
                 f"{token.text!r}, which the first generation does not: these files are of "
                 "different generations. Take all of them from one release."
             )
-    return tokenizer
+    return vocabulary
 
 
-def _ranked_tokens(path: Path) -> list[bytes]:
-    tokens: list[bytes] = []
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        if not line:
-            continue
-        try:
-            spelt, rank = line.split()
-            token = binascii.a2b_base64(spelt, strict_mode=True)
-            if int(rank) != len(tokens) or not token:
-                raise ValueError
-        except ValueError:
-            raise TokenizerError(
-                f"{path}: line {number}: expected a base64 token and its rank {len(tokens)}, got "
-                f"{line[:60]!r}."
-            ) from None
-        tokens.append(token)
-    if len(set(tokens)) != len(tokens) or not tokens:
+def _named_extra(config_path: Path, config: Mapping[str, Any]) -> Path | None:
+    name = config.get("extra_vocab_file")
+    if name is None:
+        return None
+    if not isinstance(name, str) or Path(name).name != name:
         raise TokenizerError(
-            f"{path}: {len(tokens)} tokens, {len(set(tokens))} different ones; every token must be "
-            "listed exactly once."
+            f"{config_path}: extra_vocab_file: got {str(name)[:60]!r}; expected the name of a file "
+            "in the same folder."
         )
-    return tokens
+    return config_path.parent / name
 
 
 def _added_decoder(path: Path, config: Mapping[str, Any]) -> list[AddedToken]:

@@ -7,12 +7,14 @@ printable alphabet, a type for each, merges, and the name of the split pattern.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwenkit.errors import TokenizerError, suggest
 from qwenkit.tokenizer.assemble import AddedToken, Parts, assemble
 from qwenkit.tokenizer.bpe import PRE_TOKENIZERS
 from qwenkit.tokenizer.byte_pair import BytePairTokenizer
+from qwenkit.tokenizer.extend import with_extra_file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 _TYPES = {
@@ -29,8 +31,11 @@ _PATTERNS = {name: name for name in PRE_TOKENIZERS} | {
 }
 
 
-def from_gguf(metadata: Mapping[str, Any]) -> BytePairTokenizer:
-    """The tokenizer in a GGUF file's metadata (keys `tokenizer.ggml.*`).
+def from_gguf(
+    metadata: Mapping[str, Any], *, extra_vocab_file: Path | None = None
+) -> BytePairTokenizer:
+    """The tokenizer in a GGUF file's metadata (keys `tokenizer.ggml.*`), with the tokens of
+    `extra_vocab_file` if given.
 
     Raises TokenizerError naming the key that is missing or cannot be used.
     """
@@ -64,23 +69,22 @@ def from_gguf(metadata: Mapping[str, Any]) -> BytePairTokenizer:
                 f"{source}: tokenizer.ggml.token_type[{token_id}]: got {code}; allowed: {allowed}."
             )
     _check_unique(f"{source}: tokenizer.ggml.tokens", tokens)
-    return BytePairTokenizer(
-        assemble(
-            Parts(
-                source=source,
-                regular={t: i for i, t in enumerate(tokens) if types[i] != UNUSED},
-                merges=merges,
-                added=[
-                    AddedToken(i, t, special=types[i] != USER_DEFINED)
-                    for i, t in enumerate(tokens)
-                    if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)
-                ],
-                pre_tokenizer=PRE_TOKENIZERS[_PATTERNS[name]],
-                normalization="segments" if name == "qwen2" else "none",
-                whole_piece_first=_PATTERNS[name] == "llama-bpe",
-            )
+    vocabulary = assemble(
+        Parts(
+            source=source,
+            regular={t: i for i, t in enumerate(tokens) if types[i] != UNUSED},
+            merges=merges,
+            added=[
+                AddedToken(i, t, special=types[i] != USER_DEFINED)
+                for i, t in enumerate(tokens)
+                if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)
+            ],
+            pre_tokenizer=PRE_TOKENIZERS[_PATTERNS[name]],
+            normalization="segments" if name == "qwen2" else "none",
+            whole_piece_first=_PATTERNS[name] == "llama-bpe",
         )
     )
+    return BytePairTokenizer(with_extra_file(vocabulary, extra_vocab_file))
 
 
 def _list(metadata: Mapping[str, Any], name: str, kind: type) -> list[Any]:

@@ -52,15 +52,16 @@ struct Segment {
     int64_t scale_step, start, first, last, head_dim;
 };
 
-// Memory of one thread. `sums` are [rows, width], `marks` [rows, 2]: the maximum of the scores of
-// a row and the sum of its weights.
+// Memory of one thread.
 struct Workplace {
     float *keys, *values, *scores, *factors, *value_scales;
     int64_t width;  // head_dim up to whole vectors
 };
 
+// What some keys give: weighted sums of values [rows, width], and of each row the maximum of its
+// scores and the sum of its weights.
 struct Partial {
-    float *sums, *marks;
+    float *sums, *maxima, *totals;
 };
 
 // scores[i][j] = query i · key j · factors[j] for the keys of `Vectors` vectors.
@@ -144,7 +145,7 @@ inline const float* counting() {
 // Scores from `first` to `last` - 1 become exp(score - their maximum), all others from `begin` to
 // `end` - 1 zero. Whole vectors around that are written.
 inline void weigh_scores(float* scores, int64_t first, int64_t last, int64_t begin, int64_t end,
-                         float* marks) {
+                         float& maximum, float& total) {
     int64_t from = first / lanes * lanes, to = (last + lanes - 1) / lanes * lanes;
     std::fill(scores + from, scores + first, -std::numeric_limits<float>::infinity());
     std::fill(scores + last, scores + to, -std::numeric_limits<float>::infinity());
@@ -152,17 +153,17 @@ inline void weigh_scores(float* scores, int64_t first, int64_t last, int64_t beg
     for (int64_t j = from + lanes; j < to; j += lanes) highest = max(load(scores + j), highest);
     float by_lane[lanes];
     store(by_lane, highest);
-    marks[0] = *std::max_element(by_lane, by_lane + lanes);
-    vec maximum = splat(marks[0]), sums[4] = {};
+    maximum = *std::max_element(by_lane, by_lane + lanes);
+    vec sums[4] = {};
     for (int64_t j = from; j < to; j += lanes) {
-        store(scores + j, exponential(load(scores + j) - maximum));
+        store(scores + j, exponential(load(scores + j) - splat(maximum)));
     }
     std::fill(scores + std::min(from, begin), scores + first, 0.0f);  // exp(-∞) is not quite zero
     std::fill(scores + last, scores + std::max(to, end), 0.0f);
     for (int64_t j = from; j < to; j += lanes) sums[0] = sums[0] + load(scores + j);
     float totals[4];
     sum4(sums, totals);
-    marks[1] = totals[0];
+    total = totals[0];
 }
 
 // scores[j] += slope · (position of key j - `position`), counted from the segment's start.
@@ -234,7 +235,7 @@ void find_scores(const Segment<T>& segment, const Rows& rows, int64_t tiles,
 // Scores to weights, row by row, each with the zeros that its tile needs.
 template <class T>
 void find_weights(const Segment<T>& segment, const Rows& rows, int64_t begin, int64_t end,
-                  const Workplace& place, float* marks) {
+                  const Workplace& place, const Partial& partial) {
     Range tile = seen(rows, begin, end, segment);
     for (int64_t r = begin; r < end; r++) {
         float* scores = place.scores + r * segment_tokens;
@@ -247,7 +248,8 @@ void find_weights(const Segment<T>& segment, const Rows& rows, int64_t begin, in
             add_distances(scores, own.first, own.last, rows.slopes[r % rows.group],
                           rows.limit(r) - 1 - segment.start);
         }
-        weigh_scores(scores, own.first, own.last, tile.first, tile.last, marks + 2 * r);
+        weigh_scores(scores, own.first, own.last, tile.first, tile.last, partial.maxima[r],
+                     partial.totals[r]);
         if (segment.value_scales) {
             for (int64_t j = tile.first / lanes * lanes; j < tile.last; j += lanes) {
                 store(scores + j, load(scores + j) * load(place.value_scales + j));
@@ -305,7 +307,7 @@ void attend_segment(const Segment<T>& segment, const Rows& rows, float scale,
     }
     for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t begin = tile * rows.count / tiles, end = (tile + 1) * rows.count / tiles;
-        find_weights(segment, rows, begin, end, place, partial.marks);
+        find_weights(segment, rows, begin, end, place, partial);
     }
     if (tiles <= 2) {  // too few queries for a copy to be worth it
         weigh_values(segment.values, segment.rows, segment, rows, tiles, place, partial.sums);

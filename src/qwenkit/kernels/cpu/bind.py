@@ -22,7 +22,13 @@ from qwenkit.errors import KernelError
 from qwenkit.kernels import build
 from qwenkit.kernels.cpu.bind_attention import bind_kv_write, bind_paged_attention
 from qwenkit.kernels.cpu.bind_blocks import bind_block_dequantize, bind_block_matmul
-from qwenkit.kernels.cpu.bind_packed import bind_packed_matmul, bind_packed_rows
+from qwenkit.kernels.cpu.bind_packed import (
+    bind_packed_gated,
+    bind_packed_matmul,
+    bind_packed_projections,
+    bind_packed_rows,
+)
+from qwenkit.kernels.cpu.bind_rotary_kv_write import bind_rotary_kv_write
 from qwenkit.kernels.cpu.bind_rows import bind_rms_norm, bind_rotary, bind_silu_mul
 from qwenkit.kernels.cpu.library import Kernel, function, open_library
 from qwenkit.kernels.cpu.place import place_helpers
@@ -145,10 +151,13 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
         "block_dequantize": bind_block_dequantize(library),
         "block_matmul": bind_block_matmul(library),
         "kv_write": bind_kv_write(library),
+        "packed_gated": bind_packed_gated(library),
         "packed_matmul": bind_packed_matmul(library),
+        "packed_projections": bind_packed_projections(library),
         "packed_rows": bind_packed_rows(library),
         "paged_attention": bind_paged_attention(library),
         "rms_norm": bind_rms_norm(library),
         "rotary": bind_rotary(library),
+        "rotary_kv_write": bind_rotary_kv_write(library),
         "silu_mul": bind_silu_mul(library),
     }

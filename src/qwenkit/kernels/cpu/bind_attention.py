@@ -12,7 +12,7 @@ from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of a cache, as the kernels say it
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of a cache, as the kernels say it
 
 
 class _KvWrite(ctypes.Structure):
@@ -49,7 +49,7 @@ def bind_kv_write(library: ctypes.CDLL) -> Kernel:
         key_scales: torch.Tensor | None = None,
         value_scales: torch.Tensor | None = None,
     ) -> None:
-        kind = _KINDS.get(key_cache.dtype)
+        kind = KINDS.get(key_cache.dtype)
         if not k.dtype is v.dtype is float32 or kind is None:
             reference(k, v, key_cache, value_cache, slots, key_scales, value_scales)
             return
@@ -60,10 +60,10 @@ def bind_kv_write(library: ctypes.CDLL) -> Kernel:
             or slots.shape != (tokens,)
             or slots.dtype is not torch.int64
             or not (v.is_cpu and slots.is_cpu)
-            or not _is_cache(key_cache, value_cache, key_scales, value_scales)
+            or not is_cache(key_cache, value_cache, key_scales, value_scales)
         ):
             raise refuse("kv_write", k=k, v=v, keys=key_cache, values=value_cache, slots=slots)
-        k, v, slots = _with_whole_heads(k), _with_whole_heads(v), slots.contiguous()
+        k, v, slots = with_whole_heads(k), with_whole_heads(v), slots.contiguous()
         arguments = _KvWrite(
             k.data_ptr(),
             v.data_ptr(),
@@ -90,13 +90,13 @@ def bind_kv_write(library: ctypes.CDLL) -> Kernel:
     return run
 
 
-def _with_whole_heads(x: torch.Tensor) -> torch.Tensor:
+def with_whole_heads(x: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, head_dim], each token's numbers contiguous; tokens may lie apart."""
     whole = x.stride(2) == 1 and x.stride(1) == x.shape[2]
     return x if whole else x.contiguous()
 
 
-def _is_cache(
+def is_cache(
     keys: torch.Tensor,
     values: torch.Tensor,
     key_scales: torch.Tensor | None,
@@ -145,7 +145,7 @@ def bind_paged_attention(library: ctypes.CDLL) -> Kernel:
     ) -> torch.Tensor:
         given = (q, key_cache, value_cache, block_tables, query_lengths, kv_lengths)
         options = (alibi_slopes, key_scales, value_scales)
-        kind = _KINDS.get(key_cache.dtype)
+        kind = KINDS.get(key_cache.dtype)
         if q.dtype is not float32 or kind is None:
             return reference(*given, scale, window, *options)  # type: ignore[no-any-return]
         _check_attention(*given, *options)
@@ -201,7 +201,7 @@ def _check_attention(
     integers = (block_tables, query_lengths, kv_lengths)
     if not (
         q.dim() == 3
-        and _is_cache(key_cache, value_cache, key_scales, value_scales)
+        and is_cache(key_cache, value_cache, key_scales, value_scales)
         and q.shape[2] == key_cache.shape[3]
         and q.shape[1] % key_cache.shape[2] == 0
         and block_tables.dim() == 2

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
 
 import torch
 
 from qwenkit.errors import KernelError
 from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
+from qwenkit.kernels.cpu.memory import empty_rows
+from qwenkit.kernels.ops.packed_gated import packed_gated
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
+from qwenkit.kernels.ops.packed_projections import packed_projections
 from qwenkit.kernels.packed import COLUMN_MULTIPLE, KINDS, PANEL_ROWS
+
+MOST_MATRICES = 4
+
+
+class PackedMatrix(ctypes.Structure):
+    """As in packed_round.h: a matrix and what becomes of its product."""
+
+    _fields_ = (
+        *((n, c_void_p) for n in ("data", "scales", "mins", "bias", "residual", "y")),
+        *((n, c_int64) for n in ("rows", "precise")),
+    )
 
 
 class PackedMatmulArguments(ctypes.Structure):
-    """As in packed_matmul.cpp; `next` leads to another matrix that takes the same x."""
+    """As in packed_round.h: matrices that are multiplied with the same tokens."""
 
     _fields_ = (
-        *((n, c_void_p) for n in ("x", "data", "scales", "mins", "bias", "residual", "y", "next")),
-        *((n, c_int64) for n in ("tokens", "rows", "columns", "group", "kind", "zero_point")),
-        *((n, c_int64) for n in ("precise", "threads")),
+        *((n, c_void_p) for n in ("x", "norm", "order", "ends")),
+        ("matrices", PackedMatrix * MOST_MATRICES),
+        *((n, c_int64) for n in ("count", "tokens", "columns", "group", "kind", "zero_point")),
+        *((n, c_int64) for n in ("parts", "gated", "threads")),
+        ("epsilon", c_float),
     )
 
 
@@ -30,10 +48,82 @@ class _PackedRows(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """Matrices that share all but their rows. Lists are empty where no matrix has such a thing."""
+
+    kind: str
+    rows: Sequence[int]  # of each matrix, or of each of its parts
+    zero_point: int
+    data: Sequence[torch.Tensor]
+    scales: Sequence[torch.Tensor] = ()
+    mins: Sequence[torch.Tensor] = ()
+    biases: Sequence[torch.Tensor] = ()
+    precise: Sequence[bool] = ()
+    parts: int = 1
+
+
+class _Multiply:
+    """Calls the native product once its arguments are known to fit together."""
+
+    def __init__(self, library: ctypes.CDLL, op: str) -> None:
+        self._call = kernel(library, "qk_packed_matmul", PackedMatmulArguments)
+        self._op = op
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        factors: _Factors,
+        *,
+        norm: torch.Tensor | None = None,
+        epsilon: float = 0.0,
+        residual: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
+        ends: torch.Tensor | None = None,
+        gated: bool = False,
+    ) -> list[torch.Tensor]:
+        """x float32 [tokens, columns], of which `order` int64 chooses and repeats rows, to a tensor
+        for each matrix; `gated` to one of two. Raises KernelError for what does not fit.
+        """
+        x, columns = x.contiguous(), x.shape[1]
+        tokens = len(x if order is None else order)
+        scales, mins, biases = factors.scales, factors.mins, factors.biases
+        matrices = []
+        results = []
+        for i, (data, rows) in enumerate(zip(factors.data, factors.rows, strict=True)):
+            packed = data, scales[i] if scales else None, mins[i] if mins else None
+            _check(x, packed, factors.kind, rows * factors.parts, columns)
+            bias = biases[i].to(torch.float32).contiguous() if biases else None
+            if (bias is not None and bias.shape != (rows,)) or (
+                residual is not None and residual.shape != (tokens, rows)
+            ):
+                raise KernelError(
+                    f"{self._op}: bias and residual must be [{rows}] and [{tokens}, {rows}]."
+                )
+            if not gated or i == 0:
+                results.append(empty_rows(tokens, rows))
+            tensors = *packed, bias, residual, results[-1]
+            precise = bool(factors.precise and factors.precise[i])
+            matrices.append(PackedMatrix(*map(_address, tensors), rows, precise))
+        if norm is not None and norm.shape != (columns,):
+            raise refuse(self._op, x=x, norm=norm)
+        group = columns // scales[0].shape[1] if scales else columns
+        done = self._call(
+            PackedMatmulArguments(
+                *map(_address, (x, norm, order, ends)),
+                (PackedMatrix * MOST_MATRICES)(*matrices),
+                *(len(matrices), tokens, columns, group, KINDS.index(factors.kind)),
+                *(factors.zero_point, factors.parts, gated, torch.get_num_threads(), epsilon),
+            )
+        )
+        if done:
+            raise KernelError(f"{self._op}: no memory for {tokens} rows of {columns} numbers.")
+        return results
+
+
 def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
-    call = kernel(library, "qk_packed_matmul", PackedMatmulArguments)
-    float32, get_num_threads = torch.float32, torch.get_num_threads
-    reference = packed_matmul.reference
+    multiply, reference = _Multiply(library, "packed_matmul"), packed_matmul.reference
+    float32 = torch.float32
 
     def run(
         x: torch.Tensor,
@@ -47,37 +137,78 @@ def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
         zero_point: int,
         precise: bool,
     ) -> torch.Tensor:
-        packed = data, scales, mins
         if not x.is_floating_point() or not x.numel() or not rows:
-            given = kind, rows, zero_point, precise
-            return reference(x, *packed, bias, residual, *given)  # type: ignore[no-any-return]
-        if x.dtype is not float32:
-            wide = x.to(float32)
-            y = run(wide, *packed, bias, residual, kind, rows, zero_point, precise)
-            return y.to(x.dtype)
-        tokens, columns = x.shape
-        _check(x, packed, kind, rows, columns)
-        x = x.contiguous()
-        if bias is not None:
-            bias = bias.to(float32).contiguous()
+            given = data, scales, mins, bias, residual, kind, rows, zero_point, precise
+            return reference(x, *given)  # type: ignore[no-any-return]
+        factors = _Factors(
+            kind, (rows,), zero_point, (data,), _some(scales), _some(mins), _some(bias), (precise,)
+        )
         if residual is not None:
             residual = residual.to(float32).contiguous()
-        if (bias is not None and bias.shape != (rows,)) or (
-            residual is not None and residual.shape != (tokens, rows)
-        ):
-            raise KernelError(
-                f"packed_matmul: bias and residual must be [{rows}] and [{tokens}, {rows}]."
-            )
-        y = x.new_empty((tokens, rows))
-        tensors = x, data, scales, mins, bias, residual, y
-        group = columns if scales is None else columns // scales.shape[1]
-        sizes = tokens, rows, columns, group, KINDS.index(kind), zero_point
-        how = precise, get_num_threads()
-        if call(PackedMatmulArguments(*map(_address, tensors), None, *sizes, *how)):
-            raise KernelError(f"packed_matmul: no memory for {tokens} rows of {columns} numbers.")
+        [y] = multiply(x.to(float32), factors, residual=residual)
+        return y.to(x.dtype)
+
+    return run
+
+
+def bind_packed_projections(library: ctypes.CDLL) -> Kernel:
+    multiply, reference = _Multiply(library, "packed_projections"), packed_projections.reference
+
+    def run(
+        x: torch.Tensor,
+        norm: torch.Tensor | None,
+        epsilon: float,
+        data: list[torch.Tensor],
+        scales: list[torch.Tensor],
+        mins: list[torch.Tensor],
+        biases: list[torch.Tensor],
+        kind: str,
+        rows: list[int],
+        zero_point: int,
+        precise: list[bool],
+    ) -> list[torch.Tensor]:
+        if _unusual(x, norm) or len(data) > MOST_MATRICES:
+            tensors = data, scales, mins, biases
+            given = x, norm, epsilon, *tensors, kind, rows, zero_point, precise
+            return reference(*given)  # type: ignore[no-any-return]
+        factors = _Factors(kind, rows, zero_point, data, scales, mins, biases, precise)
+        return multiply(x, factors, norm=norm, epsilon=epsilon)
+
+    return run
+
+
+def bind_packed_gated(library: ctypes.CDLL) -> Kernel:
+    multiply, reference = _Multiply(library, "packed_gated"), packed_gated.reference
+
+    def run(
+        x: torch.Tensor,
+        norm: torch.Tensor | None,
+        epsilon: float,
+        data: list[torch.Tensor],
+        scales: list[torch.Tensor],
+        mins: list[torch.Tensor],
+        kind: str,
+        rows: int,
+        zero_point: int,
+    ) -> torch.Tensor:
+        if _unusual(x, norm):
+            given = x, norm, epsilon, data, scales, mins, kind, rows, zero_point
+            return reference(*given)  # type: ignore[no-any-return]
+        factors = _Factors(kind, (rows, rows), zero_point, data, scales, mins)
+        [y] = multiply(x, factors, norm=norm, epsilon=epsilon, gated=True)
         return y
 
     return run
+
+
+def _unusual(x: torch.Tensor, norm: torch.Tensor | None) -> bool:
+    """Whether the native product takes no such numbers."""
+    given = x if norm is None else norm
+    return not x.numel() or x.dtype is not torch.float32 or given.dtype is not torch.float32
+
+
+def _some(tensor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return () if tensor is None else (tensor,)
 
 
 def bind_packed_rows(library: ctypes.CDLL) -> Kernel:

@@ -38,6 +38,14 @@ inline float widened_one(uint16_t v) {
     return value;
 }
 
+// To bf16: to the nearest, ties to even; NaN stays NaN.
+inline uint16_t narrowed(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    return static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // out[t] = word t of each of `lanes` rows, for the first four words of 32 bits.
 inline void transpose(const uint8_t* const* rows, lane_words out[4]) {
 #if defined(__AVX2__)

@@ -1,8 +1,5 @@
 // New keys and values into the slots of a paged cache: fp32, or rounded to bf16 or int8.
-#include <algorithm>
-#include <cmath>
-
-#include "simd.h"
+#include "kv_store.h"
 #include "threads.h"
 
 // Rows of k and v, heads · head_dim numbers each, lie `k_stride` and `v_stride` numbers apart; the
@@ -18,47 +15,6 @@ struct KvWriteArguments {
 
 namespace qk {
 namespace {
-
-void write_row(const float* row, float* to, float*, int64_t heads, int64_t head_dim) {
-    std::memcpy(to, row, static_cast<size_t>(heads * head_dim) * sizeof(float));
-}
-
-// To the nearest, ties to even; NaN stays NaN.
-void write_row(const float* row, uint16_t* to, float*, int64_t heads, int64_t head_dim) {
-    for (int64_t i = 0; i < heads * head_dim; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, row + i, 4);
-        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        bool nan = (bits & 0x7fffffff) > 0x7f800000;
-        to[i] = static_cast<uint16_t>(nan ? 0x7fc0 : rounded);
-    }
-}
-
-// The largest magnitude; as bits, NaN is the largest of all.
-float largest(const float* row, int64_t count) {
-    int32_t highest = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int32_t bits;
-        std::memcpy(&bits, row + i, 4);
-        highest = std::max(highest, bits & 0x7fffffff);
-    }
-    float value;
-    std::memcpy(&value, &highest, 4);
-    return value;
-}
-
-void write_row(const float* row, int8_t* to, float* scales, int64_t heads, int64_t head_dim) {
-    for (int64_t head = 0; head < heads; head++, row += head_dim, to += head_dim) {
-        float scale = largest(row, head_dim) / 127.0f;
-        scales[head] = scale;
-        for (int64_t i = 0; i < head_dim; i++) {
-            float quotient = row[i] / scale;  // 0 / 0 in a row of zeros
-            if (quotient != quotient) quotient = 0.0f;
-            quotient = std::min(127.0f, std::max(-127.0f, quotient));
-            to[i] = static_cast<int8_t>(std::nearbyint(quotient));
-        }
-    }
-}
 
 template <class T>
 void write(const KvWriteArguments& a) {

@@ -7,8 +7,8 @@
 // a row's columns has a scale, and a minimum where the format has one, sixteen rows side by side.
 //
 // One element of y is always the same sum. Whole numbers are added exactly within a group, and
-// groups are added up in their order by one chain of fused multiply-adds; bf16 and fp32 columns
-// likewise. So the result does not depend on the tokens of the call, on threads or on tiles.
+// groups are added up in their order by one chain of fused multiply-adds, where every 512 columns
+// are followed by their rests; bf16 and fp32 columns in their order as well. So the result does not depend on the tokens of the call, on threads or on tiles.
 #pragma once
 
 #include <algorithm>
@@ -19,33 +19,46 @@ namespace qk {
 
 constexpr int panel_rows = 16;
 constexpr int per_panel = panel_rows / lanes;  // vectors across a panel
+constexpr int pair = 2;                        // panels that are multiplied together
 constexpr int wide = lanes == 16 ? 2 : 1;      // panels that a tile takes side by side
 constexpr int prefetch_bytes = 4096;           // how far ahead of the weights memory is asked for
+constexpr int64_t run_columns = 512;           // after which their rests are added
 
-// Tokens in eight bits by groups of columns.
+// Tokens in eight bits by groups of columns. A token's quants lie `stride` bytes after those of
+// the one before it; what belongs to a group of each token stands side by side for all tokens.
 struct Quantized {
-    const int8_t* quants;    // [tokens, columns]
-    const float* scales;     // [tokens, groups]
-    const int32_t* offsets;  // [tokens, groups]: minus the zero point times the sum of quants
+    const int8_t* quants;    // [tokens, stride]
+    const float* scales;     // [groups, tokens]
+    const int32_t* offsets;  // [groups, tokens]: minus the zero point times the sum of quants
 };
 
 // Tokens rounded to eight bits by groups of columns, or to bf16, or as they are. What rounding
 // left of a group with outliers is in `rest`, in eight bits again; elsewhere its scale is 0.
 struct Activations {
     Quantized main, rest;
-    const uint8_t* with_rest;  // [groups + 1, bytes_of_bits]: bit t for each token that has a rest
-                               // in the group; at last, in any
-    int64_t bytes_of_bits;
-    const float* sums;       // [tokens, groups]: the sum of the rounded numbers
-    const uint16_t* halves;  // [tokens, columns], bf16
-    const float* numbers;    // [tokens, columns]
-    int64_t columns, group, groups;
+    const uint8_t* with_rest;  // [groups + 1, tokens]: whether a token has a rest in the group; at
+                               // last, in any
+    const float* sums;       // [groups, tokens]: the sum of the rounded numbers
+    const uint16_t* halves;  // [tokens, stride], bf16
+    const float* numbers;    // [tokens, stride]
+    int64_t tokens, columns, stride, group, groups;  // tokens: and spare ones without a rest
 };
 
+// Panels that are multiplied with the same tokens: neighbours, or one of a gate and one of what it
+// gates. Each has so many `bytes`, and the panel that takes its place next is `next` bytes further.
 struct Panels {
-    const uint8_t* data;
-    const uint16_t *scales, *mins;
-    int64_t bytes;  // from one panel to the next
+    const uint8_t* data[pair];
+    const uint16_t *scales[pair], *mins[pair];
+    int64_t bytes, next;
+
+    Panels from(int panel) const {
+        return {{data[panel]}, {scales[panel]}, {mins[panel]}, bytes, next};
+    }
+
+    // From a place in a panel to what is read `prefetch_bytes` later.
+    int64_t ahead(int64_t place) const {
+        return prefetch_bytes + (place + prefetch_bytes < bytes ? 0 : next - bytes);
+    }
 };
 
 // Int4 as stored.
@@ -101,11 +114,12 @@ struct Bytes {
     }
 };
 
-// Whether any of a few tokens has a rest in a group.
+// Whether any of at most 16 tokens has a rest in a group.
 inline bool has_rest(const Activations& x, int64_t g, int64_t token, int tokens) {
-    uint32_t bits;
-    std::memcpy(&bits, x.with_rest + g * x.bytes_of_bits + token / 8, 4);
-    return bits >> token % 8 & ((1u << tokens) - 1);
+    uint64_t marks[2];
+    std::memcpy(marks, x.with_rest + g * x.tokens + token, 16);
+    if (tokens <= 8) return (marks[0] & ~uint64_t{0} >> (64 - 8 * tokens)) != 0;
+    return (marks[0] | (marks[1] & ~uint64_t{0} >> (128 - 8 * tokens))) != 0;
 }
 
 // Adds the products of one group: exact sums, times both scales, to y.
@@ -113,30 +127,30 @@ template <class Kind, int Tokens, int Vectors>
 __attribute__((always_inline)) inline void add_group(const uint8_t* const* group_data,
                                                      const Activations& x, const Quantized& q,
                                                      int64_t token, int64_t g, const vec* scales,
-                                                     vec (*y)[Vectors]) {
+                                                     int64_t ahead, vec (*y)[Vectors]) {
     const uint8_t* data[Vectors];
     QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] = group_data[v];
-    int64_t at = token * x.groups + g;
+    int64_t at = g * x.tokens + token;
     words sums[Tokens][Vectors];
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
-        words offset = splat_word(q.offsets[at + t * x.groups]);
+        words offset = splat_word(q.offsets[at + t]);
         QK_UNROLL for (int v = 0; v < Vectors; v++) sums[t][v] = offset;
     }
-    const int8_t* quants = q.quants + token * x.columns + g * x.group;
+    const int8_t* quants = q.quants + token * x.stride + g * x.group;
     for (int64_t column = 0; column < x.group; column += 32) {
         if constexpr (Kind::ahead) {
             QK_UNROLL for (int v = 0; v < Vectors; v += per_panel) {
                 QK_UNROLL for (int i = 0; i < Kind::bytes_per_32; i += 64) {
-                    __builtin_prefetch(data[v] + prefetch_bytes + i);
+                    __builtin_prefetch(data[v] + ahead + i);
                 }
             }
         }
-        Kind::template add<Tokens, Vectors>(data, quants, x.columns, sums);
+        Kind::template add<Tokens, Vectors>(data, quants, x.stride, sums);
         QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] += Kind::bytes_per_32;
         quants += 32;
     }
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
-        vec scale = splat(q.scales[at + t * x.groups]);
+        vec scale = splat(q.scales[at + t]);
         QK_UNROLL for (int v = 0; v < Vectors; v++) {
             y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
         }
@@ -150,32 +164,39 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
     constexpr int vectors = Count * per_panel;
     const uint8_t* data[vectors];
     QK_UNROLL for (int v = 0; v < vectors; v++) {
-        data[v] = panels.data + v / per_panel * panels.bytes + v % per_panel * lanes * 4;
+        data[v] = panels.data[v / per_panel] + v % per_panel * lanes * 4;
     }
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
         QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
     }
-    int64_t group_bytes = x.group / 32 * Kind::bytes_per_32;
-    for (int64_t g = 0; g < x.groups; g++) {
-        int64_t at = token * x.groups + g;
+    int64_t group_bytes = x.group / 32 * Kind::bytes_per_32, run = run_columns / x.group;
+    for (int64_t first = 0, last; first < x.groups; first = last) {
+        last = std::min(x.groups, first + run);
         vec scales[vectors];
-        QK_UNROLL for (int p = 0; p < Count; p++) {
-            widen_halves(panels.scales + (p * x.groups + g) * panel_rows, scales + p * per_panel);
-        }
-        add_group<Kind, Tokens, vectors>(data, x, x.main, token, g, scales, y);
-        if constexpr (Rest) {
-            if (has_rest(x, g, token, Tokens)) {
-                add_group<Kind, Tokens, vectors>(data, x, x.rest, token, g, scales, y);
-            }
-        }
-        QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
-        if (panels.mins) {
+        auto load_scales = [&](const uint16_t* const* from, int64_t g) {
             QK_UNROLL for (int p = 0; p < Count; p++) {
-                widen_halves(panels.mins + (p * x.groups + g) * panel_rows, scales + p * per_panel);
+                widen_halves(from[p] + g * panel_rows, scales + p * per_panel);
             }
+        };
+        for (int64_t g = first; g < last; g++) {
+            load_scales(panels.scales, g);
+            int64_t ahead = panels.ahead(g * group_bytes);
+            add_group<Kind, Tokens, vectors>(data, x, x.main, token, g, scales, ahead, y);
+            QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
+            if (!panels.mins[0]) continue;
+            load_scales(panels.mins, g);
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
-                vec sum = splat(x.sums[at + t * x.groups]);
+                vec sum = splat(x.sums[g * x.tokens + token + t]);
                 QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = fma(scales[v], sum, y[t][v]);
+            }
+        }
+        if constexpr (Rest) {
+            for (int64_t g = first; g < last; g++) {
+                if (!has_rest(x, g, token, Tokens)) continue;
+                const uint8_t* again[vectors];
+                QK_UNROLL for (int v = 0; v < vectors; v++) again[v] = data[v] - (last - g) * group_bytes;
+                load_scales(panels.scales, g);
+                add_group<Kind, Tokens, vectors>(again, x, x.rest, token, g, scales, 0, y);
             }
         }
     }
@@ -219,16 +240,15 @@ void multiply_floats(const Panels& panels, const Activations& x, int64_t token,
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
         QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
     }
-    const uint8_t* data = panels.data;
-    for (int64_t column = 0; column < x.columns; column += Kind::columns) {
+    for (int64_t column = 0, at = 0; column < x.columns; column += Kind::columns) {
         QK_UNROLL for (int v = 0; v < vectors; v++) {
-            const uint8_t* w = data + v / per_panel * panels.bytes + v % per_panel * lanes * 4;
-            __builtin_prefetch(w + prefetch_bytes);
+            const uint8_t* w = panels.data[v / per_panel] + at + v % per_panel * lanes * 4;
+            __builtin_prefetch(w + panels.ahead(at));
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
-                y[t][v] = Kind::add(y[t][v], w, x, (token + t) * x.columns + column);
+                y[t][v] = Kind::add(y[t][v], w, x, (token + t) * x.stride + column);
             }
         }
-        data += panel_rows * 4;
+        at += panel_rows * 4;
     }
 }
 

@@ -1,28 +1,55 @@
-// Tokens as the products of packed matrices take them: rounded to eight bits by groups of columns,
-// twice where a group has outliers, or to bf16.
+// Tokens as the products of packed matrices take them: normalised where that is asked for, then
+// rounded to eight bits by groups of columns, twice where a group has outliers, or to bf16.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "packed.h"
+#include "row_norm.h"
 
-struct PackedMatmulArguments {
-    const float* x;
+// One matrix, and what becomes of its product.
+struct PackedMatrix {
     const uint8_t* data;
     const uint16_t *scales, *mins;    // mins null: the format has none
     const float *bias, *residual;     // [rows] and [tokens, rows] to be added, or null
-    float* y;
-    const PackedMatmulArguments* next;  // another matrix that takes the same x, or null
-    int64_t tokens, rows, columns, group, kind, zero_point;
-    int64_t precise;  // not 0: activations in nearly sixteen bits
+    float* y;                         // [tokens, rows]
+    int64_t rows;                     // of each of its parts, where tokens are sorted by part
+    int64_t precise;                  // not 0: activations in nearly sixteen bits
+};
+
+constexpr int most_matrices = 4;
+
+// Matrices that are multiplied with the same tokens: `count` of them, all of the same columns,
+// group, kind and zero point.
+struct PackedMatmulArguments {
+    const float* x;              // [tokens, columns]
+    const float* norm;           // [columns]: x is normalised with these weights first, or null
+    const int64_t* order;        // [tokens]: the row of x that each token is; null: its own
+    const int64_t* ends;         // [parts]: where the tokens of each part of the matrices end; null:
+                                 // there is one part
+    PackedMatrix matrices[most_matrices];
+    int64_t count, tokens, columns, group, kind, zero_point, parts;
+    int64_t gated;  // not 0: of two matrices; y of the first becomes silu(first) · second
     int64_t threads;
+    float epsilon;
 };
 
 namespace qk {
 namespace {
 
 enum Kind { int4 = 0, int8 = 1, bf16 = 2, fp32 = 3 };
+
+// What tokens become for weights of a kind: eight bits, bf16 where the processor multiplies such,
+// or what they are.
+Kind rounded_to(int64_t kind) {
+    if (kind <= int8) return int8;
+#if defined(__AVX512BF16__)
+    if (kind == bf16) return bf16;
+#endif
+    return fp32;
+}
 
 // Of one group of numbers: the largest magnitude; infinite when one is NaN or infinite.
 float largest(const float* x, int64_t count) {
@@ -55,6 +82,13 @@ int32_t quantize_group(const float* x, int64_t count, float scale, int8_t* quant
 }
 
 void round_to_bf16(const float* x, int64_t count, uint16_t* out) {
+#if defined(__AVX512BF16__)
+    // Only what the instruction rounds otherwise, numbers below the normal ones, differs: they
+    // count as zero, as they do in the products.
+    for (; count >= 32; count -= 32, x += 32, out += 32) {
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(load(x + 16), load(x)));
+    }
+#endif
     for (int64_t i = 0; i < count; i++) {
         uint32_t bits;
         std::memcpy(&bits, x + i, 4);
@@ -64,15 +98,22 @@ void round_to_bf16(const float* x, int64_t count, uint16_t* out) {
     }
 }
 
-// Where a call keeps its rounded tokens.
+// Rests that are kept: of groups that stand out of their token, or of all groups.
+enum Rests { outstanding = 0, every = 1 };
+
+// Where a call keeps its rounded tokens: what `Activations` reads.
 struct Rounded {
-    int8_t* quants[2];  // the numbers, and what rounding left of them
-    float* scales[2];
-    int32_t* offsets[2];
-    float* sums;
-    uint8_t* with_rest;
-    int64_t bytes_of_bits;
+    int8_t* quants[2];     // the numbers, and what rounding left of them
+    float* scales;
+    int32_t* offsets;
+    float* rest_scales[2];  // by `Rests`
+    int32_t* rest_offsets[2];
+    float* sums[2];
+    uint8_t* with_rest[2];
+    int64_t tokens, stride;
+    bool wanted[2];        // which rests any matrix asks for
     uint16_t* halves;
+    float* numbers;
 };
 
 constexpr float smallest = 1e-30f;  // what is less counts as nothing
@@ -80,60 +121,66 @@ constexpr float outlier = 5.0f;     // root mean squares of its token
 
 // A group whose largest number stands out of its token by so much that rounding the rest beside it
 // would cost precision is rounded twice; so is every group when the result must be precise.
-void round_group(const PackedMatmulArguments& a, const Rounded& out, int64_t token, int64_t g,
-                 float limit) {
-    const float* x = a.x + token * a.columns + g * a.group;
-    int64_t at = token * (a.columns / a.group) + g, column = token * a.columns + g * a.group;
-    for (int part = 0; part < 2; part++) {
-        out.scales[part][at] = 0;  // whatever is in `quants` then counts nothing
-        out.offsets[part][at] = 0;
+void round_group(const PackedMatmulArguments& a, const Rounded& out, const float* row,
+                 int64_t token, int64_t g, float limit) {
+    const float* x = row + g * a.group;
+    int64_t groups = a.columns / a.group, at = g * out.tokens + token;
+    int64_t column = token * out.stride + g * a.group;
+    out.scales[at] = 0;  // whatever is in `quants` then counts nothing
+    out.offsets[at] = 0;
+    for (int rests = 0; rests < 2; rests++) {
+        if (!out.wanted[rests]) continue;
+        out.rest_scales[rests][at] = out.sums[rests][at] = 0;
+        out.rest_offsets[rests][at] = 0;
+        out.with_rest[rests][at] = 0;
     }
-    out.sums[at] = 0;
     float amax = largest(x, a.group);
+    if (amax < smallest) return;
     if (__builtin_expect(std::isinf(amax), false)) {  // so that what becomes of it is seen
-        out.scales[0][at] = out.sums[at] = std::numeric_limits<float>::quiet_NaN();
+        out.scales[at] = std::numeric_limits<float>::quiet_NaN();
+        for (int rests = 0; rests < 2; rests++) {
+            if (out.wanted[rests]) out.sums[rests][at] = out.scales[at];
+        }
         return;
     }
-    float left[128];
-    bool twice = amax > limit;
-    for (int part = 0; part < (twice ? 2 : 1); part++) {
-        if (part) amax = largest(left, a.group);
-        if (amax < smallest) return;
-        float scale = amax / 127.0f;
-        int32_t sum = quantize_group(part ? left : x, a.group, scale, out.quants[part] + column,
-                                     twice && !part ? left : nullptr);
-        out.scales[part][at] = scale;
-        out.offsets[part][at] = -static_cast<int32_t>(a.zero_point) * sum;
-        out.sums[at] += scale * static_cast<float>(sum);
+    bool outstands = amax > limit && out.wanted[outstanding], twice = outstands || out.wanted[every];
+    float left[128], scale = amax / 127.0f;
+    int32_t sum = quantize_group(x, a.group, scale, out.quants[0] + column, twice ? left : nullptr);
+    out.scales[at] = scale;
+    out.offsets[at] = -static_cast<int32_t>(a.zero_point) * sum;
+    for (int rests = 0; rests < 2; rests++) {
+        if (out.wanted[rests]) out.sums[rests][at] = scale * static_cast<float>(sum);
+    }
+    if (!twice || (amax = largest(left, a.group)) < smallest) return;
+    scale = amax / 127.0f;
+    sum = quantize_group(left, a.group, scale, out.quants[1] + column, nullptr);
+    for (int rests = 0; rests < 2; rests++) {
+        if (!(rests == every ? out.wanted[every] : outstands)) continue;
+        out.rest_scales[rests][at] = scale;
+        out.rest_offsets[rests][at] = -static_cast<int32_t>(a.zero_point) * sum;
+        out.sums[rests][at] += scale * static_cast<float>(sum);
+        out.with_rest[rests][at] = 1;
+        out.with_rest[rests][groups * out.tokens + token] = 1;
     }
 }
 
-// Which tokens have a rest, as bits, so that a tile sees it at one glance.
-void find_rests(const Rounded& out, int64_t tokens, int64_t groups) {
-    std::memset(out.with_rest, 0, static_cast<size_t>((groups + 1) * out.bytes_of_bits));
-    for (int64_t t = 0; t < tokens; t++) {
-        auto bit = static_cast<uint8_t>(1 << t % 8);
-        for (int64_t g = 0; g < groups; g++) {
-            if (out.scales[1][t * groups + g] == 0) continue;
-            out.with_rest[g * out.bytes_of_bits + t / 8] |= bit;
-            out.with_rest[groups * out.bytes_of_bits + t / 8] |= bit;
-        }
+// `own` is room for one row.
+void round_token(const PackedMatmulArguments& a, const Rounded& out, int64_t token, float* own) {
+    const float* x = a.x + (a.order ? a.order[token] : token) * a.columns;
+    if (a.norm) {
+        normalise(x, a.norm, own, a.columns, a.epsilon);
+        x = own;
     }
-}
-
-void round_token(const PackedMatmulArguments& a, const Rounded& out, int64_t token) {
-    const float* x = a.x + token * a.columns;
-    if (a.kind == bf16) return round_to_bf16(x, a.columns, out.halves + token * a.columns);
-    vec squares[4] = {};
-    for (int64_t i = 0, turn = 0; i < a.columns; i += lanes, turn++) {
-        vec v = load(x + i);
-        squares[turn % 4] = fma(v, v, squares[turn % 4]);
+    if (out.halves) return round_to_bf16(x, a.columns, out.halves + token * out.stride);
+    if (out.numbers) {
+        std::copy(x, x + a.columns, out.numbers + token * out.stride);
+        return;
     }
-    float sums[4];
-    sum4(squares, sums);
-    float mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(a.columns);
-    float limit = a.precise ? 0.0f : outlier * std::sqrt(mean);
-    for (int64_t g = 0; g < a.columns / a.group; g++) round_group(a, out, token, g, limit);
+    float limit = outlier * std::sqrt(mean_square(x, a.columns));
+    for (int rests = 0; rests < 2; rests++) {
+        if (out.wanted[rests]) out.with_rest[rests][a.columns / a.group * out.tokens + token] = 0;
+    }
+    for (int64_t g = 0; g < a.columns / a.group; g++) round_group(a, out, x, token, g, limit);
 }
 
 }  // namespace

@@ -18,12 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenkit.errors import KernelError
 from qwenkit.kernels.cpu.bind import kernel_info
-from qwenkit.kernels.cpu.bind_packed import PackedMatmulArguments
 from qwenkit.kernels.cpu.library import Call, kernel, open_library, record_calls
 
 _MAKERS = frozenset(("empty", "empty_like", "empty_strided", "new_empty"))
-# What matrices must share to be multiplied with one activation in one call.
-_SHARED = ("x", "tokens", "columns", "group", "kind", "zero_point", "precise", "threads")
 
 
 class NotReplayableError(Exception):
@@ -80,7 +77,7 @@ class Program:
 
     def __init__(self, calls: list[Call], result: torch.Tensor, kept: list[Any]) -> None:
         self.result = result
-        self._calls, self._kept = _merged(calls), (calls, kept)
+        self._calls, self._kept = calls, kept
         self._array = (_RecordedCall * len(self._calls))(
             *(_RecordedCall(c.kernel, ctypes.addressof(c.arguments)) for c in self._calls)
         )
@@ -108,21 +105,3 @@ def record(compute: Callable[[], torch.Tensor]) -> Program:
     with record_calls() as calls, watch:
         result = compute()
     return Program(calls, result, watch.kept)
-
-
-def _merged(calls: list[Call]) -> list[Call]:
-    """Neighbouring products of one activation with several matrices become one call."""
-    merged: list[Call] = []
-    end: PackedMatmulArguments | None = None  # of the chain that the last call of `merged` starts
-    for call in calls:
-        new = call.arguments
-        if isinstance(new, PackedMatmulArguments):
-            if end is not None and all(getattr(end, n) == getattr(new, n) for n in _SHARED):
-                end.next = ctypes.addressof(new)
-                end = new
-                continue
-            end = new
-        else:
-            end = None
-        merged.append(call)
-    return merged

@@ -1,7 +1,7 @@
 // silu(gate) · up = gate · up / (1 + exp(-gate)), number by number, fp32.
 #include <algorithm>
 
-#include "simd.h"
+#include "silu.h"
 #include "threads.h"
 
 struct SiluMulArguments {
@@ -20,8 +20,7 @@ QK_EXPORT int qk_silu_mul(const SiluMulArguments* a) {
         int64_t end = std::min(count, (chunk + 1) * per_chunk);
         for (int64_t i = chunk * per_chunk; i < end; i += lanes) {
             vec g = load_some(gate + i, end - i);
-            vec silu = g / (splat(1.0f) + exponential(g * splat(-1.0f)));
-            store_some(y + i, silu * load_some(up + i, end - i), end - i);
+            store_some(y + i, silu(g) * load_some(up + i, end - i), end - i);
         }
     });
     return 0;

@@ -156,6 +156,21 @@ inline void store_some(float* p, vec v, int64_t count) {
     if (count > 0) std::memcpy(p, padded, static_cast<size_t>(count) * sizeof(float));
 }
 
+// To memory that is not read again soon: past the caches, where the address allows it. What was
+// stored so is seen by other threads after `settle`.
+inline void store_far(float* p, vec v) {
+#if defined(__AVX512F__)
+    if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) return _mm512_stream_ps(p, v);
+#endif
+    store(p, v);
+}
+
+inline void settle() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 // exp by 2^n · exp(r) with |r| at most ln 2 / 2 and seven terms of the series: within two units in
 // the last place. Arguments are held where the result is a normal number; NaN stays NaN.
 inline vec exponential(vec x) {

@@ -7,6 +7,9 @@
 #include "threads.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -184,10 +187,18 @@ float* scratch(size_t floats) {
     thread_local std::unique_ptr<float, Free> kept;
     thread_local size_t size = 0;
     if (size < floats) {
+        // Rows of many tokens, far apart: in small pages, looking these up takes a third of the time.
+        constexpr size_t huge_page = 2 << 20;
+        bool large = floats * sizeof(float) > huge_page;
+        size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+        if (large) bytes = (bytes + huge_page - 1) / huge_page * huge_page;
         void* memory = nullptr;
         kept.reset();
-        size = posix_memalign(&memory, 64, floats * sizeof(float)) == 0 ? floats : 0;
+        size = posix_memalign(&memory, large ? huge_page : 64, bytes) == 0 ? bytes / sizeof(float) : 0;
         kept.reset(size ? static_cast<float*>(memory) : nullptr);
+#if defined(__linux__)
+        if (size && large) madvise(memory, bytes, MADV_HUGEPAGE);  // where refused, they stay small
+#endif
     }
     return kept.get();
 }

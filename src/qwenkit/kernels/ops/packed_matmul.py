@@ -61,6 +61,19 @@ def _shape(
     return x.new_empty((x.shape[0], rows))
 
 
+# Kind, columns to a scale, with minimums: what cases are made of.
+PACKED_SETTINGS = (
+    ("int4", 32, False),
+    ("int4", 64, False),
+    ("int4", 128, False),
+    ("int4", 32, True),
+    ("int8", 32, False),
+    ("int8", 128, False),
+    ("bf16", 2, False),
+    ("fp32", 1, False),
+)
+
+
 def example_matrix(
     kind: str,
     rows: int,
@@ -104,17 +117,7 @@ def _arguments(
 
 def _cases() -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
-    settings = (
-        ("int4", 32, False),
-        ("int4", 64, False),
-        ("int4", 128, False),
-        ("int4", 32, True),
-        ("int8", 32, False),
-        ("int8", 128, False),
-        ("bf16", 2, False),
-        ("fp32", 1, False),
-    )
-    for kind, group, mins in settings:
+    for kind, group, mins in PACKED_SETTINGS:
         sizes = ((1, 1, 1), (1, 37, 3), (2, 16, 5), (7, 50, 2), (13, 33, 1), (33, 64, 3))
         for tokens, rows, groups in sizes:
             columns = groups * max(group, COLUMN_MULTIPLE[kind] * 17 if group < 32 else group)
