@@ -25,8 +25,7 @@ KV_KINDS = ("auto", *KV_BYTES)
 # What the engine keeps them in by itself, where products round activations and where they do not.
 AUTO_KV = {True: "bf16", False: "fp32"}
 
-_REPEATED_USERS = 16  # up to which a decoding step is recorded and keeps all that it makes
-_RECORDINGS = 2  # of one number of users while its block tables grow
+_RECORDED_USERS = 16  # up to which a decoding step is recorded and keeps all that it makes
 _FLOAT_BYTES = 4
 _PANEL_ROWS = 32  # that a thread takes apart at a time
 # What malloc keeps for what is live at a time: pieces of a step's sizes leave gaps between them.
@@ -118,9 +117,8 @@ def activation_bytes(config: ModelConfig, weights: Weights, work: Workload) -> i
     rounded = step * (copies * mlp + _SCALES_PER_GROUP * groups * _FLOAT_BYTES)
     scratch = rounded + work.threads * _PANEL_ROWS * mlp
     logits = work.users * config.vocab_size * _FLOAT_BYTES
-    recorded = 0
-    if work.users <= _REPEATED_USERS:
-        per_token = config.num_hidden_layers * (mlp + 3 * hidden + 2 * attention)
-        recorded = _RECORDINGS * (work.users * per_token * _FLOAT_BYTES + logits)
-    # Recordings are made of what the last prompt has left.
-    return int(_KEPT * max(live + scratch, recorded)) + logits
+    most = 0 if weights.is_mixture else min(work.users, _RECORDED_USERS)
+    per_token = config.num_hidden_layers * (mlp + 3 * hidden + 2 * attention)
+    # One recording for each number of users, as they leave; in memory that prompts have left.
+    recorded = most * (most + 1) // 2 * (per_token + config.vocab_size) * _FLOAT_BYTES
+    return max(int(_KEPT * (live + scratch)), recorded) + logits

@@ -42,13 +42,13 @@ class Piece:
     stored_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """All pieces, in the order of loading.
 
     `mlp_width` is the width of a token inside the feed-forward part, of all its experts together;
     `inner_widths` are those of its matrices; `group` is the columns that share a scale, 0 where
-    numbers have none. `rounds`: products round activations too.
+    numbers have none. `rounds`: products round activations too. `is_mixture`: a layer has experts.
     """
 
     pieces: tuple[Piece, ...]
@@ -56,6 +56,7 @@ class Weights:
     inner_widths: tuple[int, ...]
     group: int
     rounds: bool
+    is_mixture: bool
 
     @property
     def parameters(self) -> int:
@@ -89,20 +90,21 @@ def weigh(
         model = architecture.build(config)
     pieces = tuple(_pieces(model, plan, storage_of))
     experts, inner = _widths(model)
-    widest = max(config.hidden_size, experts, *inner)
-    kind = plan.weights
-    if kind == "auto":
-        in_layers = (p for p in pieces if layer_of(p.path) is not None)
-        tag = storage_of(f"{max(in_layers, key=lambda piece: piece.stored_bytes).path}.weight")
-        return Weights(
-            pieces,
-            widest,
-            inner,
-            group=0 if tag in _PLAIN else _BLOCK_COLUMNS,
-            rounds=tag in _ROUNDING,
-        )
-    group = (plan.group_size or DEFAULT_GROUPS[kind]) if kind in DEFAULT_GROUPS else 0
-    return Weights(pieces, widest, inner, group=group, rounds=kind != "fp32")
+    if plan.weights == "auto":
+        layers = (piece for piece in pieces if layer_of(piece.path) is not None)
+        tag = storage_of(f"{max(layers, key=lambda piece: piece.stored_bytes).path}.weight")
+        group, rounds = 0 if tag in _PLAIN else _BLOCK_COLUMNS, tag in _ROUNDING
+    else:
+        default = DEFAULT_GROUPS.get(plan.weights, 0)
+        group, rounds = plan.group_size or default, plan.weights != "fp32"
+    return Weights(
+        pieces=pieces,
+        mlp_width=max(config.hidden_size, experts, *inner),
+        inner_widths=inner,
+        group=group,
+        rounds=rounds,
+        is_mixture=experts > 0,
+    )
 
 
 def layer_of(path: str) -> int | None:
