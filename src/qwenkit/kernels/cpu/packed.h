@@ -8,7 +8,8 @@
 //
 // One element of y is always the same sum. Whole numbers are added exactly within a group, and
 // groups are added up in their order by one chain of fused multiply-adds, where every 512 columns
-// are followed by their rests; bf16 and fp32 columns in their order as well. So the result does not depend on the tokens of the call, on threads or on tiles.
+// are followed by their rests; bf16 and fp32 columns in their order as well. So the result does not
+// depend on the tokens of the call, on threads or on tiles.
 #pragma once
 
 #include <algorithm>
@@ -194,7 +195,9 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
             for (int64_t g = first; g < last; g++) {
                 if (!has_rest(x, g, token, Tokens)) continue;
                 const uint8_t* again[vectors];
-                QK_UNROLL for (int v = 0; v < vectors; v++) again[v] = data[v] - (last - g) * group_bytes;
+                QK_UNROLL for (int v = 0; v < vectors; v++) {
+                    again[v] = data[v] - (last - g) * group_bytes;
+                }
                 load_scales(panels.scales, g);
                 add_group<Kind, Tokens, vectors>(again, x, x.rest, token, g, scales, 0, y);
             }

@@ -23,9 +23,9 @@ class Memory {
 
     template <class T>
     T* take(int64_t count) {
-        auto* taken = reinterpret_cast<T*>(start_ + size_);
+        auto* taken = start_ ? reinterpret_cast<T*>(start_ + size_) : nullptr;
         size_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-        return start_ ? taken : nullptr;
+        return taken;
     }
 
     int64_t size() const { return size_; }
@@ -60,7 +60,9 @@ Layout lay_out(const PackedMatmulArguments& a, Memory& memory) {
     r.stride = copied ? lines * 64 / number_bytes : a.columns;
     r.tokens = tokens;
     if (kind == int8) {
-        for (int64_t i = 0; i < a.count; i++) r.wanted[a.matrices[i].precise ? every : outstanding] = true;
+        for (int64_t i = 0; i < a.count; i++) {
+            r.wanted[a.matrices[i].precise ? every : outstanding] = true;
+        }
         for (auto& quants : r.quants) quants = memory.take<int8_t>(tokens * r.stride);
         r.scales = memory.take<float>(tokens * groups);
         r.offsets = memory.take<int32_t>(tokens * groups);
@@ -102,22 +104,25 @@ void round_all(const PackedMatmulArguments& a, const Layout& at) {
     int64_t groups = a.kind <= int8 ? a.columns / a.group : 0;
     // Of tokens that there are not: read with the last ones, and what they hold must not slow down.
     for (int64_t g = 0; g <= groups && groups > 0; g++) {
-        int64_t at = g * r.tokens + a.tokens;
-        if (g < groups) std::fill_n(r.scales + at, spare_tokens, 0.0f);
+        int64_t spare = g * r.tokens + a.tokens;
+        if (g < groups) std::fill_n(r.scales + spare, spare_tokens, 0.0f);
         for (int rests = 0; rests < 2; rests++) {
             if (!r.wanted[rests]) continue;
-            std::fill_n(r.with_rest[rests] + at, spare_tokens, uint8_t{0});
+            std::fill_n(r.with_rest[rests] + spare, spare_tokens, uint8_t{0});
             if (g == groups) continue;
-            std::fill_n(r.rest_scales[rests] + at, spare_tokens, 0.0f);
-            std::fill_n(r.sums[rests] + at, spare_tokens, 0.0f);
+            std::fill_n(r.rest_scales[rests] + spare, spare_tokens, 0.0f);
+            std::fill_n(r.sums[rests] + spare, spare_tokens, 0.0f);
         }
     }
     if (r.halves) {
-        std::memset(r.halves + a.tokens * r.stride, 0, static_cast<size_t>(spare_tokens * r.stride) * 2);
+        std::fill_n(r.halves + a.tokens * r.stride, spare_tokens * r.stride, uint16_t{0});
     }
     if (rounded_to(a.kind) == fp32 && !r.numbers) return;
+    // Of many tokens so many at a time that no two threads write to one cache line.
     int64_t per_chunk = std::max<int64_t>(1, 16384 / a.columns);
-    parallel(divide_up(a.tokens, per_chunk), static_cast<int>(a.threads), [&](int64_t chunk, int slot) {
+    if (a.tokens >= 16 * a.threads) per_chunk = round_up(per_chunk, 16);
+    auto threads = static_cast<int>(a.threads);
+    parallel(divide_up(a.tokens, per_chunk), threads, [&](int64_t chunk, int slot) {
         auto* own = reinterpret_cast<float*>(at.slots + slot * at.slot_bytes);
         int64_t end = std::min(a.tokens, (chunk + 1) * per_chunk);
         for (int64_t t = chunk * per_chunk; t < end; t++) round_token(a, r, t, own);
