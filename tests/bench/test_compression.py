@@ -204,7 +204,7 @@ def test_a_package_that_is_missing_is_named(
     with pytest.raises(MissingDependencyError, match=r"qwenkit\[bench\]"):
         open_encoder("tokenizers:x.json")
     with pytest.raises(
-        UsageError, match="peer: quicktok cannot be imported.*pip install quicktok-v1"
+        UsageError, match=r"peer: quicktok cannot be imported.*pip install quicktok-v1"
     ):
         peer_of(vocabulary, "quicktok")
 
