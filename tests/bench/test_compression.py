@@ -118,7 +118,7 @@ def test_texts_are_read_from_files_folders_and_lines(tmp_path: Path) -> None:
     for language, text in TEXTS.items():
         (tmp_path / f"{language}.txt").write_text(text, encoding="utf-8")
     lines = [json.dumps({"lang": language, "text": text}) for language, text in TEXTS.items()]
-    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    (tmp_path / "all.jsonl").write_text("\n".join([*lines, "", ""]))
     assert read_texts([], tmp_path) == TEXTS
     assert read_texts([], tmp_path / "all.jsonl") == TEXTS
     more = read_texts([f"de={tmp_path / 'en.txt'}"], tmp_path)
@@ -203,7 +203,9 @@ def test_a_package_that_is_missing_is_named(
     monkeypatch.setitem(__import__("sys").modules, "quicktok", None)
     with pytest.raises(MissingDependencyError, match=r"qwenkit\[bench\]"):
         open_encoder("tokenizers:x.json")
-    with pytest.raises(MissingDependencyError, match="quicktok-v1"):
+    with pytest.raises(
+        UsageError, match=r"peer: quicktok cannot be imported.*pip install quicktok-v1"
+    ):
         peer_of(vocabulary, "quicktok")
 
 

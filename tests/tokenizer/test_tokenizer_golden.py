@@ -122,6 +122,10 @@ def test_published_examples_of_injection_prevention(qwen1: BytePairTokenizer) ->
     mixed = 'print("<|extra_0|>")<|endoftext|>'
     ids = qwen1.encode(mixed, allowed_special={"<|endoftext|>"}, disallowed_special=())
     assert ids == [1350, 9639, 91, 15460, 62, 15, 91, 82598, 151643]
+    with pytest.raises(
+        ValueError, match=r"disallowed special token '<\|extra_0\|>'\.\nIf you want"
+    ):
+        qwen1.encode(mixed, allowed_special={"<|endoftext|>"}, disallowed_special=("<|extra_0|>",))
 
 
 def test_same_text_in_other_contexts(qwen1: BytePairTokenizer) -> None:

@@ -131,7 +131,9 @@ def read_texts(named: Sequence[str], many: Path | None) -> dict[str, str]:
         for path in sorted(many.glob("*.txt")):
             _add(texts, path.stem, _read(path))
     elif many is not None:
-        for number, line in enumerate(_read(many).splitlines(), 1):
+        for number, line in enumerate(_read(many).split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 language, text = row["lang"], row["text"]

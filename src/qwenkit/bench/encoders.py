@@ -78,8 +78,8 @@ def peer_of(tokenizer: BytePairTokenizer, peer: str) -> Encoder:
     """Another package over the vocabulary of `tokenizer`; "quicktok" over the Qwen vocabulary that
     it brings.
 
-    Raises UsageError for an unknown name or a vocabulary that the package cannot hold,
-    MissingDependencyError where it is not installed.
+    Raises UsageError for an unknown name, a package that is not installed, and a vocabulary that
+    it cannot hold.
     """
     if peer not in _PEERS:
         raise UsageError(f"peer: got {peer!r}. {suggest(peer, _PEERS)}")
@@ -87,7 +87,10 @@ def peer_of(tokenizer: BytePairTokenizer, peer: str) -> Encoder:
     try:
         return Encoder(peer, _PEERS[peer](importlib.import_module(module), tokenizer))
     except ImportError as error:
-        raise MissingDependencyError(PEER_PACKAGES[peer], "bench", f"the peer {peer}") from error
+        raise UsageError(
+            f"peer: {peer} cannot be imported ({error}). Install it with: pip install "
+            f"{PEER_PACKAGES[peer]}"
+        ) from error
 
 
 def _tiktoken_peer(module: Any, tokenizer: BytePairTokenizer) -> Encode:

@@ -24,7 +24,7 @@ from qwenkit.checkpoint.vocabulary import open_tokenizer
 from qwenkit.cli import console, options
 from qwenkit.cli.bench_options import make_folder
 from qwenkit.cli.bench_tables import ProgressBar
-from qwenkit.errors import MissingDependencyError, UsageError
+from qwenkit.errors import UsageError
 
 
 def compression(
@@ -135,10 +135,10 @@ def tokenizer(
             continue
         try:
             encoders.append(peer_of(ours, name))
-        except (MissingDependencyError, UsageError) as error:
+        except UsageError as error:
             if peer is not None:
                 raise
-            console.note(f"{name} is left out: {error}")
+            console.note(f"Left out: {error}")
     with ProgressBar() as progress:
         results = measure_encoding(encoders, content, turns=turns, progress=progress)
     if as_json:

@@ -373,12 +373,14 @@ def read_text_file(source: str, path: Path) -> str:
         raise UsageError(f"{source} {str(path)!r} cannot be read: {reason}.") from error
 
 
-def read_standard_input() -> str:
-    """All that is piped in, as UTF-8 text. Raises UsageError when it is no text or empty."""
+def read_standard_input(*, instead: str = "by --prompt") -> str:
+    """All that is piped in, as UTF-8 text. Raises UsageError when it is no text or empty, saying
+    how a text is given `instead`.
+    """
     try:
         text = "" if sys.stdin is None else sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"Standard input is not UTF-8 text (byte {error.start + 1}).") from error
     if not text.strip():
-        raise UsageError("Standard input is empty. Pipe a text in, or give it by --prompt.")
+        raise UsageError(f"Standard input is empty. Pipe a text in, or give it {instead}.")
     return text

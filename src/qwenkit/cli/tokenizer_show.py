@@ -73,7 +73,7 @@ def show(
     model, text = _arguments(words or [])
     name = options.check_model_name(model)
     if text == "-":
-        text = options.read_standard_input()
+        text = options.read_standard_input(instead="as TEXT")
     options.check_text("TEXT", text)
     with download.bars() as bars:
         path = resolve(name, offline=offline, progress=bars)
@@ -135,9 +135,13 @@ def as_dictionary(name: str, text: str, rows: Sequence[TokenRow]) -> dict[str, A
 
 def summary(text: str, tokens: int) -> str:
     """How many tokens, bytes and characters, and what a token stands for on average."""
-    counts = (("bytes", len(text.encode())), ("characters", len(text)))
-    parts = [f"{n:,} {what} ({n / tokens:.2f} a token)" for what, n in counts if tokens]
-    return ", ".join([f"{tokens:,} token{'' if tokens == 1 else 's'}", *parts])
+    counts = (("byte", len(text.encode())), ("character", len(text)))
+    parts = [f"{_count(n, what)} ({n / tokens:.2f} a token)" for what, n in counts if tokens]
+    return ", ".join([_count(tokens, "token"), *parts])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _table(rows: Sequence[TokenRow]) -> None:
