@@ -15,6 +15,7 @@ from qwenkit.errors import UsageError
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels.cpu import bind
+from qwenkit.kernels.cpu import memory as kernel_memory
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.load import Loaded, load
 from qwenkit.models.catalogue import PUBLISHED, published_config
@@ -152,6 +153,7 @@ def test_the_engine_has_these_constants() -> None:
     assert settings.block_tokens == plan_memory.BLOCK_TOKENS
     assert settings.max_batch_tokens == plan_memory.STEP_TOKENS
     assert settings.max_sequences == plan_memory.MOST_USERS
+    assert kernel_memory.LARGE_BYTES == plan_memory._LARGE_BYTES
     matrix = torch.ones(16, 128)
     for kind, group in DEFAULT_GROUPS.items():
         assert PackedWeight.round_to_nearest(matrix, kind).packed.group == group

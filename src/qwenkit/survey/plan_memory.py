@@ -25,14 +25,15 @@ KV_KINDS = ("auto", *KV_BYTES)
 # What the engine keeps them in by itself, where products round activations and where they do not.
 AUTO_KV = {True: "bf16", False: "fp32"}
 
-_RECORDED_USERS = 16  # up to which a decoding step is recorded and keeps all that it makes
 _FLOAT_BYTES = 4
+# Results from one size on are kept in huge pages, as `kernels/cpu/memory.py` says.
+_LARGE_BYTES = _HUGE_PAGE_BYTES = 2 << 20
+_RECORDED_USERS = 16  # up to which a decoding step is recorded and keeps all that it makes
 _PANEL_ROWS = 32  # that a thread takes apart at a time
+_SCALES_PER_GROUP = 7  # and offsets, sums and places, of activations rounded twice
 # What malloc keeps for what is live at a time: pieces of a step's sizes leave gaps between them.
-# Measured with glibc on a Qwen2-0.5B: 1.2 to 1.9, by how the pieces fall.
+# Measured with glibc on a Qwen2-0.5B.
 _KEPT = 1.5
-_SCALES_PER_GROUP = 7  # and offsets and places, of activations rounded twice
-_ROUNDED_COPIES = 3  # of a byte each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,22 +104,26 @@ def kv_bytes(config: ModelConfig, weights: Weights, work: Workload) -> int:
 
 
 def activation_bytes(config: ModelConfig, weights: Weights, work: Workload) -> int:
-    """What is computed with: the widest layer of the largest step, the kernels' scratch memory,
+    """What is computed with: results of one layer at the largest step, the kernels' scratch memory,
     and what recorded decoding steps keep.
     """
     mlp, hidden = weights.mlp_width, config.hidden_size
-    attention = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
     step = min(work.users * work.tokens, STEP_TOKENS)
-    # What gate and up give together beside the layer's input, its projections and residual sum.
-    live = step * (mlp + 4 * hidden + 2 * attention) * _FLOAT_BYTES
-    # Rounded, their rests, and these again one after another; or bf16.
+    # Results of products: the feed-forward part, input and sum of a layer, queries, keys, values.
+    gates = 3 if weights.is_mixture else 1  # experts have no product that gates at once
+    results = [mlp] * gates + [hidden, hidden, queries, keys, keys]
+    sizes = [step * width * _FLOAT_BYTES for width in results]
+    large = sum(-(-s // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES for s in sizes if s >= _LARGE_BYTES)
+    small = sum(size for size in sizes if size < _LARGE_BYTES)
+    rotated = 2 * step * queries * _FLOAT_BYTES  # and what attention makes of them
     groups = mlp // weights.group if weights.group else 0
-    copies = _ROUNDED_COPIES if groups else 2
-    rounded = step * (copies * mlp + _SCALES_PER_GROUP * groups * _FLOAT_BYTES)
+    rounded = step * (3 * mlp + _SCALES_PER_GROUP * groups * _FLOAT_BYTES)
     scratch = rounded + work.threads * _PANEL_ROWS * mlp
     logits = work.users * config.vocab_size * _FLOAT_BYTES
-    most = 0 if weights.is_mixture else min(work.users, _RECORDED_USERS)
-    per_token = config.num_hidden_layers * (mlp + 3 * hidden + 2 * attention)
     # One recording for each number of users, as they leave; in memory that prompts have left.
+    most = 0 if weights.is_mixture else min(work.users, _RECORDED_USERS)
+    per_token = config.num_hidden_layers * (mlp + 2 * hidden + 2 * queries + 2 * keys)
     recorded = most * (most + 1) // 2 * (per_token + config.vocab_size) * _FLOAT_BYTES
-    return max(int(_KEPT * (live + scratch)), recorded) + logits
+    return large + max(int(_KEPT * (small + rotated + scratch)), recorded) + logits

@@ -29,7 +29,7 @@ _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 _ROUNDING = ("BF16", "Q4_0", "Q4_1", "Q8_0")  # packed types but fp32
 _BLOCK_COLUMNS = 32
 # Of one slab of rows: numbers in fp32, their magnitudes, what is rounded, and the panels.
-_SLAB_BYTES = 32 << 20
+_SLAB_BYTES = 24 << 20
 
 
 @dataclass(frozen=True, slots=True)
