@@ -75,31 +75,25 @@ class _Session:
         what is stored; "int4", "int8", "bf16" or "fp32" rounds every matrix to nearest at load,
         with `group_size` columns to a scale (32, 64 or 128) and `head_weights` for embedding and
         head (default: int8 with int4). `compute` "auto" uses the fastest kernels of this machine,
-        which round activations to eight bits for int4 and int8 weights, "reference" the readable
-        torch ones, which never do. `device` is where everything is: "cpu", "cuda:1", or "auto", the
-        accelerators if there are any. `device_map`, instead, may also give module paths their
-        devices and so split the model between its layers; see `qwenkit.parallel.plan_devices`.
-        Elsewhere than on a processor torch computes. `pin_threads` gives each helper thread a core
-        of its own. `context_tokens` limits prompt and answer together (default: what the model's
-        config allows); more than that extends the model by YaRN, up to four times what it was
-        trained for, where it can be. `rope` "per-request" extends a request beyond the trained
-        length only if its prompt and `max_tokens` need it, and only so far; "as-config" does what
-        the config says, always. `kv_cache_tokens` is the room for all requests together, `kv_dtype`
-        "fp32", "bf16" or "int8" what keys and values are kept in ("auto": bf16 where products round
-        activations, else as computed). `offline` uses no network; `revision` names a branch, tag or
-        commit.
+        which round activations for int4 and int8 weights, "reference" the readable torch ones.
+        `device` is where everything is: "cpu", "cuda:1", or "auto", accelerators if there are any;
+        `device_map`, instead, may split the model between layers (`parallel.plan_devices`).
+        `pin_threads` gives helper threads a core each. `context_tokens` limits prompt and answer
+        together (default: the config's limit); more extends the model by YaRN, up to fourfold where
+        it can be. `rope` "per-request" extends a request only
+        as far as its prompt and `max_tokens` need, "as-config" as the config says, always.
+        `kv_cache_tokens` is the room for all requests, `kv_dtype` "fp32", "bf16" or "int8" what
+        keys and values are kept in ("auto": bf16 where products round activations, else as
+        computed). `offline` uses no network; `revision` names a branch, tag or commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
         """
         _check_arguments(model, compute, threads, kv_dtype)
         asked = _asked_places(device, device_map)
-        plan = WeightPlan(weights, group_size, head_weights)
-        self.rope = rope_mode(rope)
+        plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
-        if threads is not None:
-            torch.set_num_threads(threads)
         room = kv_cache_tokens or context_tokens
         self.devices = plan_devices(self.path, asked, dtype=dtype, kv_cache_tokens=room)
         native = kernels.variant is not None and self.devices == "cpu" and compute != "reference"
@@ -110,11 +104,8 @@ class _Session:
             plan=plan if native or weights != "auto" else None,  # else run what is stored, as it is
             progress=progress,
         )
-        settings = EngineSettings(
-            kv_cache_tokens=kv_cache_tokens,
-            kv_dtype=_kv_dtype(kv_dtype, loaded.model, native=native),
-            reference_ops=compute == "reference",
-        )
+        kv, plain = _kv_dtype(kv_dtype, loaded.model, native=native), compute == "reference"
+        settings = EngineSettings(kv_cache_tokens=kv_cache_tokens, kv_dtype=kv, reference_ops=plain)
         self._serve(loaded, context_tokens, settings)
 
     def _serve(self, loaded: Loaded, context_tokens: int | None, settings: EngineSettings) -> None:

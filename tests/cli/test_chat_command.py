@@ -72,6 +72,7 @@ def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path
             "device_map": None,
             "threads": 2,
             "pin_threads": True,
+            "kv_dtype": "auto",
             "context": 512,
             "rope": "as-config",
             "offline": True,

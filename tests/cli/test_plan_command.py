@@ -34,7 +34,7 @@ def test_a_pipe_gets_a_line_for_each_way(run: CliRunner) -> None:
     assert work == "For 4 users, each with 8,192 tokens, in GiB:"
     assert [row.split(";")[0].split()[-1] for row in rows] == ["auto", "int8", "int4", "fp32"]
     assert ["*" in row for row in rows] == [False, True, False, False]
-    assert re.search(r"weights 7\.20; KV 3\.50; .* fits yes;", rows[1])
+    assert re.search(r"weights 7\.20; KV 1\.75; .* fits yes;", rows[1])
     assert "fits no; longest 0; users 0" in rows[3]
     assert free == "Free on this machine: 12.00 of 16.00 GiB."
     assert step == f"Next: LLM('{NAME}', weights='int8', kv_cache_tokens=32832)"
@@ -44,7 +44,7 @@ def test_a_terminal_gets_a_table(run: CliRunner, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(console, "is_watched", lambda: True)
     done = run.invoke(app, ["plan", NAME, "--offline"])
     assert done.exit_code == 0, done.stderr
-    assert re.search(r"\* int8 +8\.13 +7\.20 +0\.44 ", done.stdout)
+    assert re.search(r"\* int8 +8\.13 +7\.20 +0\.22 ", done.stdout)
     assert done.stdout.rstrip().endswith(f"Next: qwenkit chat {NAME} --weights int8 --context 4096")
 
 

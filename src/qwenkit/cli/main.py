@@ -23,7 +23,7 @@ COMMANDS = {
     "chat": "Talk with a model in the terminal, or ask it one question.",
     "generate": "Continue a text: raw completion, without a chat template.",
     "info": "Say what a model is: sizes, context, template, licence.",
-    "plan": "Say whether a model fits this machine, and how far: before it is downloaded.",
+    "plan": "Say whether a model fits this machine, before it is downloaded.",
     "doctor": "Look at this machine, or for faults in a model's files.",
     "pull": "Download a model, resuming and checking it.",
     "tokenizer": "Look at the tokens of a text, add words to a vocabulary.",

@@ -163,7 +163,12 @@ class MLP(nn.Module):
         self.w2 = Linear(config.hidden_size, half, bias=bias)
         self.c_proj = Linear(half, config.hidden_size, bias=bias)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
+    ) -> torch.Tensor:
         """x [tokens, hidden_size], normalised by `norm`, to the same shape; `residual`, of that
         shape, is added.
         """
