@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from fake_hub import FakeHub, serving
 from qwenkit.errors import ConfigError, ModelNotFoundError, NetworkError, UsageError
 from qwenkit.formats.plan import WeightPlan
+from qwenkit.survey import plan_source
 from qwenkit.survey.plan import Choice, Plan, make_plan
 from qwenkit.survey.plan_memory import Workload, estimate
 from qwenkit.survey.plan_source import Shape, find_shape
@@ -233,6 +234,15 @@ def test_other_names_say_what_is_missing() -> None:
         find_shape("Some/Model")
     with pytest.raises(ModelNotFoundError, match="no hub name"):
         find_shape("qwen two", offline=True)
+
+
+def test_models_of_other_hubs_must_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str, **options: Any) -> Path:
+        raise ModelNotFoundError(f"{name} is not whole in the cache")
+
+    monkeypatch.setattr(plan_source, "resolve", absent)
+    with pytest.raises(ModelNotFoundError, match="modelscope:qwen/Qwen-7B-Chat is not whole"):
+        find_shape("modelscope:qwen/Qwen-7B-Chat")
 
 
 def test_an_offline_setting_asks_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

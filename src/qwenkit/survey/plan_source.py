@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwenkit.checkpoint import open_checkpoint
+from qwenkit.checkpoint.client_hubs import client_name
 from qwenkit.checkpoint.hub import describe, resolve
 from qwenkit.checkpoint.names import EMBEDDED_NAME, parse_hub_name
 from qwenkit.errors import ConfigError, ModelNotFoundError, NetworkError, UsageError
@@ -53,7 +54,7 @@ def find_shape(name: str, *, offline: bool = False, revision: str | None = None)
     try:
         path = resolve(name, offline=True, revision=revision)
     except ModelNotFoundError:
-        if name == EMBEDDED_NAME:
+        if name == EMBEDDED_NAME or client_name(name) is not None:
             raise
         parse_hub_name(name)  # refuses what is no name at all
     else:
