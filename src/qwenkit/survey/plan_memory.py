@@ -122,8 +122,9 @@ def activation_bytes(config: ModelConfig, weights: Weights, work: Workload) -> i
     rounded = step * (3 * mlp + _SCALES_PER_GROUP * groups * _FLOAT_BYTES)
     scratch = rounded + work.threads * _PANEL_ROWS * mlp
     logits = work.users * config.vocab_size * _FLOAT_BYTES
-    # One recording for each number of users, as they leave; in memory that prompts have left.
+    # One recording for each number of users, as they leave; it fills the gaps first.
     most = 0 if weights.is_mixture else min(work.users, _RECORDED_USERS)
     per_token = config.num_hidden_layers * (mlp + 2 * hidden + 2 * queries + 2 * keys)
     recorded = most * (most + 1) // 2 * (per_token + config.vocab_size) * _FLOAT_BYTES
-    return large + max(int(_KEPT * (small + rotated + scratch)), recorded) + logits
+    heap = small + rotated + scratch
+    return large + max(int(_KEPT * heap), heap + recorded) + logits
