@@ -35,6 +35,8 @@ class TileUnit {
             config.row_bytes[6] = 32;
             config.rows[7] = tile_side / 2;
         }
+        // GCC's intrinsics do not say that they read memory: what is stored before must be there.
+        asm volatile("" : : "r"(&config) : "memory");
         _tile_loadconfig(&config);
     }
     ~TileUnit() { _tile_release(); }
@@ -110,6 +112,7 @@ void add_groups(const uint8_t* bytes, const Panels& panels, const Activations& x
     const int64_t stride = x.stride;
     QK_UNROLL for (int t = 0; t < Rows; t++) y[t] = first ? load(out + t * lanes) : vec{};
     const int8_t* quants = x.main.quants + token * stride;
+    asm volatile("" : : : "memory");  // as above
     auto finish = [&](int64_t g, const TileSums& exact) __attribute__((always_inline)) {
         int64_t at = g * x.tokens + token;
         vec scale;
@@ -168,6 +171,7 @@ void add_rests(const uint8_t* bytes, const Panels& panels, const RestList& rests
         }
     };
     int turn = 0;
+    asm volatile("" : : : "memory");  // as above
     for (int64_t g = first; g < last; g++) {
         const uint8_t* weights = bytes + (g - first) * group * panel_rows;
         for (int64_t entry = rests.starts[g]; entry < rests.starts[g + 1]; entry += rows) {
@@ -194,6 +198,7 @@ template <int Blocks, int Count, bool Ahead>
 void multiply_bf16_tiles(const Panels& panels, const Activations& x, int64_t token,
                          TileResults (*out)[Count]) {
     const uint16_t* first = x.halves + token * x.stride;
+    asm volatile("" : : : "memory");  // as above
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
