@@ -198,7 +198,12 @@ def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
 def test_the_stacked_layout_is_the_same_model(model_type: str, tmp_path: Path) -> None:
     again = read(write_folder(tmp_path, model_type, stacked(published(model_type))))
-    assert torch.equal(logits(again), logits(built(model_type)))
+    before, after = built(model_type).state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    # Not the same bits: where in memory a matrix begins changes how some processors add up.
+    torch.testing.assert_close(logits(again), logits(built(model_type)), rtol=1e-5, atol=1e-5)
 
 
 def test_local_experts_is_another_name_for_the_number(tmp_path: Path) -> None:

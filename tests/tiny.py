@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from qwenkit.checkpoint import write_safetensors
-from qwenkit.models import qwen2
+from qwenkit.models.published import published_tensors
+from qwenkit.models.spec import find
 
 ENDOFTEXT, IM_START, IM_END = 256, 257, 258  # after the bytes, in the first generation's order
 CONFIG: dict[str, Any] = {
@@ -36,11 +37,12 @@ TEMPLATE = (
 
 def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights under their published names."""
-    model = qwen2.Model(qwen2.read_config(config))
+    architecture = find(config["model_type"])
+    model = architecture.build(architecture.config(config))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator) * 0.3
+    for name, tensor in ((t.name, t.tensor) for t in published_tensors(model)):
+        noise = torch.randn(tensor.shape, generator=generator) * 0.3
         tensors[name] = 1 + noise if "norm" in name else noise
     return tensors
 

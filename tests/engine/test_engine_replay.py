@@ -20,9 +20,19 @@ SAMPLING = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "logprobs": 
 PROMPTS = [[65 + i, *range(70, 80 + 7 * i)] for i in range(5)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("m"), config={"intermediate_size": 64})
+MIXTURE = {
+    "model_type": "qwen2_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+
+
+@pytest.fixture(scope="module", params=[{}, MIXTURE], ids=["dense", "mixture"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {"intermediate_size": 64} | request.param
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("m"), config=config)
 
 
 @pytest.fixture(params=["auto", "int4", "int8", "bf16"])

@@ -15,7 +15,7 @@ import torch
 
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError, suggest
 from qwenkit.formats.ggml import GgmlWeight
-from qwenkit.kernels.ops.grouped_matmul import segments
+from qwenkit.kernels.ops.packed_experts import packed_experts
 from qwenkit.kernels.ops.packed_gated import packed_gated
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.ops.packed_projections import packed_projections
@@ -276,14 +276,20 @@ class PackedWeight(QuantWeight):
         rows = self.shape[0] // ends.numel()
         if rows % PANEL_ROWS or (x.requires_grad and torch.is_grad_enabled()):
             return super().grouped_matmul(x, ends)
-        y = x.new_empty((x.shape[0], rows))
-        how = None, None, self.kind, rows, self.zero_point, self.precise
-        for group, a, b in segments(ends):
-            panels = slice(group * rows // PANEL_ROWS, (group + 1) * rows // PANEL_ROWS)
-            scales = None if self.scales is None else self.scales[panels]
-            mins = None if self.mins is None else self.mins[panels]
-            y[a:b] = packed_matmul(x[a:b], self.data[panels], scales, mins, *how)
+        how = self.kind, rows, self.zero_point
+        y: torch.Tensor = packed_experts(x, None, ends, *_lists([self]), *how)
         return y  # [rows of x, rows]
+
+    def grouped_gated(
+        self, x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, up: QuantWeight
+    ) -> torch.Tensor | None:
+        packed = self._alike(x, (self, up), None)
+        rows = self.shape[0] // ends.numel()
+        if packed is None or self.shape != up.shape or rows % PANEL_ROWS:
+            return None
+        how = self.kind, rows, self.zero_point
+        y: torch.Tensor = packed_experts(x, order, ends, *_lists(packed), *how)
+        return y  # [choices, rows]
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]}, {self._storage}, packed"

@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qwenkit.kernels.ops.choose_experts import Routes, choose_experts
+from qwenkit.kernels.ops.mix_experts import mix_experts
 from qwenkit.kernels.ops.silu_mul import silu_mul
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Linear
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
+from qwenkit.layers.weight import QuantWeight
 
 
 class Experts(nn.Module):
@@ -25,13 +28,23 @@ class Experts(nn.Module):
         self.up_proj = GroupedLinear(num_experts, hidden_size, intermediate_size)
         self.down_proj = GroupedLinear(num_experts, intermediate_size, hidden_size)
 
-    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """x [rows, hidden_size], sorted by expert as `ends` [experts] says, to the same shape."""
-        hidden: torch.Tensor = silu_mul(
-            self.gate_proj(x, ends), self.up_proj(x, ends)
-        )  # [rows, intermediate]
-        y: torch.Tensor = self.down_proj(hidden, ends)
+    def forward(self, x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden_size] to [choices, hidden_size], sorted by expert as `order` [choices]
+        and `ends` [experts] of the op choose_experts say.
+        """
+        y: torch.Tensor = self.down_proj(self._hidden(x, order, ends), ends)
         return y
+
+    def _hidden(self, x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """[choices, intermediate_size]"""
+        gate, up = self.gate_proj.weight, self.up_proj.weight
+        if isinstance(gate, QuantWeight) and isinstance(up, QuantWeight):
+            together = gate.grouped_gated(x, order, ends, up)
+            if together is not None:
+                return together
+        rows = x.index_select(0, order)
+        hidden: torch.Tensor = silu_mul(self.gate_proj(rows, ends), self.up_proj(rows, ends))
+        return hidden
 
 
 class SparseMoe(nn.Module):
@@ -72,31 +85,17 @@ class SparseMoe(nn.Module):
         shape, is added.
         """
         x = x if norm is None else norm(x)
-        weights, chosen = self.route(x)  # [tokens, experts_per_token] each
-        by_expert, order = chosen.flatten().sort(stable=True)  # [tokens * experts_per_token] each
-        every_expert = torch.arange(self.experts.gate_proj.groups, device=x.device)
-        ends = torch.searchsorted(by_expert, every_expert, right=True)  # [experts]
-        rows = x.index_select(0, order // self.experts_per_token)
-        outputs = self.experts(rows, ends).index_select(0, order.argsort())
-        outputs = outputs.view(
-            *chosen.shape, x.shape[-1]
-        )  # [tokens, experts_per_token, hidden_size]
-        y: torch.Tensor = (outputs * weights[:, :, None]).sum(1)  # [tokens, hidden_size]
+        weights, _, order, places, ends = self.route(x)
+        outputs = self.experts(x, order, ends)  # [choices, hidden_size], sorted by expert
+        shared = gate = None
         if self.has_shared_expert:
-            y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return y if residual is None else residual + y
+            shared, gate = self.shared_expert(x), self.shared_expert_gate(x)
+        y: torch.Tensor = mix_experts(outputs, weights, places, shared, gate, residual)
+        return y
 
-    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [tokens, hidden_size] to each token's experts, best first, and their weights: weights
-        in x's dtype and numbers int64, both [tokens, experts_per_token].
+    def route(self, x: torch.Tensor) -> Routes:
+        """What the op choose_experts makes of x [tokens, hidden_size]: each token's experts, best
+        first, and their weights, and how all choices are sorted by expert.
         """
-        share = torch.softmax(self.gate(x), -1, dtype=_router_dtype(x))  # [tokens, experts]
-        weights, chosen = share.topk(self.experts_per_token)
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), chosen
-
-
-def _router_dtype(x: torch.Tensor) -> torch.dtype:
-    """fp32, as the models were trained; fp64 stays fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
+        routes: Routes = choose_experts(self.gate(x), self.experts_per_token, self.normalise)
+        return routes

@@ -116,6 +116,14 @@ class QuantWeight(nn.Module):
         ]
         return torch.cat(pieces) if pieces else x.new_empty((0, out_rows))
 
+    def grouped_gated(
+        self, x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, up: QuantWeight
+    ) -> torch.Tensor | None:
+        """silu(gate) · up of `grouped_matmul` with x[order], this being the gate; None where the
+        format has no such product: then they are multiplied one by one.
+        """
+        return None
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         for name, buffer in self.named_buffers(recurse=False):
             # A format's bytes and scales mean what they are only in their own dtype.

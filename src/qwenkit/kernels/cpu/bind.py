@@ -22,7 +22,9 @@ from qwenkit.errors import KernelError
 from qwenkit.kernels import build
 from qwenkit.kernels.cpu.bind_attention import bind_kv_write, bind_paged_attention
 from qwenkit.kernels.cpu.bind_blocks import bind_block_dequantize, bind_block_matmul
+from qwenkit.kernels.cpu.bind_experts import bind_choose_experts, bind_mix_experts
 from qwenkit.kernels.cpu.bind_packed import (
+    bind_packed_experts,
     bind_packed_gated,
     bind_packed_matmul,
     bind_packed_projections,
@@ -150,7 +152,10 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
     return {
         "block_dequantize": bind_block_dequantize(library),
         "block_matmul": bind_block_matmul(library),
+        "choose_experts": bind_choose_experts(library),
         "kv_write": bind_kv_write(library),
+        "mix_experts": bind_mix_experts(library),
+        "packed_experts": bind_packed_experts(library),
         "packed_gated": bind_packed_gated(library),
         "packed_matmul": bind_packed_matmul(library),
         "packed_projections": bind_packed_projections(library),

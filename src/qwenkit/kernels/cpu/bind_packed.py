@@ -12,6 +12,7 @@ import torch
 from qwenkit.errors import KernelError
 from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.cpu.memory import empty_rows
+from qwenkit.kernels.ops.packed_experts import packed_experts
 from qwenkit.kernels.ops.packed_gated import packed_gated
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.ops.packed_projections import packed_projections
@@ -35,8 +36,8 @@ class PackedMatmulArguments(ctypes.Structure):
     _fields_ = (
         *((n, c_void_p) for n in ("x", "norm", "order", "ends")),
         ("matrices", PackedMatrix * MOST_MATRICES),
-        *((n, c_int64) for n in ("count", "tokens", "columns", "group", "kind", "zero_point")),
-        *((n, c_int64) for n in ("parts", "gated", "threads")),
+        *((n, c_int64) for n in ("count", "tokens", "x_rows", "columns", "group", "kind")),
+        *((n, c_int64) for n in ("zero_point", "parts", "gated", "threads")),
         ("epsilon", c_float),
     )
 
@@ -105,6 +106,10 @@ class _Multiply:
             tensors = *packed, bias, residual, results[-1]
             precise = bool(factors.precise and factors.precise[i])
             matrices.append(PackedMatrix(*map(_address, tensors), rows, precise))
+        if ends is not None and (ends.dtype, ends.shape) != (torch.int64, (factors.parts,)):
+            raise refuse(self._op, x=x, ends=ends)
+        if order is not None and (order.dtype is not torch.int64 or order.dim() != 1):
+            raise refuse(self._op, x=x, order=order)
         if norm is not None and norm.shape != (columns,):
             raise refuse(self._op, x=x, norm=norm)
         group = columns // scales[0].shape[1] if scales else columns
@@ -112,10 +117,12 @@ class _Multiply:
             PackedMatmulArguments(
                 *map(_address, (x, norm, order, ends)),
                 (PackedMatrix * MOST_MATRICES)(*matrices),
-                *(len(matrices), tokens, columns, group, KINDS.index(factors.kind)),
+                *(len(matrices), tokens, len(x), columns, group, KINDS.index(factors.kind)),
                 *(factors.zero_point, factors.parts, gated, torch.get_num_threads(), epsilon),
             )
         )
+        if done == 3:
+            raise KernelError(f"{self._op}: order or ends do not go with {len(x)} rows.")
         if done:
             raise KernelError(f"{self._op}: no memory for {tokens} rows of {columns} numbers.")
         return results
@@ -196,6 +203,33 @@ def bind_packed_gated(library: ctypes.CDLL) -> Kernel:
             return reference(*given)  # type: ignore[no-any-return]
         factors = _Factors(kind, (rows, rows), zero_point, data, scales, mins)
         [y] = multiply(x, factors, norm=norm, epsilon=epsilon, gated=True)
+        return y
+
+    return run
+
+
+def bind_packed_experts(library: ctypes.CDLL) -> Kernel:
+    multiply, reference = _Multiply(library, "packed_experts"), packed_experts.reference
+
+    def run(
+        x: torch.Tensor,
+        order: torch.Tensor | None,
+        ends: torch.Tensor,
+        data: list[torch.Tensor],
+        scales: list[torch.Tensor],
+        mins: list[torch.Tensor],
+        kind: str,
+        rows: int,
+        zero_point: int,
+    ) -> torch.Tensor:
+        if _unusual(x, None) or (order is not None and not len(order)):
+            given = x, order, ends, data, scales, mins, kind, rows, zero_point
+            return reference(*given)  # type: ignore[no-any-return]
+        if rows % PANEL_ROWS or len(data) > 2:
+            raise KernelError(f"packed_experts: {len(data)} matrices of {rows} rows an expert.")
+        each = len(data) * (rows,)
+        factors = _Factors(kind, each, zero_point, data, scales, mins, parts=len(ends))
+        [y] = multiply(x, factors, order=order, ends=ends, gated=len(data) == 2)
         return y
 
     return run

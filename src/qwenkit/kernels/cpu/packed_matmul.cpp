@@ -44,12 +44,27 @@ void multiply(const PackedMatmulArguments& a, const Layout& at, const Plan& plan
     });
 }
 
+// Whether the tokens of the parts are all of them, one part after another, and rows of x.
+bool in_order(const PackedMatmulArguments& a) {
+    int64_t end = 0;
+    for (int64_t part = 0; a.ends && part < a.parts; part++) {
+        if (a.ends[part] < end) return false;
+        end = a.ends[part];
+    }
+    if (a.ends && end != a.tokens) return false;
+    for (int64_t t = 0; a.order && t < a.tokens; t++) {
+        if (a.order[t] < 0 || a.order[t] >= a.x_rows) return false;
+    }
+    return true;
+}
+
 }  // namespace
 }  // namespace qk
 
-// 0, or 2 when there is no memory.
+// 0, 2 when there is no memory, or 3 when order or ends name rows that there are not.
 QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* a) {
     using namespace qk;
+    if (!in_order(*a)) return 3;
     Memory measured(nullptr);
     lay_out(*a, measured);
     auto* start = reinterpret_cast<uint8_t*>(scratch(static_cast<size_t>(measured.size()) / 4));

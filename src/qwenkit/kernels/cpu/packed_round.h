@@ -30,7 +30,7 @@ struct PackedMatmulArguments {
     const int64_t* ends;         // [parts]: where the tokens of each part of the matrices end; null:
                                  // there is one part
     PackedMatrix matrices[most_matrices];
-    int64_t count, tokens, columns, group, kind, zero_point, parts;
+    int64_t count, tokens, x_rows, columns, group, kind, zero_point, parts;
     int64_t gated;  // not 0: of two matrices; y of the first becomes silu(first) · second
     int64_t threads;
     float epsilon;
