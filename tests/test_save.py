@@ -65,13 +65,24 @@ def _logits(loaded: Loaded) -> torch.Tensor:
     return logits
 
 
+def _assert_same(one: Loaded, other: Loaded) -> None:
+    """The same weights, bit for bit. Logits only nearly: where in memory a matrix begins changes
+    how some processors add up.
+    """
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    torch.testing.assert_close(_logits(one), _logits(other), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_reads_back_as_it_was(name: str, tmp_path: Path) -> None:
     first = load(_source(tmp_path / "first", name))
     files = save_folder(first, tmp_path / "second", shard_bytes=30_000)
     assert len(files) > 1
     second = load(tmp_path / "second")
-    assert torch.equal(_logits(second), _logits(first))
+    _assert_same(second, first)
     assert second.config == first.config
     assert second.record.sampling == first.record.sampling
     assert second.record.chat_format == first.record.chat_format
@@ -88,7 +99,7 @@ def test_a_gguf_reads_back_as_it_was(name: str, tmp_path: Path) -> None:
     if name == "baichuan":  # its head is written with rows of length one
         torch.testing.assert_close(_logits(second), _logits(first), rtol=1e-5, atol=1e-5)
         first = second
-    assert torch.equal(_logits(second), _logits(first))
+    _assert_same(second, first)
     assert second.config.position == first.config.position
     assert second.record.eos_token_id == first.record.eos_token_id
     assert set(second.record.stop_token_ids) == set(first.record.stop_token_ids)
@@ -98,7 +109,7 @@ def test_a_gguf_reads_back_as_it_was(name: str, tmp_path: Path) -> None:
         assert theirs == pytest.approx(ours)
     save_folder(second, tmp_path / "third")
     third = load(tmp_path / "third")
-    assert torch.equal(_logits(third), _logits(first))
+    _assert_same(third, first)
     assert third.record.stop_token_ids == second.record.stop_token_ids
 
 
