@@ -94,6 +94,9 @@ def test_what_does_not_fit_is_refused(kernels: dict[str, Kernel]) -> None:
     ends = torch.full((EXPERTS,), 3)
     with pytest.raises(KernelError, match="packed_experts"):
         kernels["packed_experts"](x, None, ends.int(), *lists(both), "int4", ROWS, 8)
+    order = torch.zeros(6, dtype=torch.int64)[::2]  # every second number in memory
+    with pytest.raises(KernelError, match="packed_experts"):
+        kernels["packed_experts"](x, order, ends, *lists(both), "int4", ROWS, 8)
     with pytest.raises(KernelError, match="rows an expert"):
         kernels["packed_experts"](x, None, ends, *lists(both), "int4", ROWS - 1, 8)
     with pytest.raises(KernelError, match="4 of 3 experts"):

@@ -106,10 +106,9 @@ class _Multiply:
             tensors = *packed, bias, residual, results[-1]
             precise = bool(factors.precise and factors.precise[i])
             matrices.append(PackedMatrix(*map(_address, tensors), rows, precise))
-        if ends is not None and (ends.dtype, ends.shape) != (torch.int64, (factors.parts,)):
-            raise refuse(self._op, x=x, ends=ends)
-        if order is not None and (order.dtype is not torch.int64 or order.dim() != 1):
-            raise refuse(self._op, x=x, order=order)
+        for places, count in ((ends, factors.parts), (order, tokens)):
+            if places is not None and not _are_places(places, count):
+                raise refuse(self._op, x=x, places=places)
         if norm is not None and norm.shape != (columns,):
             raise refuse(self._op, x=x, norm=norm)
         group = columns // scales[0].shape[1] if scales else columns
@@ -233,6 +232,12 @@ def bind_packed_experts(library: ctypes.CDLL) -> Kernel:
         return y
 
     return run
+
+
+def _are_places(places: torch.Tensor, count: int) -> bool:
+    """Whether a kernel reads them right: [count] int64, one behind the other."""
+    whole = places.dtype is torch.int64 and places.is_cpu and places.is_contiguous()
+    return whole and places.shape == (count,)
 
 
 def _unusual(x: torch.Tensor, norm: torch.Tensor | None) -> bool:
