@@ -61,6 +61,27 @@ def test_devices_are_checked_before_any_download(
         loading.load_model("no/model", ModelOptions(**given, offline=True))
 
 
+def test_a_revision_is_looked_up_and_only_where_there_is_a_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--tiny--model"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "v1").write_text(commit)
+    (kept / "snapshots" / commit).mkdir(parents=True)
+    folder = write_tiny_checkpoint(kept / "snapshots" / commit)
+
+    def ask(name: str, *more: str) -> Any:
+        prompt = ["--prompt", "Once", "--max-tokens", "2", "--revision"]
+        return CliRunner().invoke(app, ["generate", name, "--offline", *prompt, *more])
+
+    assert ask("tiny/model", "v1").exit_code == 0
+    assert "tiny/model" in ask("tiny/model", "v2").stderr
+    assert "--revision: " in ask(str(folder), "v1").stderr
+    assert "--revision: the embedded model" in ask("default", "v1").stderr
+
+
 def test_a_model_on_several_devices_answers_and_says_where_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

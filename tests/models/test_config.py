@@ -73,6 +73,7 @@ def test_dead_sliding_window_keys_change_nothing() -> None:
         ({"hidden_size": "896"}, "hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),  # else each would take memory
         ({"num_attention_heads": 13}, "num_key_value_heads"),
         ({"num_attention_heads": 10}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),

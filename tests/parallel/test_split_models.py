@@ -190,9 +190,9 @@ def test_a_damaged_number_of_layers_is_not_built(
     fake_machine(monkeypatch, 1 << 30, 1 << 30)
     folder = write_tiny_checkpoint(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9000}))
     for how in ({"device_map": "auto"}, {"device_map": {"": 0}}):
-        with pytest.raises(CheckpointError, match="num_hidden_layers: got 1000000,"):
+        with pytest.raises(CheckpointError, match="num_hidden_layers: got 9000,"):
             LLM(folder, **how)
 
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from qwenkit.cli import console
 
 if TYPE_CHECKING:
     from qwenkit.checkpoint.progress import Progress, ProgressCallback
-
-Revision = Annotated[
-    str | None,
-    typer.Option(metavar="REVISION", help="Branch, tag or commit on the hub. [default: main]"),
-]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def command(
     model: options.ModelName = None,
-    revision: download.Revision = None,
+    revision: options.Revision = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object, sizes in bytes.")
     ] = False,

@@ -40,11 +40,12 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
     Raises what `qwenkit.api.LLM` raises, with the names of the command line's options.
     """
     given = given or options.ModelOptions()
+    options.check_names_a_hub(name, {"--revision": given.revision})
     device_map = _check(given)
     from qwenkit.checkpoint.hub import resolve  # a tenth of a second that --help does without
 
     with download.bars() as progress:
-        resolve(name, offline=given.offline, progress=progress)
+        resolve(name, offline=given.offline, revision=given.revision, progress=progress)
     with console.progress(f"Loading {name} / 正在加载模型 …") as show, options_named():
         from qwenkit.api import LLM  # torch takes seconds; something moves already
 
@@ -63,6 +64,7 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
             kv_dtype=given.kv_dtype,
             rope=given.rope,
             offline=given.offline,
+            revision=given.revision,
             progress=show,
         )
     if not isinstance(llm.devices, str):

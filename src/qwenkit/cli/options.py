@@ -147,6 +147,11 @@ Offline = Annotated[
     bool, typer.Option("--offline", help="Use only models that are already on this machine.")
 ]
 
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REVISION", help="Branch, tag or commit on the hub. [default: main]"),
+]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
@@ -164,6 +169,7 @@ class ModelOptions:
     context: Context = None
     kv_dtype: KvDtype = "auto"
     rope: Rope = "per-request"
+    revision: Revision = None
     offline: Offline = False
 
 

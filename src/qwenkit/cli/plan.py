@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwenkit.cli import console, download, options
+from qwenkit.cli import console, options
 from qwenkit.cli.loading import options_named
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def command(
         int, typer.Option(metavar="N", help="Split over so many devices.", min=1)
     ] = 1,
     threads: options.Threads = None,
-    revision: download.Revision = None,
+    revision: options.Revision = None,
     offline: options.Offline = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one JSON object, sizes in bytes.")

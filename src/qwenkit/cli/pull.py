@@ -14,7 +14,7 @@ from qwenkit.cli import console, download, options
 
 def command(
     model: options.ModelName = None,
-    revision: download.Revision = None,
+    revision: options.Revision = None,
     cache_dir: Annotated[
         Path | None,
         typer.Option(

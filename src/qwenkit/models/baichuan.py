@@ -22,7 +22,7 @@ from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import ALIBI_BIAS, Alibi
 from qwenkit.models import qwen2
-from qwenkit.models.config_keys import flag, only, positive, whole
+from qwenkit.models.config_keys import flag, layer_count, only, positive, whole
 from qwenkit.models.spec import Architecture, CausalModel
 
 _SHORTEST_NORM = 1e-12  # a head's row of zeros stays one
@@ -85,7 +85,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=whole(config, "intermediate_size"),
-        num_hidden_layers=whole(config, "num_hidden_layers"),
+        num_hidden_layers=layer_count(config),
         num_attention_heads=heads,
         model_max_length=whole(config, "model_max_length", 4096),
         rms_norm_eps=positive(config, "rms_norm_eps", 1e-6),

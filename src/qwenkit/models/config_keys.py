@@ -7,6 +7,8 @@ from typing import Any
 
 from qwenkit.errors import ConfigError
 
+_MOST_LAYERS = 10_000  # the largest published models have some hundred
+
 
 def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A positive whole number; ConfigError when it is wrong, or missing without a default."""
@@ -15,6 +17,16 @@ def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ConfigError(f"{key}: expected a positive whole number, got {value!r}.")
     return value
+
+
+def layer_count(config: Mapping[str, Any], key: str = "num_hidden_layers") -> int:
+    """How many decoder layers; ConfigError where no model has so many: each takes time and room
+    long before a tensor is missed.
+    """
+    layers = whole(config, key)
+    if layers > _MOST_LAYERS:
+        raise ConfigError(f"{key}: got {layers}; more than {_MOST_LAYERS} are not supported.")
+    return layers
 
 
 def positive(config: Mapping[str, Any], key: str, default: float | None = None) -> float:

@@ -21,7 +21,7 @@ from qwenkit.layers.linear import Embedding, Linear, project
 from qwenkit.layers.mlp import gated
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import QwenNtk, Rotary
-from qwenkit.models.config_keys import flag, only, positive, whole
+from qwenkit.models.config_keys import flag, layer_count, only, positive, whole
 from qwenkit.models.spec import Architecture, CausalModel
 
 # Other names of the keys: those of August 2023, then those that a GGUF's metadata have.
@@ -105,7 +105,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
         vocab_size=whole(config, rows),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        num_hidden_layers=whole(config, names["num_hidden_layers"]),
+        num_hidden_layers=layer_count(config, names["num_hidden_layers"]),
         num_attention_heads=heads,
         head_dim=head_dim,
         max_position_embeddings=longest,

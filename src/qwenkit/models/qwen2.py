@@ -20,7 +20,7 @@ from qwenkit.layers.linear import Embedding, Linear, project
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import DualChunk, Rotary
-from qwenkit.models.config_keys import flag, only, positive, whole
+from qwenkit.models.config_keys import flag, layer_count, only, positive, whole
 from qwenkit.models.config_rope import rotary_position
 from qwenkit.models.config_window import Windows, from_layer, layer_windows
 from qwenkit.models.spec import Architecture, CausalModel
@@ -63,7 +63,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
         raise ConfigError(f"head_dim: rotary embedding needs an even number, got {head_dim}.")
     longest = whole(config, "max_position_embeddings", 32768)
     only(config, "hidden_act", "silu")
-    layers = whole(config, "num_hidden_layers")
+    layers = layer_count(config)
     return Config(
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden_size,
