@@ -23,6 +23,8 @@ constexpr int per_panel = panel_rows / lanes;  // vectors across a panel
 constexpr int pair = 2;                        // panels that are multiplied together
 constexpr int wide = lanes == 16 ? 2 : 1;      // panels that a tile takes side by side
 constexpr int prefetch_bytes = 4096;           // how far ahead of the weights memory is asked for
+constexpr int large_tile = lanes == 16 ? 8 : tile_tokens;  // tokens: reading is less, though sums of
+                                                           // groups and of all no longer fit
 constexpr int64_t run_columns = 512;           // after which their rests are added
 
 // Tokens in eight bits by groups of columns. A token's quants lie `stride` bytes after those of
@@ -66,6 +68,7 @@ struct Panels {
 struct Nibbles {
     static constexpr int bytes_per_32 = 256;
     static constexpr bool ahead = true;
+    static constexpr int tile = large_tile;
 
     template <int Tokens, int Vectors>
     static void add(const uint8_t* const* data, const int8_t* x, int64_t x_stride,
@@ -98,6 +101,7 @@ template <int Most>
 struct Bytes {
     static constexpr int bytes_per_32 = 512;
     static constexpr bool ahead = Most > 15;
+    static constexpr int tile = Most > 15 ? large_tile : tile_tokens;
 
     template <int Tokens, int Vectors>
     static void add(const uint8_t* const* data, const int8_t* x, int64_t x_stride,
@@ -171,6 +175,8 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
         QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
     }
     int64_t group_bytes = x.group / 32 * Kind::bytes_per_32, run = run_columns / x.group;
+    int64_t scales_ahead = 2 * prefetch_bytes / group_bytes;
+    int64_t skipped = (panels.next / panels.bytes - 1) * x.groups;  // of the panel beside it
     for (int64_t first = 0, last; first < x.groups; first = last) {
         last = std::min(x.groups, first + run);
         vec scales[vectors];
@@ -182,6 +188,12 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
         for (int64_t g = first; g < last; g++) {
             load_scales(panels.scales, g);
             int64_t ahead = panels.ahead(g * group_bytes);
+            if constexpr (Kind::ahead) {
+                int64_t later = g + scales_ahead + (g + scales_ahead < x.groups ? 0 : skipped);
+                QK_UNROLL for (int p = 0; p < Count; p++) {
+                    __builtin_prefetch(panels.scales[p] + later * panel_rows);
+                }
+            }
             add_group<Kind, Tokens, vectors>(data, x, x.main, token, g, scales, ahead, y);
             QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
             if (!panels.mins[0]) continue;
@@ -206,7 +218,7 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
 }
 
 struct Halves {  // bf16, two columns side by side
-    static constexpr int columns = 2;
+    static constexpr int columns = 2, tile = large_tile;
 
 #if defined(__AVX512BF16__)
     static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
@@ -226,7 +238,7 @@ struct Halves {  // bf16, two columns side by side
 };
 
 struct Singles {  // fp32
-    static constexpr int columns = 1;
+    static constexpr int columns = 1, tile = large_tile;
 
     static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
         vec weights;

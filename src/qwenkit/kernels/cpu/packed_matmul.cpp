@@ -27,14 +27,14 @@ void multiply(const PackedMatmulArguments& a, const Layout& at, const Plan& plan
         int64_t bytes = plan.total() * row_bytes(a.kind, a.columns) * pair * panel_rows;
         chunks = std::min({chunks, threads * int64_t{4}, 1 + bytes / 16384});
     }
-    int64_t per_chunk = divide_up(plan.total(), chunks);
-    parallel(divide_up(plan.total(), per_chunk), threads, [&](int64_t chunk, int slot) {
+    chunks = std::min(plan.total(), round_up(chunks, threads));
+    parallel(chunks, threads, [&](int64_t chunk, int slot) {
         auto rows = static_cast<int>(std::min<int64_t>(16, plan.most_tokens));
 #if defined(QK_TILES)
         TileUnit unit(rows, a.kind <= int8);
 #endif
-        int64_t end = std::min(plan.total(), (chunk + 1) * per_chunk);
-        for (int64_t i = chunk * per_chunk; i < end; i++) {
+        int64_t end = (chunk + 1) * plan.total() / chunks;  // as equal as can be
+        for (int64_t i = chunk * plan.total() / chunks; i < end; i++) {
             const Block& block = plan.blocks[i / plan.units];
             Unit u = find_unit(a, block.part, i % plan.units);
             multiply_unit(a, u, by_rests[u.precise ? every : outstanding], block, rows,

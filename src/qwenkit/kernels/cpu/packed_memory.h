@@ -99,33 +99,49 @@ Layout lay_out(const PackedMatmulArguments& a, Memory& memory) {
     return out;
 }
 
-void round_all(const PackedMatmulArguments& a, const Layout& at) {
-    const Rounded& r = at.rounded;
-    int64_t groups = a.kind <= int8 ? a.columns / a.group : 0;
-    // Of tokens that there are not: read with the last ones, and what they hold must not slow down.
-    for (int64_t g = 0; g <= groups && groups > 0; g++) {
+// Marks and scales of tokens that there are not: read with the last ones, and what they hold must not
+// slow down. And no token has a rest yet.
+void clear(const PackedMatmulArguments& a, const Rounded& r, int64_t groups) {
+    for (int64_t g = 0; g < groups; g++) {
         int64_t spare = g * r.tokens + a.tokens;
-        if (g < groups) std::fill_n(r.scales + spare, spare_tokens, 0.0f);
+        std::fill_n(r.scales + spare, spare_tokens, 0.0f);
         for (int rests = 0; rests < 2; rests++) {
             if (!r.wanted[rests]) continue;
             std::fill_n(r.with_rest[rests] + spare, spare_tokens, uint8_t{0});
-            if (g == groups) continue;
             std::fill_n(r.rest_scales[rests] + spare, spare_tokens, 0.0f);
             std::fill_n(r.sums[rests] + spare, spare_tokens, 0.0f);
         }
     }
+    for (int rests = 0; groups > 0 && rests < 2; rests++) {
+        if (r.wanted[rests]) std::fill_n(r.with_rest[rests] + groups * r.tokens, r.tokens, uint8_t{0});
+    }
     if (r.halves) {
         std::fill_n(r.halves + a.tokens * r.stride, spare_tokens * r.stride, uint16_t{0});
     }
+}
+
+// Shared so that no two threads write to one cache line: many tokens by sixteen, few by groups.
+void round_all(const PackedMatmulArguments& a, const Layout& at) {
+    const Rounded& r = at.rounded;
+    int64_t groups = a.kind <= int8 ? a.columns / a.group : 0;
+    clear(a, r, groups);
     if (rounded_to(a.kind) == fp32 && !r.numbers) return;
-    // Of many tokens so many at a time that no two threads write to one cache line.
-    int64_t per_chunk = std::max<int64_t>(1, 16384 / a.columns);
-    if (a.tokens >= 16 * a.threads) per_chunk = round_up(per_chunk, 16);
     auto threads = static_cast<int>(a.threads);
-    parallel(divide_up(a.tokens, per_chunk), threads, [&](int64_t chunk, int slot) {
+    bool by_groups = groups > 0 && a.tokens < 16 * threads;
+    int64_t step = by_groups || groups == 0 ? 1 : 16;
+    int64_t steps = by_groups ? groups : divide_up(a.tokens, step);
+    int64_t chunks = round_up(divide_up(a.tokens * a.columns, 16384), threads);
+    chunks = by_groups ? threads : std::min(steps, chunks);
+    if (a.tokens * a.columns <= 8192) chunks = 1;
+    parallel(chunks, threads, [&](int64_t chunk, int slot) {
         auto* own = reinterpret_cast<float*>(at.slots + slot * at.slot_bytes);
-        int64_t end = std::min(a.tokens, (chunk + 1) * per_chunk);
-        for (int64_t t = chunk * per_chunk; t < end; t++) round_token(a, r, t, own);
+        int64_t first = chunk * steps / chunks * step, last = (chunk + 1) * steps / chunks * step;
+        if (by_groups) {
+            for (int64_t t = 0; t < a.tokens; t++) round_token(a, r, t, first, last, own);
+            return;
+        }
+        last = std::min(last, a.tokens);
+        for (int64_t t = first; t < last; t++) round_token(a, r, t, 0, groups, own);
     });
 }
 

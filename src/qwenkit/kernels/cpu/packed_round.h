@@ -160,12 +160,14 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
         out.rest_offsets[rests][at] = -static_cast<int32_t>(a.zero_point) * sum;
         out.sums[rests][at] += scale * static_cast<float>(sum);
         out.with_rest[rests][at] = 1;
-        out.with_rest[rests][groups * out.tokens + token] = 1;
+        // Other threads may round other groups of this token.
+        __atomic_store_n(&out.with_rest[rests][groups * out.tokens + token], 1, __ATOMIC_RELAXED);
     }
 }
 
-// `own` is room for one row.
-void round_token(const PackedMatmulArguments& a, const Rounded& out, int64_t token, float* own) {
+// Some groups of a token, or the whole row where there are no groups. `own` is room for one row.
+void round_token(const PackedMatmulArguments& a, const Rounded& out, int64_t token,
+                 int64_t first_group, int64_t last_group, float* own) {
     const float* x = a.x + (a.order ? a.order[token] : token) * a.columns;
     if (a.norm) {
         normalise(x, a.norm, own, a.columns, a.epsilon);
@@ -177,10 +179,7 @@ void round_token(const PackedMatmulArguments& a, const Rounded& out, int64_t tok
         return;
     }
     float limit = outlier * std::sqrt(mean_square(x, a.columns));
-    for (int rests = 0; rests < 2; rests++) {
-        if (out.wanted[rests]) out.with_rest[rests][a.columns / a.group * out.tokens + token] = 0;
-    }
-    for (int64_t g = 0; g < a.columns / a.group; g++) round_group(a, out, x, token, g, limit);
+    for (int64_t g = first_group; g < last_group; g++) round_group(a, out, x, token, g, limit);
 }
 
 }  // namespace

@@ -10,10 +10,10 @@
 namespace qk {
 namespace {
 
-constexpr int64_t many_tokens = 16;        // from which on int4 is taken apart first
+constexpr int64_t many_tokens = 64;        // from which on int4 is taken apart first
 constexpr int64_t block_bytes = 1300 << 10;   // of activations that are multiplied at a time
 constexpr int64_t block_tokens = 32;       // of which a block has a multiple
-constexpr int64_t many_results = 128;      // tokens whose results would only displace others
+constexpr int64_t many_results = 128 << 10;  // that would only displace others
 constexpr int64_t spare_tokens = 32;       // that are read beyond the last, and never used
 
 int64_t row_bytes(int64_t kind, int64_t columns) {
@@ -47,6 +47,7 @@ template <int Tokens>
 void put(const PackedMatmulArguments& a, const Unit& u, int64_t token,
          const vec sums[Tokens][pair * per_panel]) {
     const PackedMatrix& m = *u.matrix;
+    bool far = a.tokens * m.rows >= many_results;
     for (int t = 0; t < Tokens; t++) {
         int64_t at = (token + t) * m.rows + u.row;
         int vectors = a.gated ? per_panel : u.count * per_panel;
@@ -64,7 +65,7 @@ void put(const PackedMatmulArguments& a, const Unit& u, int64_t token,
                 result = silu(result) * factor;
             }
             if (m.residual) result = result + load_some(m.residual + at + v * lanes, left);
-            if (a.tokens >= many_results && left >= lanes) {
+            if (far && left >= lanes) {
                 store_far(m.y + at + v * lanes, result);
             } else {
                 store_some(m.y + at + v * lanes, result, left);
@@ -100,6 +101,8 @@ struct Tiles {
 
 template <class Kind>
 struct Ints {
+    static constexpr int tile = Kind::tile;
+
     template <int Tokens, int Count>
     static void run(const Panels& p, const Activations& x, int64_t token,
                     vec y[Tokens][Count * per_panel]) {
@@ -113,6 +116,8 @@ struct Ints {
 
 template <class Kind>
 struct Floats {
+    static constexpr int tile = Kind::tile;
+
     template <int Tokens, int Count>
     static void run(const Panels& p, const Activations& x, int64_t token,
                     vec y[Tokens][Count * per_panel]) {
@@ -125,10 +130,11 @@ template <class Multiply>
 void multiply_all(const PackedMatmulArguments& a, const Unit& u, const Activations& x,
                   const Block& block) {
     int64_t count = block.last - block.first, token = block.first;
-    int64_t tiles = divide_up(count, tile_tokens);
+    constexpr int most = Multiply::tile;
+    int64_t tiles = divide_up(count, most);
     for (int64_t i = 1; i <= tiles; i++) {
         int64_t end = block.first + i * count / tiles;
-        Tiles<Multiply, tile_tokens>::go(a, u, x, token, end - token);
+        Tiles<Multiply, most>::go(a, u, x, token, end - token);
         token = end;
     }
 }
