@@ -41,7 +41,7 @@ struct Activations {
     Quantized main, rest;
     const uint8_t* with_rest;  // [groups + 1, tokens]: whether a token has a rest in the group; at
                                // last, in any
-    const float* sums;       // [groups, tokens]: the sum of the rounded numbers
+    const float* sums;       // [groups, tokens]: the sum of the rounded numbers; null without minimums
     const uint16_t* halves;  // [tokens, stride], bf16
     const float* numbers;    // [tokens, stride]
     int64_t tokens, columns, stride, group, groups;  // tokens: and spare ones without a rest
@@ -127,8 +127,9 @@ inline bool has_rest(const Activations& x, int64_t g, int64_t token, int tokens)
     return (marks[0] | (marks[1] & ~uint64_t{0} >> (128 - 8 * tokens))) != 0;
 }
 
-// Adds the products of one group: exact sums, times both scales, to y.
-template <class Kind, int Tokens, int Vectors>
+// Adds the products of one group: exact sums, times both scales, to y. Of rests only those that are
+// marked count, as others were never set.
+template <class Kind, int Tokens, int Vectors, bool Rest = false>
 __attribute__((always_inline)) inline void add_group(const uint8_t* const* group_data,
                                                      const Activations& x, const Quantized& q,
                                                      int64_t token, int64_t g, const vec* scales,
@@ -155,7 +156,7 @@ __attribute__((always_inline)) inline void add_group(const uint8_t* const* group
         quants += 32;
     }
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
-        vec scale = splat(q.scales[at + t]);
+        vec scale = splat(Rest && !x.with_rest[at + t] ? 0.0f : q.scales[at + t]);
         QK_UNROLL for (int v = 0; v < Vectors; v++) {
             y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
         }
@@ -211,7 +212,7 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
                     again[v] = data[v] - (last - g) * group_bytes;
                 }
                 load_scales(panels.scales, g);
-                add_group<Kind, Tokens, vectors>(again, x, x.rest, token, g, scales, 0, y);
+                add_group<Kind, Tokens, vectors, true>(again, x, x.rest, token, g, scales, 0, y);
             }
         }
     }

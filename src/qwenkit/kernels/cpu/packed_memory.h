@@ -62,6 +62,7 @@ Layout lay_out(const PackedMatmulArguments& a, Memory& memory) {
     if (kind == int8) {
         for (int64_t i = 0; i < a.count; i++) {
             r.wanted[a.matrices[i].precise ? every : outstanding] = true;
+            r.summed |= a.matrices[i].mins != nullptr;
         }
         for (auto& quants : r.quants) quants = memory.take<int8_t>(tokens * r.stride);
         r.scales = memory.take<float>(tokens * groups);
@@ -70,7 +71,7 @@ Layout lay_out(const PackedMatmulArguments& a, Memory& memory) {
             if (!r.wanted[rests]) continue;
             r.rest_scales[rests] = memory.take<float>(tokens * groups);
             r.rest_offsets[rests] = memory.take<int32_t>(tokens * groups);
-            r.sums[rests] = memory.take<float>(tokens * groups);
+            if (r.summed) r.sums[rests] = memory.take<float>(tokens * groups);
             r.with_rest[rests] = memory.take<uint8_t>((groups + 1) * tokens);
         }
     } else if (kind == bf16) {
@@ -108,8 +109,7 @@ void clear(const PackedMatmulArguments& a, const Rounded& r, int64_t groups) {
         for (int rests = 0; rests < 2; rests++) {
             if (!r.wanted[rests]) continue;
             std::fill_n(r.with_rest[rests] + spare, spare_tokens, uint8_t{0});
-            std::fill_n(r.rest_scales[rests] + spare, spare_tokens, 0.0f);
-            std::fill_n(r.sums[rests] + spare, spare_tokens, 0.0f);
+            if (r.summed) std::fill_n(r.sums[rests] + spare, spare_tokens, 0.0f);
         }
     }
     for (int rests = 0; groups > 0 && rests < 2; rests++) {
@@ -136,12 +136,10 @@ void round_all(const PackedMatmulArguments& a, const Layout& at) {
     parallel(chunks, threads, [&](int64_t chunk, int slot) {
         auto* own = reinterpret_cast<float*>(at.slots + slot * at.slot_bytes);
         int64_t first = chunk * steps / chunks * step, last = (chunk + 1) * steps / chunks * step;
-        if (by_groups) {
-            for (int64_t t = 0; t < a.tokens; t++) round_token(a, r, t, first, last, own);
-            return;
-        }
+        if (by_groups) return round_groups(a, r, 0, a.tokens, first, last, own);
         last = std::min(last, a.tokens);
-        for (int64_t t = first; t < last; t++) round_token(a, r, t, 0, groups, own);
+        if (groups > 0) return round_groups(a, r, first, last, 0, groups, own);
+        for (int64_t t = first; t < last; t++) copy_token(a, r, t, own);
     });
 }
 

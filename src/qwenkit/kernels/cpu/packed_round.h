@@ -106,9 +106,10 @@ struct Rounded {
     int8_t* quants[2];     // the numbers, and what rounding left of them
     float* scales;
     int32_t* offsets;
-    float* rest_scales[2];  // by `Rests`
+    float* rest_scales[2];  // by `Rests`; set where there is a rest, as `rest_offsets` are
     int32_t* rest_offsets[2];
     float* sums[2];
+    bool summed;            // whether a matrix has minimums, for which alone there are sums
     uint8_t* with_rest[2];
     int64_t tokens, stride;
     bool wanted[2];        // which rests any matrix asks for
@@ -130,16 +131,15 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
     out.offsets[at] = 0;
     for (int rests = 0; rests < 2; rests++) {
         if (!out.wanted[rests]) continue;
-        out.rest_scales[rests][at] = out.sums[rests][at] = 0;
-        out.rest_offsets[rests][at] = 0;
         out.with_rest[rests][at] = 0;
+        if (out.summed) out.sums[rests][at] = 0;
     }
     float amax = largest(x, a.group);
     if (amax < smallest) return;
     if (__builtin_expect(std::isinf(amax), false)) {  // so that what becomes of it is seen
         out.scales[at] = std::numeric_limits<float>::quiet_NaN();
         for (int rests = 0; rests < 2; rests++) {
-            if (out.wanted[rests]) out.sums[rests][at] = out.scales[at];
+            if (out.wanted[rests] && out.summed) out.sums[rests][at] = out.scales[at];
         }
         return;
     }
@@ -149,7 +149,8 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
     out.scales[at] = scale;
     out.offsets[at] = -static_cast<int32_t>(a.zero_point) * sum;
     for (int rests = 0; rests < 2; rests++) {
-        if (out.wanted[rests]) out.sums[rests][at] = scale * static_cast<float>(sum);
+        if (!out.wanted[rests] || !out.summed) continue;
+        out.sums[rests][at] = scale * static_cast<float>(sum);
     }
     if (!twice || (amax = largest(left, a.group)) < smallest) return;
     scale = amax / 127.0f;
@@ -158,28 +159,47 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
         if (!(rests == every ? out.wanted[every] : outstands)) continue;
         out.rest_scales[rests][at] = scale;
         out.rest_offsets[rests][at] = -static_cast<int32_t>(a.zero_point) * sum;
-        out.sums[rests][at] += scale * static_cast<float>(sum);
+        if (out.summed) out.sums[rests][at] += scale * static_cast<float>(sum);
         out.with_rest[rests][at] = 1;
         // Other threads may round other groups of this token.
         __atomic_store_n(&out.with_rest[rests][groups * out.tokens + token], 1, __ATOMIC_RELAXED);
     }
 }
 
-// Some groups of a token, or the whole row where there are no groups. `own` is room for one row.
-void round_token(const PackedMatmulArguments& a, const Rounded& out, int64_t token,
-                 int64_t first_group, int64_t last_group, float* own) {
+// The row of x that a token is, normalised into `own` where that is asked for.
+const float* row_of(const PackedMatmulArguments& a, int64_t token, float* own) {
     const float* x = a.x + (a.order ? a.order[token] : token) * a.columns;
-    if (a.norm) {
-        normalise(x, a.norm, own, a.columns, a.epsilon);
-        x = own;
+    if (!a.norm) return x;
+    normalise(x, a.norm, own, a.columns, a.epsilon);
+    return own;
+}
+
+constexpr int64_t together = 8;  // tokens: what belongs to a group lies side by side for them
+
+// Some groups of some tokens. `own` is room for eight rows.
+void round_groups(const PackedMatmulArguments& a, const Rounded& out, int64_t token, int64_t last,
+                  int64_t first_group, int64_t last_group, float* own) {
+    for (; token < last; token += together) {
+        int64_t count = std::min(together, last - token);
+        const float* rows[together];
+        float limits[together];
+        for (int64_t i = 0; i < count; i++) {
+            rows[i] = row_of(a, token + i, own + i * a.columns);
+            limits[i] = outlier * std::sqrt(mean_square(rows[i], a.columns));
+        }
+        for (int64_t g = first_group; g < last_group; g++) {
+            for (int64_t i = 0; i < count; i++) {
+                round_group(a, out, rows[i], token + i, g, limits[i]);
+            }
+        }
     }
+}
+
+// A token that is not rounded to eight bits. `own` is room for one row.
+void copy_token(const PackedMatmulArguments& a, const Rounded& out, int64_t token, float* own) {
+    const float* x = row_of(a, token, own);
     if (out.halves) return round_to_bf16(x, a.columns, out.halves + token * out.stride);
-    if (out.numbers) {
-        std::copy(x, x + a.columns, out.numbers + token * out.stride);
-        return;
-    }
-    float limit = outlier * std::sqrt(mean_square(x, a.columns));
-    for (int64_t g = first_group; g < last_group; g++) round_group(a, out, x, token, g, limit);
+    std::copy(x, x + a.columns, out.numbers + token * out.stride);
 }
 
 }  // namespace
