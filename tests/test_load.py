@@ -255,6 +255,6 @@ def test_a_wrong_tokenizer_key_names_the_file_once(tmp_path: Path) -> None:
 
 def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path)
-    _set_in_config(folder, "num_hidden_layers", 10**6)
-    with pytest.raises(CheckpointError, match="num_hidden_layers: got 1000000"):
+    _set_in_config(folder, "num_hidden_layers", 9000)
+    with pytest.raises(CheckpointError, match="num_hidden_layers: got 9000, but"):
         load(folder)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from qwenkit.kernels.blocks import block_layout, example_blocks
 from qwenkit.kernels.ops.packed_matmul import example_matrix
+from qwenkit.kernels.packed import Packed
 from qwenkit.kernels.registry import Arguments
 
 ROWS = (1, 2, 4, 8, 16, 512)
@@ -97,6 +98,81 @@ def _packed_matmul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
                     kind={"int4": "int8", "int8": "int8"}.get(kind, kind),
                     torch_calls=None if torchs is None else torchs(x),
                 )
+
+
+def _lists(matrices: list[Packed], copies: int) -> Iterator[tuple[Any, Any, Any]]:
+    """(data, scales, minimums) of some matrices together, in so many copies."""
+    for _ in range(copies):
+        scales = [m.scales.clone() for m in matrices if m.scales is not None]
+        yield [m.data.clone() for m in matrices], scales, []
+
+
+def _packed_together(
+    what: str, outs: list[int], columns: int, rows: tuple[int, ...]
+) -> Iterator[tuple[str, int, Any, int, int, torch.Tensor, list[Any]]]:
+    """For each kind of weights and number of rows what the fused products have in common: a name,
+    bytes, kind, zero point, rows, x and the matrices' copies.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for kind, group in _PACKED:
+        if columns % group:
+            continue
+        made = [example_matrix(kind, out, columns, generator, group=group) for out in outs]
+        one = next(_lists(made, 1))
+        size = sum(t.numel() * t.itemsize for tensors in one for t in tensors)
+        copies = list(_lists(made, _copies(size)))
+        name = f"{what} {kind}" + (f" g{group}" if group > 2 else "")
+        for n in rows:
+            yield name, size, made[0].kind, made[0].zero_point, n, _x(n, columns), copies
+
+
+def _packed_projections(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
+    heads, kv_heads, head_dim = _heads(config)
+    hidden, kv = int(config["hidden_size"]), kv_heads * head_dim
+    outs, norm = [heads * head_dim, kv, kv], torch.ones(hidden)
+    what = f"norm, q {outs[0]} k {kv} v {kv} x{hidden}"
+    for name, size, kind, zero, n, x, copies in _packed_together(what, outs, hidden, rows):
+        tail = (kind, outs, zero, [False, False, True])
+        yield Job(
+            what=name,
+            rows=n,
+            calls=[(x, norm, 1e-6, *c, [], *tail) for c in copies],
+            bytes_read=size,
+            operations=2 * n * sum(outs) * hidden,
+            kind={"int4": "int8"}.get(kind, kind),
+        )
+
+
+def _packed_gated(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
+    hidden, ffn = int(config["hidden_size"]), int(config["intermediate_size"])
+    norm, what = torch.ones(hidden), f"norm, gate and up {ffn}x{hidden}, SwiGLU"
+    for name, size, kind, zero, n, x, copies in _packed_together(what, [ffn, ffn], hidden, rows):
+        yield Job(
+            what=name,
+            rows=n,
+            calls=[(x, norm, 1e-6, *c, kind, ffn, zero) for c in copies],
+            bytes_read=size,
+            operations=4 * n * ffn * hidden,
+            kind={"int4": "int8"}.get(kind, kind),
+        )
+
+
+def _packed_experts(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
+    """Gate and up of eight of 64 experts for each token, all of which have the same eight."""
+    hidden = int(config["hidden_size"])
+    ffn, chosen, experts = 512, 8, 64
+    what, outs = f"8 of 64, gate and up {ffn}x{hidden}", [experts * ffn, experts * ffn]
+    for name, size, kind, zero, n, x, copies in _packed_together(what, outs, hidden, rows):
+        order = torch.arange(n).repeat(chosen)  # [choices]
+        ends = torch.arange(1, experts + 1).clamp(max=chosen) * n
+        yield Job(
+            what=name,
+            rows=n,
+            calls=[(x, order, ends, *c, kind, ffn, zero) for c in copies],
+            bytes_read=size * chosen // experts,
+            operations=4 * n * chosen * ffn * hidden,
+            kind={"int4": "int8"}.get(kind, kind),
+        )
 
 
 def _torch_products(
@@ -299,6 +375,9 @@ def _bound(operator: Callable[..., Any], *given: Any, **named: Any) -> Callable[
 
 BUILDERS: dict[str, Builder] = {
     "packed_matmul": _packed_matmul,
+    "packed_projections": _packed_projections,
+    "packed_gated": _packed_gated,
+    "packed_experts": _packed_experts,
     "block_matmul": _block_matmul,
     "paged_attention": _paged_attention,
     "packed_rows": _packed_rows,
