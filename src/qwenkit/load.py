@@ -50,7 +50,7 @@ class Loaded:
 
 
 def load(
-    path: Path,
+    path: str | Path,
     *,
     dtype: str = "auto",
     device: str | Mapping[str, str] = "cpu",

@@ -11,17 +11,18 @@ from qwenkit.checkpoint.atomic import replacing
 from qwenkit.errors import CheckpointError
 
 
-def write(path: Path, content: bytes = b"new") -> None:
+def write(path: Path, *, fail: bool = False) -> None:
     with replacing(path) as file:
-        file.write(content)
+        file.write(b"new")
+        if fail:
+            raise ZeroDivisionError
 
 
 def test_a_file_is_replaced_and_nothing_stays_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as file:
-        file.write(b"half")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        write(path, fail=True)
     assert path.read_bytes() == b"old"
     write(path)
     assert path.read_bytes() == b"new"
