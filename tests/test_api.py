@@ -160,6 +160,15 @@ def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None
         LLM("no/such-model", offline=True)
 
 
+def test_a_context_that_no_memory_holds_is_refused_at_once(tmp_path: Path) -> None:
+    config = {"max_position_embeddings": 2**31 - 1, "head_dim": 2048}
+    folder = write_tiny_checkpoint(tmp_path / "m", config=config)
+    with pytest.raises(UsageError, match=r"tokens, as many .* GB, which cpu .*--context N\)\.$"):
+        LLM(folder)
+    with LLM(folder, context_tokens=64) as llm:
+        assert llm.context_tokens == 64
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
