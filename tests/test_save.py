@@ -170,7 +170,11 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.gguf").exists()
     with pytest.raises(UsageError, match=r"storage: got 4\. Allowed: BF16, F16, F32"):
         save_gguf(loaded, tmp_path / "x.gguf", storage=4)  # type: ignore[arg-type]
-    for wrong in (5, None, ""):
+    with pytest.raises(UsageError, match="device: expected a name"):
+        load(tmp_path / "first", device=5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="shard_bytes: got 'x'"):
+        save_folder(loaded, tmp_path / "second", shard_bytes="x")  # type: ignore[arg-type]
+    for wrong in (5, None, "", "a\0"):
         with pytest.raises(UsageError, match="folder: expected a path"):
             save_folder(loaded, wrong)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="path: expected a path"):

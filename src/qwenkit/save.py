@@ -152,7 +152,8 @@ def write_model_folder(
             if file not in weights and _WEIGHTS_FILE.fullmatch(file.name):
                 file.unlink()
     except OSError as error:
-        reason = error.strerror or error
+        taken = isinstance(error, FileExistsError)
+        reason = "a file has that name" if taken else error.strerror or error
         raise CheckpointError(
             folder, "folder", f"cannot be written: {reason}; give another."
         ) from error

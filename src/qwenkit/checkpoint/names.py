@@ -57,7 +57,7 @@ class HubName:
 
 def given_path(setting: str, given: object) -> Path:
     """A path given as text or as a Path. Raises UsageError naming the setting."""
-    if not isinstance(given, str | Path) or not str(given):
+    if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
         raise UsageError(f"{setting}: expected a path, got {given!r}.")
     return Path(given)
 
