@@ -160,6 +160,40 @@ def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None
         LLM("no/such-model", offline=True)
 
 
+def test_a_context_that_no_memory_holds_is_refused_at_once(tmp_path: Path) -> None:
+    config = {"max_position_embeddings": 2**31 - 1, "head_dim": 2048}
+    folder = write_tiny_checkpoint(tmp_path / "m", config=config)
+    with pytest.raises(UsageError, match=r"tokens, as many .* GB, which cpu .*--context N\)\.$"):
+        LLM(folder)
+    with LLM(folder, context_tokens=64) as llm:
+        assert llm.context_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": torch.float32}, r"dtype: got torch\.float32\. Give the text 'float32'\."),
+        ({"dtype": 5}, r"dtype: got 5\. Allowed: auto, bfloat16, float16, float32\."),
+        ({"dtype": None}, r"dtype: got None\. Allowed: auto"),
+        ({"weights": None}, r"weights: got None\. Allowed: auto, bf16"),
+        ({"weights": 5}, r"weights: got 5\. Allowed: auto, bf16"),
+        ({"kv_dtype": None}, r"kv_dtype: got None\. Allowed: auto, bf16"),
+        ({"kv_cache_tokens": "x"}, "kv_cache_tokens: expected a whole number"),
+        ({"compute": None}, r"compute: got None\. Allowed: auto, reference\."),
+        ({"context_tokens": "x"}, "context_tokens: expected a whole number of tokens, got 'x'"),
+        ({"context_tokens": True}, "context_tokens: expected a whole number of tokens, got True"),
+        ({"threads": True}, "threads: got True; allowed: 1 to"),
+        ({"threads": "1"}, "threads: got '1'; allowed: 1 to"),
+        ({"device_map": {1: "cpu"}}, "device_map: expected a module path as text, got 1"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_our_errors(
+    folder: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        LLM(folder, **given)
+
+
 @pytest.mark.parametrize(
     ("given", "dtype"),
     [

@@ -104,6 +104,8 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
     plain = write_first_generation(tmp_path / "b")
     with pytest.raises(UsageError, match="'qwen' cannot become 'llama'"):
         convert_folder(plain, tmp_path / "target", "llama")
+    with pytest.raises(UsageError, match=r"/b is a 'qwen' already; use it as it is\."):
+        convert_folder(plain, tmp_path / "target", "qwen")
     write_random_gguf(tmp_path / "c.gguf", CONFIG | {"vocab_size": 300}, storage="F16")
     with pytest.raises(UsageError, match="plain weights"):
         convert_folder(tmp_path / "c.gguf", tmp_path / "target", "qwen")

@@ -13,7 +13,7 @@ from first_generation import write_first_generation
 from qwenkit.api import LLM
 from qwenkit.bench.random_model import write_random_gguf
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.errors import UsageError
+from qwenkit.errors import CheckpointError, UsageError
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.load import Loaded, load
 from qwenkit.models.spec import find
@@ -168,3 +168,58 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="save a folder"):
             save_gguf(load(folder), tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
+    with pytest.raises(UsageError, match=r"storage: got 4\. Allowed: BF16, F16, F32"):
+        save_gguf(loaded, tmp_path / "x.gguf", storage=4)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="device: expected a name"):
+        load(tmp_path / "first", device=5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="shard_bytes: got 'x'"):
+        save_folder(loaded, tmp_path / "second", shard_bytes="x")  # type: ignore[arg-type]
+    for wrong in (5, None, "", "a\0"):
+        with pytest.raises(UsageError, match="folder: expected a path"):
+            save_folder(loaded, wrong)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="path: expected a path"):
+            load(wrong)  # type: ignore[arg-type]
+
+
+def test_a_place_where_no_folder_can_be_is_our_error(tmp_path: Path) -> None:
+    loaded = load(_source(tmp_path / "first", "qwen2"))
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for folder in (file, file / "below", "/proc/none/x"):
+        with pytest.raises(CheckpointError, match=r"folder: cannot be written: .*; give another\."):
+            save_folder(loaded, folder)
+    for path in (tmp_path, file / "x.gguf", tmp_path / "gone" / "x.gguf"):
+        with pytest.raises(CheckpointError, match="write: "):
+            save_gguf(loaded, path)
+    assert file.read_text() == "kept"
+
+
+def test_paths_may_be_texts(tmp_path: Path) -> None:
+    loaded = load(str(_source(tmp_path / "first", "qwen2")))
+    save_folder(loaded, str(tmp_path / "second"))
+    save_gguf(loaded, str(tmp_path / "x.gguf"))
+    _assert_same(loaded, load(str(tmp_path / "second")))
+    _assert_same(loaded, load(str(tmp_path / "x.gguf")))
+
+
+def test_of_another_model_nothing_stays_that_would_be_read(tmp_path: Path) -> None:
+    first = load(_source(tmp_path / "first", "qwen"))
+    second = load(_source(tmp_path / "second", "qwen2"))
+    target, kept = tmp_path / "target", ["README.md", "adapter_model.safetensors", "other.gguf"]
+    save_folder(second, target, shard_bytes=20_000)
+    old = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"]
+    for name in [*kept, *old, "vocab.json", "merges.txt", "chat_template.json"]:
+        (target / name).write_text("{}")
+    (target / "tokenizer.json").symlink_to(tmp_path / "second" / "config.json")
+    linked = (tmp_path / "second" / "config.json").read_bytes()
+    save_folder(first, target)
+    fresh = tmp_path / "fresh"
+    save_folder(first, fresh)
+    assert {p.name for p in target.iterdir()} == {p.name for p in fresh.iterdir()} | {*kept}
+    _assert_same(first, load(target))
+    assert (tmp_path / "second" / "config.json").read_bytes() == linked
+    save_folder(second, target, shard_bytes=20_000)
+    _assert_same(second, load(target))
+    save_folder(second, target, shard_bytes=40_000)
+    shards = sorted(p.name for p in target.glob("model-*.safetensors"))
+    assert all(name.endswith(f"-of-{len(shards):05d}.safetensors") for name in shards)

@@ -89,7 +89,8 @@ class _Session:
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.
         """
-        _check_arguments(model, compute, threads, kv_dtype)
+        _check_arguments(model, compute, threads, context_tokens)
+        EngineSettings(kv_cache_tokens=kv_cache_tokens, kv_dtype=kv_dtype)  # known before loading
         asked = _asked_places(device, device_map)
         plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
@@ -360,14 +361,16 @@ def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, s
     return read_places(device if device_map is None else device_map)
 
 
-def _check_arguments(model: object, compute: str, threads: object, kv_dtype: str) -> None:
+def _check_arguments(model: object, compute: object, threads: object, context: object) -> None:
     if not isinstance(model, str | Path):
         raise UsageError(f"model: expected a name or a path, got {model!r}.")
     if compute not in COMPUTE:
         raise UsageError(f"compute: got {compute!r}. {suggest(compute, COMPUTE)}")
-    EngineSettings(kv_dtype=kv_dtype)
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int)):
+        raise UsageError(f"context_tokens: expected a whole number of tokens, got {context!r}.")
     cores = os.cpu_count() or 1
-    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= cores):
+    is_number = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (is_number and threads in range(1, cores + 1)):
         raise UsageError(f"threads: got {threads!r}; allowed: 1 to {cores}, the cores here.")
 
 

@@ -59,6 +59,8 @@ def convert_folder(
     checkpoint = open_checkpoint(source)
     directions = {"qwen": "qwen2", "qwen2": "qwen"}
     given = str(checkpoint.config.get("model_type"))
+    if given == model_type:
+        raise UsageError(f"model_type: {source} is a {model_type!r} already; use it as it is.")
     if directions.get(given) != model_type:
         allowed = suggest(model_type, directions)
         raise UsageError(f"model_type: {given!r} cannot become {model_type!r}. {allowed}")

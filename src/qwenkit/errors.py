@@ -82,11 +82,15 @@ class MissingDependencyError(QwenkitError, ImportError):
 _NAMES_SHOWN = 16
 
 
-def suggest(name: str, allowed: Iterable[str]) -> str:
+def suggest(name: object, allowed: Iterable[str]) -> str:
     """One sentence for an unknown `name`: the nearest allowed names, or the first ones when none is
-    near.
+    near. What is no text but means one, such as torch.float32, is asked for as text.
     """
     names = sorted(allowed)
+    if not isinstance(name, str):
+        name = str(name).rpartition(".")[2]
+        if name in names:
+            return f"Give the text {name!r}."
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"

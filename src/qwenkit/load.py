@@ -19,7 +19,7 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.layout import joined, reordered
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
-from qwenkit.errors import CheckpointError, ConfigError, TokenizerError
+from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from qwenkit.formats.plan import WeightPlan, put
 from qwenkit.formats.spec import Format, claim
 from qwenkit.kernels.cpu import give_back_freed_memory
@@ -50,7 +50,7 @@ class Loaded:
 
 
 def load(
-    path: Path,
+    path: str | Path,
     *,
     dtype: str = "auto",
     device: str | Mapping[str, str] = "cpu",
@@ -66,6 +66,8 @@ def load(
 
     Raises CheckpointError, ConfigError, TokenizerError or UsageError.
     """
+    if not isinstance(device, str | Mapping):
+        raise UsageError(f"device: expected a name, or one for each module path, got {device!r}.")
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint)
     architecture, config = read_architecture(checkpoint)

@@ -7,6 +7,7 @@ that what was written opens and chats as what was read.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ import torch
 from qwenkit.checkpoint.atomic import replacing
 from qwenkit.checkpoint.gguf_metadata import Metadata, shape_metadata, use_metadata
 from qwenkit.checkpoint.gguf_write import TensorEntry, write_gguf
+from qwenkit.checkpoint.names import given_path
 from qwenkit.checkpoint.safetensors_write import DEFAULT_SHARD_BYTES, write_safetensors
 from qwenkit.checkpoint.spec import Checkpoint
 from qwenkit.checkpoint.storages import BLOCKS, GGML_NUMBERS, PLAIN
-from qwenkit.errors import UsageError, suggest
+from qwenkit.errors import CheckpointError, UsageError, suggest
 from qwenkit.formats.ggml import GgmlWeight
 from qwenkit.layers.position import ALIBI_BIAS, Alibi, QwenNtk, Rotary, Yarn
 from qwenkit.layers.position import Linear as LinearScaling
@@ -51,6 +53,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What readers take for a folder's weights, whoever wrote it.
+_WEIGHTS_FILE = re.compile(
+    r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
+)
 _SHAPE = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
@@ -69,7 +75,7 @@ class Planned:
 
 def save_folder(
     loaded: Loaded,
-    folder: Path,
+    folder: str | Path,
     *,
     tokenizer_files: Callable[[Path], None] | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -78,8 +84,10 @@ def save_folder(
 
     `tokenizer_files` writes the tokenizer; by default it goes along as it was read. Plain weights
     keep the dtype that they were stored in; blocks of a GGUF, which safetensors has no place for,
-    become numbers of that dtype. Other quantized formats are written as they are. Raises UsageError
-    for the folder that the model was read from, CheckpointError when the disk refuses.
+    become numbers of that dtype. Other quantized formats are written as they are. Of another model
+    in the folder, weights, tokenizer and defaults are removed that a reader would take for this
+    one's; other files stay. Raises UsageError for the folder that the model was read from,
+    CheckpointError when the disk refuses.
     """
     dtype = PLAIN[loaded.record.stored_dtype or "F32"]
     tensors: dict[str, Planned] = {}
@@ -112,7 +120,7 @@ def _same_tokenizer(loaded: Loaded, target: Path) -> None:
 
 
 def write_model_folder(
-    folder: Path,
+    folder: str | Path,
     source: Checkpoint,
     config: Mapping[str, Any],
     tensors: Mapping[str, Planned],
@@ -124,25 +132,40 @@ def write_model_folder(
     `tokenizer_files` writes, and last the weights, whose files are returned. Raises as
     `save_folder`.
     """
-    if source.folder is not None and folder.resolve() == source.folder.resolve():
-        raise UsageError(f"{folder}: is the folder that the model was read from; give another.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-    if source.generation_config:
-        write_json(folder / "generation_config.json", source.generation_config)
-    if source.folder is not None:
-        copy_files(source.folder, folder, ("LICENSE",))
-    tokenizer_files(folder)
-    return write_safetensors(
-        folder / "model.safetensors", _InTurn(tensors), shard_bytes=shard_bytes
-    )
+    folder = given_path("folder", folder)
+    try:
+        if source.folder is not None and folder.resolve() == source.folder.resolve():
+            raise UsageError(f"{folder}: is the folder that the model was read from; give another.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / "config.json", config)
+        if source.generation_config:
+            write_json(folder / "generation_config.json", source.generation_config)
+        if source.folder is not None:
+            copy_files(source.folder, folder, ("LICENSE",))
+        tokenizer_files(folder)
+        weights = write_safetensors(
+            folder / "model.safetensors", _InTurn(tensors), shard_bytes=shard_bytes
+        )
+        for file in list(folder.iterdir()):
+            if file not in weights and _WEIGHTS_FILE.fullmatch(file.name):
+                file.unlink()
+    except OSError as error:
+        taken = isinstance(error, FileExistsError)
+        reason = "a file has that name" if taken else error.strerror or error
+        raise CheckpointError(
+            folder, "folder", f"cannot be written: {reason}; give another."
+        ) from error
+    return weights
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copy those of the files that are there."""
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            with (source / name).open("rb") as read, replacing(target / name) as written:
+                shutil.copyfileobj(read, written)
 
 
 def write_tokenizer(
@@ -156,14 +179,15 @@ def write_tokenizer(
     write_json(file, written | ({} if chat_template is None else {"chat_template": chat_template}))
 
 
-def save_gguf(loaded: Loaded, path: Path, *, storage: str | None = None) -> None:
+def save_gguf(loaded: Loaded, path: str | Path, *, storage: str | None = None) -> None:
     """Write `loaded` as one GGUF file.
 
     `storage` "F32", "F16" or "BF16" is that of plain matrices (default: as they were stored);
     quantized ones keep their blocks, vectors are fp32. Raises UsageError for what GGUF has no place
     for: an architecture, a format, sliding windows, a way of extending positions.
     """
-    tag = storage or loaded.record.stored_dtype or "F32"
+    path = given_path("path", path)
+    tag = (loaded.record.stored_dtype or "F32") if storage is None else storage
     if tag not in ("F32", "F16", "BF16"):
         raise UsageError(f"storage: got {tag!r}. {suggest(tag, ('F32', 'F16', 'BF16'))}")
     architecture = find(loaded.record.model_type)

@@ -368,6 +368,20 @@ def test_the_needle_command(folder: Path, tmp_path: Path) -> None:
     assert again["cells"]["per-request"]["400"]["50"] == cell
 
 
+def test_another_haystack_of_the_same_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    given = [folder, "--length", 400, "--depth", 50, "--compute", "reference"]
+    given += ["--haystack", book, "--out", tmp_path / "out"]
+    book.write_text("The sea was calm. " * 40)
+    assert invoke(*given).exit_code == 0
+    book.write_text("The sea was rough. " * 40)
+    result = invoke(*given)
+    assert result.exit_code == 2
+    assert "another haystack of the same name. Give another folder." in " ".join(
+        result.stderr.split()
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from click.testing import Result
 from torch.nn import functional
 from typer.testing import CliRunner
 
@@ -171,3 +173,38 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         "perplexity.md",
         "perplexity.svg",
     }
+
+
+@pytest.mark.parametrize("changed", ["nothing", "model", "text", "unknown"])
+def test_a_name_alone_is_not_the_same_measurement(
+    folder: Path, tmp_path: Path, changed: str
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("To be, or not to be, that is the question. ")
+
+    def run(model: Path) -> Result:
+        more = ["--length", "16", "--method", "none", "--compute", "reference", "--out", str(out)]
+        return CliRunner().invoke(
+            app, ["bench", "perplexity", str(text), "--model", str(model), *more]
+        )
+
+    assert run(folder).exit_code == 0
+    moved = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, moved)
+    record = out / "perplexity.json"
+    if changed == "model":
+        weights = moved / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
+    elif changed == "text":
+        text.write_text("To be, or not to be, that was the question.")
+    elif changed == "unknown":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"digests": {}}))
+    before = record.read_bytes()
+    result = run(moved)
+    if changed == "nothing":
+        assert result.exit_code == 0, result.output
+        return
+    why = {"unknown": "does not say which model"}.get(changed, f"another {changed} of the same")
+    assert result.exit_code == 2
+    assert why in " ".join(result.stderr.split())
+    assert record.read_bytes() == before

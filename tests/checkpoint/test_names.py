@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub.constants  # noqa: F401 - its import is no business of the name's
 import pytest
 
-from qwenkit.checkpoint.hub import resolve
+from qwenkit.checkpoint.hub import pull, resolve
 from qwenkit.checkpoint.names import WELL_KNOWN, HubName, parse_hub_name
 from qwenkit.errors import ModelNotFoundError
 
@@ -129,11 +129,22 @@ def test_what_is_no_revision_opens_and_connects_to_nothing(revision: str, tmp_pa
     with watched() as seen, pytest.raises(ModelNotFoundError):
         resolve(
             "Qwen/Tiny",
-            revision=revision or "\0",
+            revision=revision,
             cache_dir=tmp_path,
             endpoint="http://127.0.0.1:9",
         )
     assert seen == []
+
+
+@pytest.mark.parametrize("revision", ["a b", "../..", "", 5])
+@pytest.mark.parametrize("name", ["", "default"])
+def test_the_form_of_a_revision_counts_for_every_name(
+    name: str, revision: Any, tmp_path: Path
+) -> None:
+    for find in (resolve, pull):
+        with pytest.raises(ModelNotFoundError, match=r"revision .*: expected a branch, a tag or"):
+            find(name or str(tmp_path), revision=revision, cache_dir=tmp_path)
+    assert resolve(str(tmp_path), revision="main") == tmp_path
 
 
 def test_the_watch_sees_what_is_opened(tmp_path: Path) -> None:

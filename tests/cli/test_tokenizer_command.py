@@ -136,6 +136,73 @@ def test_the_originals_default_and_a_first_id_that_is_taken(
     assert "ids 256 to 258" in told
 
 
+def test_a_first_id_that_no_tokenizer_takes_is_refused(
+    run: CliRunner, folder: Path, tmp_path: Path
+) -> None:
+    highest = 464 + (1 << 16)
+    code, _, remarks = _add(run, tmp_path, folder, "--start-id", str(highest + 1))
+    assert (code, f"at most {highest} on" in " ".join(remarks.split())) == (2, True)
+    assert _add(run, tmp_path, folder, "--start-id", str(highest))[0] == 0
+    extra = tmp_path / "extra.tiktoken"
+    grown = from_folder(folder, extra_vocab_file=extra)
+    assert grown.encode("abc") == [highest + 1]
+
+
+@pytest.mark.parametrize("way", ["same", "spelling", "symlink", "hard link", "in the folder"])
+def test_what_is_read_is_not_overwritten(
+    run: CliRunner, folder: Path, tmp_path: Path, way: str
+) -> None:
+    source = tmp_path / "qwen.tiktoken"
+    source.write_bytes((folder / "qwen.tiktoken").read_bytes())
+    before = source.read_bytes()
+    words, output = tmp_path / "words.txt", source
+    words.write_text("abc\t3\n")
+    if way == "spelling":
+        output = tmp_path / "." / ".." / tmp_path.name / "qwen.tiktoken"
+    elif way == "symlink":
+        output = tmp_path / "link.tiktoken"
+        output.symlink_to(source)
+    elif way == "hard link":
+        output = tmp_path / "link.tiktoken"
+        output.hardlink_to(source)
+    given = str(tmp_path if way == "in the folder" else source)
+    done = run.invoke(app, ["tokenizer", "add-merges", given, str(output), str(words)])
+    assert done.exit_code == 2
+    assert "which is read, and would be overwritten; give another file." in " ".join(
+        done.stderr.split()
+    )
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        (".", [], "is a folder; give the .tiktoken file to write."),
+        ("gone/x.tiktoken", [], "there is no folder"),
+        ("/dev/null", [], "is no regular file"),
+        ("x.tiktoken", ["--hf-folder", "words.txt"], "--hf-folder: 'words.txt' is a file"),
+        ("x.tiktoken", ["--model", "{}", "--out", "words.txt/x"], "--out: 'words.txt' is a file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    run: CliRunner,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("abc\t3\n")
+    given = [option.format(folder) for option in options]
+    command = ["tokenizer", "add-merges", str(folder), output, "words.txt", *given]
+    done = run.invoke(app, command)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["words.txt"]
+
+
 def test_what_does_not_go_together(run: CliRunner, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.tiktoken"
     other.write_bytes((folder / "qwen.tiktoken").read_bytes() + b"enp6 900\n")

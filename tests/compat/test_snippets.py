@@ -238,6 +238,9 @@ def test_precision_switches(folder: Path) -> None:
     assert load(folder, torch_dtype="auto").dtype == torch.float32
     with pytest.raises(UsageError, match="one precision"):
         load(folder, bf16=True, fp32=True)
+    for wrong in ("x", 1, None):
+        with pytest.raises(UsageError, match=r"fp16: expected True or False, got "):
+            load(folder, fp16=wrong)
 
 
 def test_a_base_model_refuses_to_chat(tmp_path: Path) -> None:

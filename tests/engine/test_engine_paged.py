@@ -150,11 +150,13 @@ def test_bfloat16_is_kept_in_bfloat16() -> None:
     assert (logits[0] - expected).abs().max() < 0.03 * expected.abs().max()
 
 
-def test_a_cache_that_cannot_be_had_names_the_setting() -> None:
-    with pytest.raises(UsageError, match=r"kv_cache_tokens: 16000000000000 tokens of 128 bytes"):
+@pytest.mark.parametrize("blocks", [10**12, 10**17, 10**25])  # of memory, of bytes, of 64 bits
+def test_a_cache_that_cannot_be_had_names_the_setting(blocks: int) -> None:
+    said = r"^kv_cache_tokens: .*0 tokens,.* GB, which cpu does not give.*\(--context N\)\.$"
+    with pytest.raises(UsageError, match=said):
         KVCache(
             num_layers=1,
-            num_blocks=10**12,
+            num_blocks=blocks,
             block_tokens=16,
             kv_heads=2,
             head_dim=8,

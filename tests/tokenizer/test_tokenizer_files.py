@@ -15,6 +15,7 @@ import pytest
 from qwenkit.errors import TokenizerError
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf, from_tiktoken
 from qwenkit.tokenizer.bpe import BYTE_ALPHABET
+from qwenkit.tokenizer.ranks import write_ranks
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -216,6 +217,16 @@ def test_first_release_names(qwen_tiktoken_path: Path) -> None:
     assert ids == [151645, 151646, 151647, 151648, 151649, 151650, 151651, 151850]
     with pytest.raises(TokenizerError, match="Did you mean 'first'"):
         from_tiktoken(qwen_tiktoken_path, release="frist")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lacking", [{0}, {0x41, 0xFF}])
+def test_a_first_generation_without_all_bytes_is_refused(tmp_path: Path, lacking: set[int]) -> None:
+    path = tmp_path / "qwen.tiktoken"
+    kept = [bytes([value]) for value in range(256) if value not in lacking]
+    write_ranks(path, {token: rank for rank, token in enumerate([*kept, b"ab"])})
+    message = rf"{len(lacking)} of the 256 tokens of one byte are missing.* 0x{min(lacking):02x};"
+    with pytest.raises(TokenizerError, match=message):
+        from_tiktoken(path)
 
 
 def test_folder_of_the_first_generation(qwen_tiktoken_path: Path, tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ Grid = dict[int, dict[int, Cell]]  # length → depth → cell
 
 @dataclass(slots=True, kw_only=True)
 class NeedleTable:
-    """What was found; `cells` maps rope, length and depth. The other fields are its conditions."""
+    """What was found; `cells` maps rope, length and depth. The other fields are its conditions;
+    `digests` tell "model" and "haystack" from others of the same name.
+    """
 
     model: str
     compute: str
@@ -81,6 +83,7 @@ class NeedleTable:
     answers: tuple[str, ...]
     answer_tokens: int
     command: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
     cells: dict[str, Grid] = field(default_factory=dict)
 
     def grid(self, rope: str) -> dict[int, dict[int, float]]:
@@ -122,7 +125,8 @@ def read_table(path: Path, fresh: NeedleTable) -> NeedleTable:
 
     Raises UsageError for a file of another measurement, or one that cannot be read.
     """
-    cells = read_cells(path, {key: getattr(fresh, key) for key in _CONDITIONS}, _grids)
+    conditions = {key: getattr(fresh, key) for key in _CONDITIONS}
+    cells = read_cells(path, conditions, fresh.digests, _grids)
     return fresh if cells is None else dataclasses.replace(fresh, cells=cells)
 
 

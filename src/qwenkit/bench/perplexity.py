@@ -56,13 +56,16 @@ class PerplexitySettings:
 
 @dataclass(slots=True, kw_only=True)
 class PerplexityTable:
-    """`cells` maps method and length to the mean negative log-likelihood in nats per token."""
+    """`cells` maps method and length to the mean negative log-likelihood in nats per token;
+    `digests` tell "model" and "text" from others of the same name.
+    """
 
     model: str
     text: str
     trained_tokens: int
     windows: int
     command: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
     cells: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def perplexity(self, method: str, length: int) -> float | None:
@@ -106,7 +109,7 @@ def read_table(path: Path, fresh: PerplexityTable) -> PerplexityTable:
     Raises UsageError for a file of another measurement, or one that cannot be read.
     """
     conditions = {k: getattr(fresh, k) for k in ("model", "text", "trained_tokens", "windows")}
-    cells = read_cells(path, conditions, _cells)
+    cells = read_cells(path, conditions, fresh.digests, _cells)
     return fresh if cells is None else dataclasses.replace(fresh, cells=cells)
 
 

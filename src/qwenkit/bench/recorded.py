@@ -14,17 +14,22 @@ Cells = TypeVar("Cells")
 
 
 def read_cells(
-    path: Path, conditions: Mapping[str, object], parse: Callable[[Any], Cells]
+    path: Path,
+    conditions: Mapping[str, object],
+    digests: Mapping[str, str],
+    parse: Callable[[Any], Cells],
 ) -> Cells | None:
     """What `parse` makes of "cells" in the JSON file `path`; None where there is no such file.
 
-    Raises UsageError for a file that was measured under other `conditions` or cannot be read.
+    Raises UsageError for a file that was measured under other `conditions`, whose "digests" of
+    model or text are others or missing, or that cannot be read.
     """
     if not path.exists():
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         found = {key: data[key] for key in conditions}
+        known = dict(data.get("digests", {}))
         cells = parse(data["cells"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"out: {str(path)!r} is no such table ({error!r}).") from error
@@ -33,6 +38,17 @@ def read_cells(
         if value != given:
             raise UsageError(
                 f"out: {str(path)!r} was measured with {key} {value!r}, not {given!r}. "
+                "Give another folder."
+            )
+    for key, digest in digests.items():
+        if key not in known:
+            raise UsageError(
+                f"out: {str(path)!r} does not say which {key} it was measured with, as an earlier "
+                "qwenkit wrote it. Give another folder."
+            )
+        if known[key] != digest:
+            raise UsageError(
+                f"out: {str(path)!r} was measured with another {key} of the same name. "
                 "Give another folder."
             )
     return cells

@@ -17,10 +17,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends without an error.
 
     It is written beside `path`, flushed to the disk, then renamed; after an error nothing of it
-    stays. Raises CheckpointError when the disk refuses (full, read-only, no such folder).
+    stays. A link is replaced itself and what it points to left alone: in a hub's cache that is
+    shared. Raises CheckpointError when the disk refuses (full, read-only, no such folder), and for
+    what is there and is no regular file, be it through a link: a folder, a device, a pipe.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(path, "write", "is no regular file; give another name.")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("xb") as file:
                 yield file

@@ -16,6 +16,7 @@ from qwenkit.checkpoint.gguf_model import open_gguf
 from qwenkit.checkpoint.hub_cache import repository_name
 from qwenkit.checkpoint.licence import read_licence
 from qwenkit.checkpoint.members import member, read_json, read_text, refuse_lfs_pointer
+from qwenkit.checkpoint.names import given_path
 from qwenkit.checkpoint.safetensors import read_safetensors
 from qwenkit.checkpoint.sharded import ReadFile, read_sharded
 from qwenkit.checkpoint.spec import Checkpoint, Container, StoredTensor
@@ -36,12 +37,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken
 _SHARD_MARK = "-of-"
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a model folder, a GGUF, or one `.safetensors` or `.bin` with its folder around it.
 
     Raises ModelNotFoundError when nothing is there, CheckpointError naming the file and field when
     something is missing, malformed or contradictory. No tensor data is read.
     """
+    path = given_path("path", path)
     try:
         is_there, is_folder, is_file = path.exists(), path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:

@@ -62,15 +62,16 @@ def resolve(
 ) -> Path:
     """The local folder or file that a model name means, downloaded first if it must be.
 
-    An existing path is taken as it is; "default" is the embedded model; `organisation/name` is
-    looked up in the cache and, unless `offline`, fetched from the hub (`:file.gguf` picks one
-    file); `modelscope:…` and `openmind:…` are names on those hubs, fetched by their own clients.
-    What is cached whole is used without asking. `cache_dir` replaces the user's cache folders,
-    `endpoint` the hub's address.
+    An existing path and "default", the embedded model, are taken as they are: of a `revision` only
+    the form counts then. `organisation/name` is looked up in the cache and, unless `offline`,
+    fetched from the hub (`:file.gguf` picks one file); `modelscope:…` and `openmind:…` are names on
+    those hubs, fetched by their own clients. What is cached whole is used without asking.
+    `cache_dir` replaces the user's cache folders, `endpoint` the hub's address.
 
     Raises ModelNotFoundError when the name leads nowhere, NetworkError when the network does,
     MissingDependencyError without the client of a hub that needs one.
     """
+    wanted = check_revision("main" if revision is None else revision)
     path = existing_path(name)
     if path is not None:
         return path
@@ -81,7 +82,6 @@ def resolve(
         asked = client_hubs.Request(elsewhere, revision, progress, cache_dir, endpoint)
         return client_hubs.fetch(asked, offline=offline)
     hub_name = parse_hub_name(name)
-    wanted = check_revision(revision or "main")
     hub = _Hub.of(endpoint, cache_dir)
     cached = cached_snapshot(hub_name, wanted, hub.cache)
     if cached is not None:
@@ -107,6 +107,7 @@ def pull(
 
     A damaged file is fetched again. Raises as `resolve`.
     """
+    wanted = check_revision("main" if revision is None else revision)
     path = existing_path(name)
     if path is not None:
         return path
@@ -117,7 +118,6 @@ def pull(
         asked = client_hubs.Request(elsewhere, revision, progress, cache_dir, endpoint)
         return client_hubs.fetch(asked, newest=True)
     hub_name = parse_hub_name(name)
-    wanted = check_revision(revision or "main")
     hub = _Hub.of(endpoint, cache_dir)
     if hub.offline:
         raise NetworkError("HF_HUB_OFFLINE is set, so no hub is asked. Unset it to download.")

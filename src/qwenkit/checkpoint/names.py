@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from qwenkit.errors import ModelNotFoundError
+from qwenkit.errors import ModelNotFoundError, UsageError
 
 EMBEDDED_NAME = "default"
 
@@ -55,6 +55,13 @@ class HubName:
         return self.repository if self.file is None else f"{self.repository}:{self.file}"
 
 
+def given_path(setting: str, given: object) -> Path:
+    """A path given as text or as a Path. Raises UsageError naming the setting."""
+    if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
+        raise UsageError(f"{setting}: expected a path, got {given!r}.")
+    return Path(given)
+
+
 def existing_path(name: str) -> Path | None:
     """What a name means on this machine, if it does. Raises ModelNotFoundError for no name."""
     if not name or "\0" in name:
@@ -85,7 +92,7 @@ def parse_hub_name(name: str) -> HubName:
 
 def check_revision(revision: str) -> str:
     """A branch, tag or commit as it was given. Raises ModelNotFoundError if it cannot be one."""
-    if not _REVISION.fullmatch(revision) or ".." in revision:
+    if not isinstance(revision, str) or not _REVISION.fullmatch(revision) or ".." in revision:
         raise ModelNotFoundError(
             f"revision {revision!r}: expected a branch, a tag or a commit, such as 'main'."
         )

@@ -39,8 +39,8 @@ def write_safetensors(
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"path: got {str(path)!r}; the name must end in '.safetensors'.")
-    if shard_bytes < 1:
-        raise UsageError(f"shard_bytes: got {shard_bytes}; expected at least 1.")
+    if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise UsageError(f"shard_bytes: got {shard_bytes!r}; expected a number of at least 1.")
     notes = {"format": "pt"} if metadata is None else dict(metadata)
     if not all(isinstance(text, str) for pair in notes.items() for text in pair):
         raise UsageError(f"metadata: got {notes!r}; both sides must be text.")

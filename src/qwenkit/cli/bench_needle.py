@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenkit.bench.digests import model_digest, text_digest
 from qwenkit.bench.methods import METHODS
 from qwenkit.bench.needle import (
     ANSWER_TOKENS,
@@ -189,6 +190,8 @@ def _measure(
         command=this_command(),
     )
     if out is not None:
+        digest = text_digest(hunt.instruction, hunt.gap, *hunt.sentences, hunt.text)
+        table.digests = {"model": model_digest(llm.checkpoint), "haystack": digest}
         table = read_table(out / "needle.json", table)
 
     def reader(rope: str, longest: int) -> ModelReader:

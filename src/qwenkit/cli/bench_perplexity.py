@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qwenkit.bench.digests import model_digest, text_digest
 from qwenkit.bench.methods import METHODS
 from qwenkit.bench.perplexity import (
     PerplexitySettings,
@@ -103,6 +104,7 @@ def _measure(
     )
     if out is not None:
         make_folder("--out", out)
+        table.digests = {"model": model_digest(loaded.checkpoint), "text": text_digest(content)}
         table = read_table(out / "perplexity.json", table)
 
     def save(done: PerplexityTable) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,8 +87,12 @@ def add_merges(
     from qwenkit.tokenizer.learn import with_ids
     from qwenkit.tokenizer.ranks import write_ranks
 
-    tokenizer = open_tokenizer(_resolve(input_path))
+    source = _resolve(input_path)
     model_path = None if model is None else _resolve(model)
+    _check_output(output_path, [source, vocab_path, *([model_path] if model_path else [])])
+    for option, folder in (("--hf-folder", hf_folder), ("--out", out)):
+        _check_folder(option, folder)
+    tokenizer = open_tokenizer(source)
     if model_path is not None:
         _check_same(input_path, tokenizer, str(model), open_tokenizer(model_path))
     first_id = _first_id(input_path, tokenizer, start_id)
@@ -103,6 +108,30 @@ def add_merges(
         _write_hf_folder(hf_folder, tokenizer, ranks, str(output_path))
     if model_path is not None and out is not None:
         _extend_model(model_path, out, ranks)
+
+
+def _check_output(path: Path, read: Sequence[Path]) -> None:
+    """What is read must not be written over. Raises UsageError."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
+        raise UsageError(f"OUTPUT: {str(path)!r}: {what}; give the .tiktoken file to write.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"OUTPUT: {str(path)!r} is no regular file; give a .tiktoken file.")
+    for given in read if path.exists() else ():
+        files = given.iterdir() if given.is_dir() else [given]
+        if any(file.exists() and file.samefile(path) for file in files):
+            part = "belongs to" if given.is_dir() else "is"
+            raise UsageError(
+                f"OUTPUT: {str(path)!r} {part} {str(given)!r}, which is read, and would be "
+                "overwritten; give another file."
+            )
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    """A folder to write must not be a file, or below one. Raises UsageError."""
+    taken = None if path is None else next((p for p in (path, *path.parents) if p.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise UsageError(f"{option}: {str(taken)!r} is a file; give a folder to write.")
 
 
 def _learn(path: Path, tokenizer: BytePairTokenizer) -> tuple[int, list[Pair]]:
@@ -131,7 +160,17 @@ def _check_same(name: str, ours: BytePairTokenizer, model: str, theirs: BytePair
 
 
 def _first_id(name: str, tokenizer: BytePairTokenizer, given: int | None) -> int:
-    """Never below a regular token's id: its merge would be overridden."""
+    """Never below a regular token's id: its merge would be overridden. Raises UsageError for one
+    so high that no tokenizer takes the file.
+    """
+    from qwenkit.tokenizer.extend import LARGEST_GAP
+
+    highest = len(tokenizer.vocabulary.tokens) + LARGEST_GAP
+    if given is not None and given > highest:
+        raise UsageError(
+            f"--start-id: got {given}; a tokenizer of {tokenizer.vocab_size:,} ids takes new "
+            f"tokens from at most {highest} on. Leave it out for the usual first id."
+        )
     lowest = max(tokenizer.reference.regular.values()) + 1
     if given is None:
         given = _FIRST_GENERATION_START if name.endswith(".tiktoken") else tokenizer.vocab_size

@@ -299,6 +299,9 @@ class AutoModelForCausalLM:
 
 
 def _dtype(given: torch.dtype | str | None, bf16: bool, fp16: bool, fp32: bool) -> str:
+    for switch, value in (("bf16", bf16), ("fp16", fp16), ("fp32", fp32)):
+        if not isinstance(value, bool):
+            raise UsageError(f"{switch}: expected True or False, got {value!r}.")
     flags = {"bfloat16": bf16, "float16": fp16, "float32": fp32}
     names = [name for name, on in flags.items() if on]
     if given is not None:

@@ -121,12 +121,6 @@ class Engine:
         self._tokenizer = tokenizer
         self._model_stops = tuple(i for i in stop_token_ids if 0 <= i < self.limits.vocab_size)
         self._device = torch.device(device)
-        self._scheduler = Scheduler(
-            BlockPool(num_blocks),
-            block_tokens=settings.block_tokens,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_sequences=settings.max_sequences,
-        )
         self._runner = Runner(
             model,
             num_blocks=num_blocks,
@@ -135,6 +129,13 @@ class Engine:
             reference_ops=settings.reference_ops,
             layer_devices=None if layer_devices is None else list(map(torch.device, layer_devices)),
             kv_dtype=settings.kv_dtype,
+        )
+        # Behind the cache, which is refused at once where the pool alone would fill the memory.
+        self._scheduler = Scheduler(
+            BlockPool(num_blocks),
+            block_tokens=settings.block_tokens,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_sequences=settings.max_sequences,
         )
         self._active: dict[str, _Active] = {}
 

@@ -58,13 +58,15 @@ class KVCache:
                 ]
                 for _ in ("keys", "values")
             )
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # TypeError: beyond 64 bits
             scale_bytes = 4 if dtype is torch.int8 else 0
             bytes_per_token = 2 * num_layers * kv_heads * (head_dim * dtype.itemsize + scale_bytes)
             names = ", ".join(sorted({str(place) for place in places}))
+            tokens = num_blocks * block_tokens
             raise UsageError(
-                f"kv_cache_tokens: {num_blocks * block_tokens} tokens of {bytes_per_token} bytes "
-                f"do not fit the memory of {names}; ask for fewer. ({error})"
+                f"kv_cache_tokens: keys and values of {tokens:,} tokens, as many as were asked for "
+                f"or as the model allows, need {tokens * bytes_per_token / 1e9:,.1f} GB, which "
+                f"{names} does not give. Set a smaller limit with context_tokens=N (--context N)."
             ) from error
 
     @property

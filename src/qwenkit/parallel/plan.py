@@ -41,6 +41,9 @@ def read_places(given: GivenMap) -> str | dict[str, str]:
     or a mapping of module paths to devices. Raises UsageError for a device that is not there.
     """
     if isinstance(given, Mapping):
+        for path in given:
+            if not isinstance(path, str):
+                raise UsageError(f"device_map: expected a module path as text, got {path!r}.")
         return {path: _named(place) for path, place in given.items()}
     return "auto" if given == "auto" else _named(given)
 

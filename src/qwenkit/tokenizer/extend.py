@@ -17,7 +17,7 @@ from qwenkit.tokenizer.fast import proven_ranks
 from qwenkit.tokenizer.ranks import read_extra_ranks
 
 # Ids index one list, so a forged id could ask for any amount of memory.
-_LARGEST_GAP = 1 << 16
+LARGEST_GAP = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def _check_ids(
     vocabulary: Vocabulary, new: Mapping[bytes, int], *, lowest: int, source: str
 ) -> None:
     control = {token_id: text for text, token_id in vocabulary.control.items()}
-    end = len(vocabulary.tokens) + len(new) + _LARGEST_GAP
+    end = len(vocabulary.tokens) + len(new) + LARGEST_GAP
     for token, token_id in new.items():
         if token_id in control:
             taken = f"is that of the control token {control[token_id]!r}"

@@ -98,6 +98,7 @@ def _ranked(path: Path, release: Release) -> Vocabulary:
     names = _CONTROL[release]
     ranks = read_ranks(path, control_count=len(names))
     tokens = [token for i, (token, rank) in enumerate(ranks.items()) if rank == i]
+    _check_bytes(path, tokens)
     control = {name: len(tokens) + i for i, name in enumerate(names)}
     vocabulary = Vocabulary(
         tokens=(*tokens, *(name.encode() for name in names)),
@@ -110,6 +111,17 @@ def _ranked(path: Path, release: Release) -> Vocabulary:
     )
     later = {token: rank for token, rank in ranks.items() if rank >= len(tokens)}
     return extended(vocabulary, later, source=str(path)) if later else vocabulary
+
+
+def _check_bytes(path: Path, tokens: Sequence[bytes]) -> None:
+    """Without a token for every byte, text would lose bytes and control ids lie too low."""
+    single = {token for token in tokens if len(token) == 1}
+    missing = [value for value in range(256) if bytes([value]) not in single]
+    if missing:
+        raise TokenizerError(
+            f"{path}: {len(missing)} of the 256 tokens of one byte are missing, the first of them "
+            f"0x{missing[0]:02x}; the file is damaged or incomplete. Fetch it again."
+        )
 
 
 def _first_generation(path: Path, added: Sequence[AddedToken]) -> Vocabulary:
