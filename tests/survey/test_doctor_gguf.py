@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_doctor import CLEAN, faults
+from clean_models import CLEAN
+from planting import faults
 
 from qwenkit.checkpoint import open_checkpoint, write_gguf
 from qwenkit.load import load

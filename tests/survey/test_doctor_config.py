@@ -1,0 +1,40 @@
+"""The doctor on config.json: keys and values that cannot be meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from planting import YARN, Plant, assert_found, config, generation, kind_of, settings
+
+# (kind of fault, how it is planted)
+PLANTED: list[tuple[str, Plant]] = [
+    ("misspelt-key", config(use_dynamc_ntk=True)),
+    ("misspelt-key", config(use_long_attn=True)),
+    ("misspelt-key", config("rms_norm_eps", rms_norm_epsilon=1e-6)),
+    ("misspelt-key", generation(repitition_penalty=1.05)),
+    ("misspelt-key", settings(pading_side="left")),
+    ("dead-key", config(use_dynamic_ntk=True)),
+    ("dead-key", config(use_logn_attn=True)),
+    ("dead-window", config(use_sliding_window=True, sliding_window=128, max_window_layers=2)),
+    ("no-model-type", config("model_type")),
+    ("unknown-model-type", config(model_type="qwen_2")),
+    ("architectures-mismatch", config(architectures=["LlamaForCausalLM"])),
+    ("bad-config", config(num_attention_heads=5)),
+    ("bad-config", config("hidden_size")),
+    ("wrong-eps", config(rms_norm_eps=1e-5)),
+    ("no-rope-theta", config("rope_theta")),
+    ("bad-rope-scaling", config(rope_scaling=YARN | {"type": "yarm"})),
+    ("bad-rope-factor", config(rope_scaling={"type": "dynamic", "factor": 0.25})),
+    ("bad-config", config(rope_parameters={"rope_type": "yarm", "rope_theta": 1e6})),
+    ("bad-config", config(rope_scaling=YARN, rope_parameters=YARN | {"factor": 2.0})),
+    ("two-rope-types", config(rope_scaling=YARN | {"rope_type": "linear"})),
+    ("no-yarn-length", config(rope_scaling={"type": "yarn", "factor": 4.0})),
+    ("unknown-quantization", config(quantization_config={"quant_method": "gptqq"})),
+    ("quantized-in-name-only", config(quantization_config={"quant_method": "gptq", "bits": 4})),
+]
+
+
+@pytest.mark.parametrize(("kind", "plant"), PLANTED, ids=kind_of)
+def test_what_is_planted_is_found(kind: str, plant: Plant, healthy: Path, tmp_path: Path) -> None:
+    assert_found(kind, plant, healthy, tmp_path)
