@@ -83,6 +83,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen1.5-7B-Chat": _LATER | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "Qwen2-72B": _LATER
     | {"model_type": "qwen2", "hidden_size": 8192, "rms_norm_eps": 1e-5, "num_attention_heads": 64},
+    "QwQ-32B": _LATER
+    | {"model_type": "qwen2", "hidden_size": 5120, "rms_norm_eps": 1e-5}
+    | {"num_attention_heads": 40, "num_key_value_heads": 8, "num_hidden_layers": 64}
+    | {"intermediate_size": 27648},
     "Qwen1.5-MoE-A2.7B": _MIXTURE
     | {
         "model_type": "qwen2_moe",

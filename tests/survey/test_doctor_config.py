@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from planting import YARN, Plant, assert_found, config, generation, kind_of, settings
+from clean_models import PUBLISHED
+from planting import (
+    CONFIG_FILE,
+    YARN,
+    Plant,
+    assert_found,
+    config,
+    faults,
+    generation,
+    kind_of,
+    settings,
+)
 
 # (kind of fault, how it is planted)
 PLANTED: list[tuple[str, Plant]] = [
@@ -22,7 +34,8 @@ PLANTED: list[tuple[str, Plant]] = [
     ("architectures-mismatch", config(architectures=["LlamaForCausalLM"])),
     ("bad-config", config(num_attention_heads=5)),
     ("bad-config", config("hidden_size")),
-    ("wrong-eps", config(rms_norm_eps=1e-5)),
+    ("wrong-eps", config(rms_norm_eps=1e-3)),
+    ("wrong-eps", config(rms_norm_eps=1)),
     ("no-rope-theta", config("rope_theta")),
     ("bad-rope-scaling", config(rope_scaling=YARN | {"type": "yarm"})),
     ("bad-rope-factor", config(rope_scaling={"type": "dynamic", "factor": 0.25})),
@@ -38,3 +51,21 @@ PLANTED: list[tuple[str, Plant]] = [
 @pytest.mark.parametrize(("kind", "plant"), PLANTED, ids=kind_of)
 def test_what_is_planted_is_found(kind: str, plant: Plant, healthy: Path, tmp_path: Path) -> None:
     assert_found(kind, plant, healthy, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_found"),
+    [
+        ((5120, 48, 13824), False),  # Qwen2.5-14B
+        ((5120, 64, 27648), False),  # Qwen2.5-32B, QwQ-32B
+        ((3584, 28, 18944), True),  # Qwen2.5-7B, whose published files all have 1e-06
+    ],
+)
+def test_an_eps_of_1e_5_is_judged_by_the_shape(
+    shape: tuple[int, int, int], is_found: bool, tmp_path: Path
+) -> None:
+    hidden, layers, ffn = shape
+    values = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": ffn}
+    given = PUBLISHED["Qwen2-72B"] | values | {"num_attention_heads": 8, "rms_norm_eps": 1e-5}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(given))
+    assert ("wrong-eps" in faults(tmp_path)) == is_found

@@ -195,9 +195,15 @@ PUBLISHED: Mapping[str, Published] = {
         _dense(2048, 36, (16, 2), 11008, 151936, tie_word_embeddings=True), 3_085_938_688
     ),
     "Qwen/Qwen2.5-7B": Published(_dense(3584, 28, (28, 4), 18944), 7_615_616_512),
-    "Qwen/Qwen2.5-14B": Published(_dense(5120, 48, (40, 8), 13824), 14_770_033_664),
-    "Qwen/Qwen2.5-32B": Published(_dense(5120, 64, (40, 8), 27648), 32_763_876_352),
-    "Qwen/Qwen2.5-72B": Published(_dense(8192, 80, (64, 8), 29568), 72_706_203_648),
+    "Qwen/Qwen2.5-14B": Published(
+        _dense(5120, 48, (40, 8), 13824, rms_norm_eps=1e-5), 14_770_033_664
+    ),
+    "Qwen/Qwen2.5-32B": Published(
+        _dense(5120, 64, (40, 8), 27648, rms_norm_eps=1e-5), 32_763_876_352
+    ),
+    "Qwen/Qwen2.5-72B": Published(
+        _dense(8192, 80, (64, 8), 29568, rms_norm_eps=1e-5), 72_706_203_648
+    ),
     "Qwen/Qwen1.5-MoE-A2.7B": Published(
         _shape("qwen2_moe", 2048, 24, 16, 16, 5632, 151936) | _experts(60, 4, 1408, shared=5632),
         14_315_784_192,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwenkit.errors import suggest
+from qwenkit.models.catalogue import PUBLISHED
 from qwenkit.models.spec import architectures
 from qwenkit.survey import doctor_keys
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
@@ -125,17 +126,28 @@ def shapes(facts: Facts) -> Iterator[Finding]:
 
 def eps(facts: Facts) -> Iterator[Finding]:
     given = facts.config.get("rms_norm_eps")
-    if not isinstance(given, float) or not facts.is_llm_of_qwen or given == 1e-6:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not facts.is_llm_of_qwen:
         return
-    if given == 1e-5 and facts.config.get("hidden_size") == 8192:
-        return  # as published in the base model of 72B
+    trained = _published_eps(facts.config)
+    if given in trained:
+        return
+    allowed = " or ".join(f"{value:g}" for value in sorted(trained))
     yield fault(
         "wrong-eps",
         _FILE,
-        f"rms_norm_eps is {given:g}; models of this kind were trained with 1e-06. Outputs differ "
-        "slightly everywhere.",
-        f"rms_norm_eps 为 {given:g}，该类模型训练时为 1e-06，所有输出都会有细微差别。",
+        f"rms_norm_eps is {given:g}; models of this kind were trained with {allowed}. Outputs "
+        "differ slightly everywhere.",
+        f"rms_norm_eps 为 {given:g}，该类模型训练时为 {allowed}，所有输出都会有细微差别。",
     )
+
+
+def _published_eps(config: Mapping[str, Any]) -> set[float]:
+    """What published models of this shape have; of an unknown shape, what any of its type has."""
+    shape = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
+    published = [p.config for p in PUBLISHED.values() if "rms_norm_eps" in p.config]
+    same = [p for p in published if all(p.get(key) == config.get(key) for key in shape)]
+    kind = [p for p in published if p["model_type"] == config.get("model_type")]
+    return {float(p["rms_norm_eps"]) for p in same or kind} | {1e-6}
 
 
 def rope_base(facts: Facts) -> Iterator[Finding]:
