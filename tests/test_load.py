@@ -169,8 +169,9 @@ def test_sampling_and_format_without_a_template(
     assert record.sampling == sampling
 
 
-def test_a_wrong_token_id_names_file_and_key(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path, generation={"eos_token_id": "<|im_end|>"})
+@pytest.mark.parametrize("wrong", ["<|im_end|>", -5, 470, 5000])
+def test_a_wrong_token_id_names_file_and_key(wrong: object, tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, generation={"eos_token_id": [IM_END, wrong]})
     with pytest.raises(CheckpointError, match=r"generation_config\.json.*eos_token_id"):
         load(folder)
 

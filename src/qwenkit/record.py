@@ -39,7 +39,7 @@ def read_record(checkpoint: Checkpoint, tokenizer: Tokenizer, config: ModelConfi
     """
     model_type = str(checkpoint.config["model_type"])
     chat_format = _chat_format(checkpoint)
-    eos = _token_ids(checkpoint, "eos_token_id")
+    eos = _token_ids(checkpoint, "eos_token_id", tokenizer.vocab_size)
     pad = _token_ids(checkpoint, "pad_token_id")
     bos = _token_ids(checkpoint, "bos_token_id")
     ends = [tokenizer.control_tokens[t] for t in _END_TOKENS if t in tokenizer.control_tokens]
@@ -96,20 +96,24 @@ def _chat_format(checkpoint: Checkpoint) -> ChatFormat:
     return "chatml" if named == "chatml" else "raw"
 
 
-def _token_ids(checkpoint: Checkpoint, key: str) -> list[int]:
-    """Every id that the generation config, then the config, gives for `key`."""
+def _token_ids(checkpoint: Checkpoint, key: str, tokens: int | None = None) -> list[int]:
+    """Every id that the generation config, then the config, gives for `key`; of a tokenizer of so
+    many `tokens` where they are given.
+    """
     ids: list[int] = []
     for source, values in (
         ("generation_config.json", checkpoint.generation_config),
         ("config.json", checkpoint.config),
     ):
         value = values.get(key)
+        where = checkpoint.path if checkpoint.folder is None else f"{checkpoint.path} ({source})"
         for item in value if isinstance(value, list) else [value]:
             if item is None or item == -1:  # -1: "none" in some older files
                 continue
             if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-                where = f"{checkpoint.path} ({source})"
                 raise CheckpointError(where, key, f"expected a token id, got {item!r}.")
+            if tokens is not None and item >= tokens:
+                raise CheckpointError(where, key, f"{item} is no token; the last is {tokens - 1}.")
             ids.append(item)
     return list(dict.fromkeys(ids))
 

@@ -37,6 +37,10 @@ PLANTED: list[tuple[str, Plant]] = [
     ("special-id-kind", generation(pad_token_id=[256, 1.5])),
     ("eos-misses-turn", chat_that_ends_at_text),
     ("special-id-range", config(pad_token_id=151643)),
+    ("special-id-range", generation(eos_token_id=[258, 470])),  # a row of padding
+    ("special-id-range", config(eos_token_id=[258, -5])),
+    ("special-id-range", generation(eos_token_id=[258, -1])),
+    ("ordinary-end", generation(eos_token_id=[258, 97])),
     ("unknown-special-token", settings(pad_token="<pad>")),
     ("added-bos", settings(add_bos_token=True)),
     ("bad-sampling", generation(top_p=1.5)),
