@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwenkit.errors import RequestError
+from qwenkit.errors import RequestError, suggest
+from qwenkit.record import given_sampling
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
-from qwenkit.types.sampling import SamplingParams
 
 _GENERATION = "generation_config.json"
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_CHAT_FORMATS = ("chatml", "raw")
 
 
 def sampling(facts: Facts) -> Iterator[Finding]:
-    given = {k: facts.generation[k] for k in _SAMPLING_KEYS if facts.generation.get(k) is not None}
+    given = facts.generation
     try:
-        SamplingParams.from_mapping(given)
+        if not isinstance(given.get("do_sample", False), bool | None):
+            expected = f"expected true or false, got {given['do_sample']!r}."
+            raise RequestError("do_sample", expected)
+        given_sampling(given)
     except RequestError as error:
         yield fault("bad-sampling", _GENERATION, str(error), f"采样参数有误：{error}")
         return
@@ -27,6 +30,17 @@ def sampling(facts: Facts) -> Iterator[Finding]:
             "for greedy decoding.",
             "do_sample 为 true 而 temperature 为 0，其他程序会报错。贪心解码请将 do_sample "
             "设为 false。",
+        )
+
+
+def chat_formats(facts: Facts) -> Iterator[Finding]:
+    given = facts.generation.get("chat_format")
+    if given is not None and given not in _CHAT_FORMATS:
+        yield fault(
+            "unknown-chat-format",
+            _GENERATION,
+            f"chat_format is {given!r}; {suggest(str(given), _CHAT_FORMATS)}",
+            f"未知的 chat_format {given!r}。{suggest(str(given), _CHAT_FORMATS)}",
         )
 
 
@@ -67,4 +81,4 @@ def defaults(facts: Facts) -> Iterator[Finding]:
         )
 
 
-CHECKS = (sampling, lengths, unused_sampling, defaults)
+CHECKS = (sampling, chat_formats, lengths, unused_sampling, defaults)

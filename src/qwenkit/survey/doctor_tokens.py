@@ -97,7 +97,7 @@ def template_is_there(facts: Facts) -> Iterator[Finding]:
     if "<|im_start|>" not in facts.tokenizer.control_tokens:
         return
     if facts.model_type == "qwen":
-        if facts.generation.get("chat_format") not in ("chatml", "raw"):
+        if facts.generation.get("chat_format") is None:
             yield fault(
                 "no-chat-format",
                 _GENERATION,
