@@ -14,6 +14,7 @@ from planting import faults
 from qwenkit.checkpoint import open_checkpoint, write_gguf
 from qwenkit.load import load
 from qwenkit.save import save_gguf
+from tiny import TEMPLATE
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[dict[str, Any], Tensors], object]
@@ -52,7 +53,7 @@ PLANTED: list[tuple[str, Change]] = [
     ),
     (
         "template-token",
-        lambda keys, tensors: keys.update({"tokenizer.chat_template": "<|eot_id|>"}),
+        lambda keys, tensors: keys.update({"tokenizer.chat_template": TEMPLATE + "<|eot_id|>"}),
     ),
     (
         "unknown-model-type",

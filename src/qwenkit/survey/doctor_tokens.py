@@ -1,4 +1,4 @@
-"""Checks of the tokenizer, the chat template and the special tokens, against each other."""
+"""Checks of the tokenizer and the special tokens, against each other and the model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenkit.chat.template import compile_template
-from qwenkit.errors import TemplateError
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
 
 _GENERATION = "generation_config.json"
 _SETTINGS = "tokenizer_config.json"
 _MOST_PADDING = 1024  # rows; of the published models 418 at most, in Qwen2-72B
-_CONTROL = re.compile(r"<\|[a-z_]+\|>")
 _SPECIAL_KEYS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _CHAT_NAME = re.compile(r"(?:^|[-_.])(?:chat|instruct)(?:[-_.]|$)", re.IGNORECASE)
 
@@ -88,58 +85,6 @@ def vocabulary_and_rows(facts: Facts) -> Iterator[Finding]:
             f"{rows - ids} of {rows} rows of the embedding stand for no token; that is padding, "
             "and they are never sampled.",
             f"词嵌入 {rows} 行中有 {rows - ids} 行没有对应词元，是填充行，不会被采样。",
-        )
-
-
-def template_is_there(facts: Facts) -> Iterator[Finding]:
-    if facts.tokenizer is None or facts.checkpoint is None or facts.template is not None:
-        return
-    if "<|im_start|>" not in facts.tokenizer.control_tokens:
-        return
-    if facts.model_type == "qwen":
-        if facts.generation.get("chat_format") is None:
-            yield fault(
-                "no-chat-format",
-                _GENERATION,
-                "chat_format is missing: 'chatml' for a chat model of the first generation, 'raw' "
-                "for a base model.",
-                "缺少 chat_format：第一代对话模型应为 'chatml'，基座模型应为 'raw'。",
-            )
-        return
-    yield fault(
-        "no-template",
-        _SETTINGS,
-        "there is no chat_template, so the model cannot be chatted with. Copy it from the "
-        "original model's tokenizer_config.json.",
-        "没有 chat_template，无法对话。请从原模型的 tokenizer_config.json 复制。",
-    )
-
-
-def template_compiles(facts: Facts) -> Iterator[Finding]:
-    if facts.template is None:
-        return
-    try:
-        compile_template(facts.template)
-    except TemplateError as error:
-        yield fault(
-            "broken-template",
-            "chat_template",
-            f"cannot be used: {error}",
-            f"对话模板无法使用：{error}",
-        )
-
-
-def template_tokens(facts: Facts) -> Iterator[Finding]:
-    if facts.template is None or facts.tokenizer is None:
-        return
-    used = set(_CONTROL.findall(facts.template))
-    for token in sorted(used - set(facts.tokenizer.control_tokens)):
-        yield fault(
-            "template-token",
-            "chat_template",
-            f"writes {token}, which the tokenizer does not know as one token: template and "
-            "tokenizer are of two models.",
-            f"使用了 {token}，但分词器没有这个控制词元：模板与分词器不属于同一模型。",
         )
 
 
@@ -290,9 +235,6 @@ CHECKS = (
     broken_tokenizer,
     two_vocabularies,
     vocabulary_and_rows,
-    template_is_there,
-    template_compiles,
-    template_tokens,
     ends_of_text,
     two_ends,
     written_ids,
