@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ PLANTED: list[tuple[str, Plant]] = [
     ("wrong-eps", config(rms_norm_eps=1)),
     ("no-rope-theta", config("rope_theta")),
     ("bad-rope-scaling", config(rope_scaling=YARN | {"type": "yarm"})),
+    ("bad-rope-scaling", config(rope_scaling={"type": "longrope", "factor": 4.0})),
+    ("bad-rope-factor", config(rope_scaling={"rope_type": "yarn"})),
+    ("bad-rope-factor", config(rope_scaling=YARN | {"factor": float("inf")})),
+    ("bad-config", config(rope_scaling={"factor": 4.0})),
+    ("bad-config", config(rope_scaling=YARN | {"beta_fast": 0.5})),
+    ("misspelt-key", config(rope_scaling=YARN | {"original_max_position_embedings": 256})),
+    ("misspelt-key", config(num_hiden_layers=3)),
     ("bad-rope-factor", config(rope_scaling={"type": "dynamic", "factor": 0.25})),
     ("bad-config", config(rope_parameters={"rope_type": "yarm", "rope_theta": 1e6})),
     ("bad-config", config(rope_scaling=YARN, rope_parameters=YARN | {"factor": 2.0})),
@@ -69,3 +77,19 @@ def test_an_eps_of_1e_5_is_judged_by_the_shape(
     given = PUBLISHED["Qwen2-72B"] | values | {"num_attention_heads": 8, "rms_norm_eps": 1e-5}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(given))
     assert ("wrong-eps" in faults(tmp_path)) == is_found
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {},
+        {"type": "default"},
+        {"type": "yarn", "original_max_position_embeddings": 256},
+        {"type": "linear", "factor": 2},
+    ],
+)
+def test_scalings_that_load_are_clean(block: object, healthy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / healthy.name
+    shutil.copytree(healthy, folder)
+    config(rope_scaling=block)(folder)
+    assert faults(folder) == set()

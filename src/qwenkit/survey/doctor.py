@@ -15,6 +15,7 @@ from qwenkit.survey import (
     doctor_config,
     doctor_files,
     doctor_generation,
+    doctor_rope,
     doctor_template,
     doctor_tokens,
     doctor_weights,
@@ -25,6 +26,7 @@ Check = Callable[[Facts], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = (
     *doctor_files.CHECKS,
     *doctor_config.CHECKS,
+    *doctor_rope.CHECKS,
     *doctor_tokens.CHECKS,
     *doctor_template.CHECKS,
     *doctor_generation.CHECKS,
