@@ -10,7 +10,7 @@ import test_doctor_config
 import test_doctor_files
 import test_doctor_tokens
 import test_doctor_weights
-from planting import GENERATION, config, cut, faults, remove
+from planting import GENERATION, LFS, config, cut, faults, remove
 
 from qwenkit.errors import ModelNotFoundError
 from qwenkit.survey.doctor import CHECKS, examine
@@ -54,6 +54,8 @@ def test_what_no_check_knows_is_told_all_the_same(
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF but not really")
     assert faults(tmp_path / "model.gguf") == {"damaged-weights"}
+    (tmp_path / "pointer.gguf").write_text(LFS)
+    assert [finding.kind for finding in examine(tmp_path / "pointer.gguf")] == ["lfs-pointer"]
     with pytest.raises(ModelNotFoundError):
         examine(tmp_path / "nothing")
 
