@@ -256,6 +256,12 @@ def _set_in_config(folder: Path, key: str, value: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
 
 
+def test_a_quantization_that_is_no_object_names_the_file(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, config={"quantization_config": "gptq"})
+    with pytest.raises(ConfigError, match=r"config\.json: quantization_config: expected an object"):
+        load(folder)
+
+
 def test_a_wrong_config_key_names_the_file(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path)
     _set_in_config(tmp_path, "hidden_size", 33)

@@ -140,10 +140,6 @@ def index(change: Callable[[dict[str, str]], object]) -> Plant:
     return plant
 
 
-def half(held: dict[str, torch.Tensor]) -> None:
-    held.update({name: tensor.half() for name, tensor in held.items()})
-
-
 def scale(name: str, factor: float) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda held: held.update({name: held[name] * factor})
 

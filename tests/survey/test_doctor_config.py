@@ -29,6 +29,7 @@ PLANTED: list[tuple[str, Plant]] = [
     ("misspelt-key", settings(pading_side="left")),
     ("dead-key", config(use_dynamic_ntk=True)),
     ("dead-key", config(use_logn_attn=True)),
+    ("dead-key", config(attention_bias=True)),
     ("dead-window", config(use_sliding_window=True, sliding_window=128, max_window_layers=2)),
     ("no-model-type", config("model_type")),
     ("unknown-model-type", config(model_type="qwen_2")),
@@ -52,6 +53,7 @@ PLANTED: list[tuple[str, Plant]] = [
     ("two-rope-types", config(rope_scaling=YARN | {"rope_type": "linear"})),
     ("no-yarn-length", config(rope_scaling={"type": "yarn", "factor": 4.0})),
     ("unknown-quantization", config(quantization_config={"quant_method": "gptqq"})),
+    ("bad-quantization", config(quantization_config="gptq")),
     ("quantized-in-name-only", config(quantization_config={"quant_method": "gptq", "bits": 4})),
 ]
 

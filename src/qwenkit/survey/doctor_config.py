@@ -52,6 +52,10 @@ def dead_keys(facts: Facts) -> Iterator[Finding]:
     dead = doctor_keys.LATER if facts.model_type == "qwen" else doctor_keys.FIRST_SWITCHES
     if "moe" not in facts.model_type:
         dead = dead | doctor_keys.EXPERTS
+    if facts.model_type.startswith("qwen"):
+        dead = dead | doctor_keys.BIASES
+    if facts.model_type.startswith("qwen3"):
+        dead = dead - {"attention_bias"}
     for key in sorted(dead):
         if facts.config.get(key) not in (None, False):
             yield fault(
@@ -164,7 +168,16 @@ def _published_eps(config: Mapping[str, Any]) -> set[float]:
 def quantization(facts: Facts) -> Iterator[Finding]:
     block = facts.config.get("quantization_config")
     methods = ("gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", "autoround")
-    if isinstance(block, Mapping) and block.get("quant_method") not in methods:
+    if block is not None and not isinstance(block, Mapping):
+        yield fault(
+            "bad-quantization",
+            _FILE,
+            f"quantization_config is {block!r}; expected an object that names quant_method. Remove "
+            "it where the weights are plain.",
+            f"quantization_config 为 {block!r}，应为包含 quant_method 的对象；"
+            "权重未量化时请删除该项。",
+        )
+    elif isinstance(block, Mapping) and block.get("quant_method") not in methods:
         given = block.get("quant_method")
         yield fault(
             "unknown-quantization",

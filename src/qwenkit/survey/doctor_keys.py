@@ -32,6 +32,7 @@ _SHARED = _keys(
     torch_dtype transformers_version use_cache vocab_size"""
 )
 CONFIG = _SHARED | FIRST | LATER | EXPERTS
+BIASES = _keys("attention_bias mlp_bias")  # set in some architectures, fixed in others
 FIRST_SWITCHES = _keys("seq_length use_dynamic_ntk use_logn_attn")
 
 ROPE_SCALING = _keys(
