@@ -31,6 +31,7 @@ PLANTED: list[tuple[str, Plant]] = [
     ("no-template", settings("chat_template")),
     ("broken-template", settings(chat_template="{% for m in messages %}")),
     ("no-template", settings(chat_template="")),
+    ("no-template", settings(chat_template=" \n")),
     ("failing-template", settings(chat_template='{{ raise_exception("no") }}')),
     ("failing-template", settings(chat_template="{% for i in range(10**9) %}{% endfor %}")),
     ("template-drops-text", settings(chat_template="{# nothing #}")),

@@ -150,9 +150,9 @@ def eps(facts: Facts) -> Iterator[Finding]:
     yield fault(
         "wrong-eps",
         _FILE,
-        f"rms_norm_eps is {given:g}; models of this kind were trained with {allowed}. Outputs "
-        "differ slightly everywhere.",
-        f"rms_norm_eps 为 {given:g}，该类模型训练时为 {allowed}，所有输出都会有细微差别。",
+        f"rms_norm_eps is {given:g}; models of this kind were trained with {allowed}. All outputs "
+        "differ.",
+        f"rms_norm_eps 为 {given:g}，该类模型训练时为 {allowed}，所有输出都会有偏差。",
     )
 
 

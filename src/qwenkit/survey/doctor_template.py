@@ -19,7 +19,7 @@ _TRIAL = "hello"
 
 
 def template_is_there(facts: Facts) -> Iterator[Finding]:
-    if facts.tokenizer is None or facts.checkpoint is None or facts.template:
+    if facts.tokenizer is None or facts.checkpoint is None or (facts.template or "").strip():
         return
     if facts.template is None and "<|im_start|>" not in facts.tokenizer.control_tokens:
         return
@@ -75,7 +75,9 @@ def template_tokens(facts: Facts) -> Iterator[Finding]:
 
 def template_renders(facts: Facts) -> Iterator[Finding]:
     """One turn of a user must come through; a system message need not be supported."""
-    if not facts.template or not (facts.checkpoint and facts.tokenizer and facts.model_config):
+    if not (facts.template or "").strip() or not (
+        facts.checkpoint and facts.tokenizer and facts.model_config
+    ):
         return
     try:
         compile_template(facts.template)
