@@ -152,6 +152,16 @@ def test_the_record_reads_stops_pad_and_defaults(tmp_path: Path) -> None:
     [
         ({"do_sample": False, "top_p": 0.8}, "raw", SamplingParams(temperature=0.0)),
         ({}, "raw", SamplingParams(temperature=0.0)),
+        (
+            {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 7},
+            "raw",
+            SamplingParams(temperature=0.0, repetition_penalty=1.1, max_tokens=7),
+        ),
+        (
+            {"repetition_penalty": 1.1, "max_new_tokens": 7},
+            "raw",
+            SamplingParams(temperature=0.0, repetition_penalty=1.1, max_tokens=7),
+        ),
         (  # the first generation's chat files
             {"chat_format": "chatml", "do_sample": True, "top_p": 0.5, "max_new_tokens": 512},
             "chatml",
@@ -169,15 +179,35 @@ def test_sampling_and_format_without_a_template(
     assert record.sampling == sampling
 
 
-def test_a_wrong_token_id_names_file_and_key(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path, generation={"eos_token_id": "<|im_end|>"})
+@pytest.mark.parametrize("wrong", ["<|im_end|>", -5, 470, 5000])
+def test_a_wrong_token_id_names_file_and_key(wrong: object, tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, generation={"eos_token_id": [IM_END, wrong]})
     with pytest.raises(CheckpointError, match=r"generation_config\.json.*eos_token_id"):
         load(folder)
 
 
-def test_wrong_sampling_defaults_name_file_and_key(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path, generation={"do_sample": True, "top_p": 8})
-    with pytest.raises(CheckpointError, match=r"generation_config\.json.*top_p"):
+def test_a_family_that_publishes_its_sampling_keeps_it_beside_a_limit(tmp_path: Path) -> None:
+    record = load(write_tiny_checkpoint(tmp_path, generation={"max_new_tokens": 7})).record
+    expected = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
+    assert record.sampling == expected.replace(max_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("key", "generation"),
+    [
+        ("top_p", {"do_sample": True, "top_p": 8}),
+        ("max_new_tokens", {"max_new_tokens": "x"}),
+        ("max_new_tokens", {"max_new_tokens": -1}),
+        ("max_new_tokens", {"do_sample": False, "max_new_tokens": 0}),
+        ("repetition_penalty", {"repetition_penalty": 0}),
+        ("do_sample", {"do_sample": "yes"}),
+    ],
+)
+def test_wrong_sampling_defaults_name_file_and_key(
+    key: str, generation: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write_tiny_checkpoint(tmp_path, generation=generation)
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json\): {key}: [a-z]"):
         load(folder)
 
 
@@ -226,6 +256,12 @@ def _set_in_config(folder: Path, key: str, value: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
 
 
+def test_a_quantization_that_is_no_object_names_the_file(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, config={"quantization_config": "gptq"})
+    with pytest.raises(ConfigError, match=r"config\.json: quantization_config: expected an object"):
+        load(folder)
+
+
 def test_a_wrong_config_key_names_the_file(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path)
     _set_in_config(tmp_path, "hidden_size", 33)
@@ -255,6 +291,6 @@ def test_a_wrong_tokenizer_key_names_the_file_once(tmp_path: Path) -> None:
 
 def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path)
-    _set_in_config(folder, "num_hidden_layers", 9000)
-    with pytest.raises(CheckpointError, match="num_hidden_layers: got 9000, but"):
+    _set_in_config(folder, "num_hidden_layers", 10_000)
+    with pytest.raises(CheckpointError, match="num_hidden_layers: got 10000,"):
         load(folder)

@@ -110,6 +110,9 @@ def read_architecture(checkpoint: Checkpoint) -> tuple[Architecture, ModelConfig
     """The architecture of a checkpoint and its config. Raises ConfigError naming file and key."""
     try:
         architecture = find(str(checkpoint.config.get("model_type")))
+        block = checkpoint.config.get("quantization_config")
+        if block is not None and not isinstance(block, Mapping):
+            raise ConfigError(f"quantization_config: expected an object, got {block!r}.")
         return architecture, architecture.config(checkpoint.config)
     except ConfigError as error:
         folder = checkpoint.folder

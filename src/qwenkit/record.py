@@ -28,6 +28,7 @@ _PUBLISHED_SAMPLING: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
     "smollm2": {"temperature": 0.2, "top_p": 0.9},
 }
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _PLAIN = ("F32", "F16", "BF16", "F64")
 _DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -39,7 +40,7 @@ def read_record(checkpoint: Checkpoint, tokenizer: Tokenizer, config: ModelConfi
     """
     model_type = str(checkpoint.config["model_type"])
     chat_format = _chat_format(checkpoint)
-    eos = _token_ids(checkpoint, "eos_token_id")
+    eos = _token_ids(checkpoint, "eos_token_id", tokenizer.vocab_size)
     pad = _token_ids(checkpoint, "pad_token_id")
     bos = _token_ids(checkpoint, "bos_token_id")
     ends = [tokenizer.control_tokens[t] for t in _END_TOKENS if t in tokenizer.control_tokens]
@@ -96,20 +97,24 @@ def _chat_format(checkpoint: Checkpoint) -> ChatFormat:
     return "chatml" if named == "chatml" else "raw"
 
 
-def _token_ids(checkpoint: Checkpoint, key: str) -> list[int]:
-    """Every id that the generation config, then the config, gives for `key`."""
+def _token_ids(checkpoint: Checkpoint, key: str, tokens: int | None = None) -> list[int]:
+    """Every id that the generation config, then the config, gives for `key`; of a tokenizer of so
+    many `tokens` where they are given.
+    """
     ids: list[int] = []
     for source, values in (
         ("generation_config.json", checkpoint.generation_config),
         ("config.json", checkpoint.config),
     ):
         value = values.get(key)
+        where = _where(checkpoint, source)
         for item in value if isinstance(value, list) else [value]:
             if item is None or item == -1:  # -1: "none" in some older files
                 continue
             if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-                where = f"{checkpoint.path} ({source})"
                 raise CheckpointError(where, key, f"expected a token id, got {item!r}.")
+            if tokens is not None and item >= tokens:
+                raise CheckpointError(where, key, f"{item} is no token; the last is {tokens - 1}.")
             ids.append(item)
     return list(dict.fromkeys(ids))
 
@@ -121,24 +126,49 @@ def _named_token(checkpoint: Checkpoint, tokenizer: Tokenizer, key: str) -> int 
     return tokenizer.control_tokens.get(text) if isinstance(text, str) else None
 
 
-def _sampling(checkpoint: Checkpoint) -> SamplingParams:
-    given = checkpoint.generation_config
-    if not {"do_sample", "temperature", "top_p", "top_k"} & set(given):
-        family = _family(checkpoint) if checkpoint.chat_template else None
-        return SamplingParams.from_mapping(
-            _PUBLISHED_SAMPLING[family] if family else {"temperature": 0.0}
-        )
-    if given.get("do_sample") is False:
-        return SamplingParams(temperature=0.0)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    values = {name: given[name] for name in names if given.get(name) is not None}
+def given_sampling(
+    given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> SamplingParams:
+    """What the keys of a generation config say, over `defaults`; `do_sample` is not looked at.
+
+    Raises RequestError naming the key that cannot be used.
+    """
+    values = dict(defaults or {})
+    values |= {name: given[name] for name in _SAMPLING_KEYS if given.get(name) is not None}
     if given.get("max_new_tokens") is not None:
         values["max_tokens"] = given["max_new_tokens"]
     try:
         return SamplingParams.from_mapping(values)
     except RequestError as error:
-        where = f"{checkpoint.path} (generation_config.json)"
-        raise CheckpointError(where, error.field, str(error)) from error
+        if error.field != "max_tokens":
+            raise
+        reason = str(error).removeprefix("max_tokens: ")
+        raise RequestError("max_new_tokens", reason) from error
+
+
+def _sampling(checkpoint: Checkpoint) -> SamplingParams:
+    """The penalty of repetition and the limit of new tokens count in greedy decoding too."""
+    given, defaults = checkpoint.generation_config, {}
+    if not {"do_sample", "temperature", "top_p", "top_k"} & set(given):
+        family = _family(checkpoint) if checkpoint.chat_template else None
+        defaults = dict(_PUBLISHED_SAMPLING[family] if family else {"temperature": 0.0})
+    do_sample = given.get("do_sample")
+    try:
+        if do_sample is not None and not isinstance(do_sample, bool):
+            raise RequestError("do_sample", f"expected true or false, got {do_sample!r}.")
+        if do_sample is False:
+            given = {key: given.get(key) for key in ("repetition_penalty", "max_new_tokens")}
+            defaults = {"temperature": 0.0}
+        return given_sampling(given, defaults)
+    except RequestError as error:
+        where = _where(checkpoint, "generation_config.json")
+        reason = str(error).removeprefix(f"{error.field}: ")
+        raise CheckpointError(where, error.field, reason) from error
+
+
+def _where(checkpoint: Checkpoint, source: str) -> str:
+    """The file of a key, as the user knows it."""
+    return str(checkpoint.path) if checkpoint.folder is None else f"{checkpoint.path} ({source})"
 
 
 def _family(checkpoint: Checkpoint) -> str | None:

@@ -99,7 +99,7 @@ def save_folder(
         else:
             kept = named.tensor
             tensors[named.name] = Planned(tuple(kept.shape), kept.dtype, _cast(kept, kept.dtype))
-    config = {**loaded.checkpoint.config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config = {**_published_keys(loaded), "torch_dtype": str(dtype).removeprefix("torch.")}
     return write_model_folder(
         folder,
         loaded.checkpoint,
@@ -108,6 +108,15 @@ def save_folder(
         tokenizer_files=tokenizer_files or partial(_same_tokenizer, loaded),
         shard_bytes=shard_bytes,
     )
+
+
+def _published_keys(loaded: Loaded) -> dict[str, Any]:
+    """What config.json says; of a GGUF in the architecture's own words, for its own code."""
+    given = loaded.checkpoint.config
+    write_config = find(loaded.record.model_type).write_config
+    if loaded.checkpoint.container != "gguf" or write_config is None:
+        return dict(given)
+    return write_config(loaded.config) | {k: v for k, v in given.items() if k.endswith("_token_id")}
 
 
 def _same_tokenizer(loaded: Loaded, target: Path) -> None:

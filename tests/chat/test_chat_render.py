@@ -194,6 +194,11 @@ def test_a_record_without_its_template_is_refused() -> None:
         render([Message("user", "q")], tokenizer=TOKENIZER, record=record)
 
 
+def test_an_empty_template_is_named() -> None:
+    with pytest.raises(UsageError, match="its chat template is empty"):
+        render([Message("user", "q")], tokenizer=TOKENIZER, record=template_record(""))
+
+
 def test_messages_are_checked() -> None:
     with pytest.raises(RequestError, match="at least one message"):
         render([], tokenizer=TOKENIZER, record=chatml_record())

@@ -81,11 +81,11 @@ def test_a_clean_model(tmp_path: Path) -> None:
 
 
 def test_a_model_with_faults(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "model", config={"rms_norm_eps": 1e-5})
+    folder = write_tiny_checkpoint(tmp_path / "model", config={"rms_norm_eps": 1e-3})
     (folder / "model.safetensors").write_bytes(b"")
     done = runner.invoke(app, ["doctor", str(folder)])
     assert done.exit_code == 1
-    assert "FAULT / 故障: config.json (wrong-eps)\n  rms_norm_eps is 1e-05" in done.stdout
+    assert "FAULT / 故障: config.json (wrong-eps)\n  rms_norm_eps is 0.001" in done.stdout
     assert "FAULT / 故障: model.safetensors (empty-file)" in done.stdout
     assert done.stdout.endswith("2 faults / 2 处故障\n")
     told = json.loads(runner.invoke(app, ["doctor", str(folder), "--json"]).stdout)

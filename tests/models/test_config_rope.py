@@ -31,6 +31,7 @@ def read(config: dict[str, Any]) -> Rotary | DualChunk:
         ({"rope_theta": 1e6}, Rotary(64, 1e6)),
         ({"rope_theta": 1e6, "rope_scaling": None}, Rotary(64, 1e6)),
         ({"rope_scaling": {"type": "default"}}, Rotary(64, 10000.0)),
+        ({"rope_scaling": {}}, Rotary(64, 10000.0)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, Rotary(64, 5e5)),
         ({"rope_scaling": YARN}, Rotary(64, 1e4, Yarn(factor=4.0, trained_tokens=32768))),
         (
@@ -104,6 +105,9 @@ def test_dual_chunk_attention_of_the_million_token_models() -> None:
         ({"rope_scaling": "yarn"}, r"rope_scaling: expected a dictionary, got 'yarn'"),
         ({"rope_parameters": {"full_attention": {}}}, r"each kind of layer is not supported"),
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling: factor: expected a positive"),
+        ({"rope_scaling": {"type": "dynamic"}}, r"rope_scaling: factor: expected a positive"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_scaling: factor: expected a positive"),
+        ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling: rope_type: is missing beside factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor: expected .* from 1"),
         ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, r"factor"),
         ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, r"beta_fast: 0\.5 is below beta_slow 1"),

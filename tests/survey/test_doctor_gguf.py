@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_doctor import CLEAN, faults
+from clean_models import CLEAN
+from planting import faults
 
 from qwenkit.checkpoint import open_checkpoint, write_gguf
+from qwenkit.layers.attention import PackedCausal
 from qwenkit.load import load
-from qwenkit.save import save_gguf
+from qwenkit.save import save_folder, save_gguf
+from tiny import TEMPLATE
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[dict[str, Any], Tensors], object]
@@ -43,7 +47,7 @@ PLANTED: list[tuple[str, Change]] = [
     ("broken-tokenizer", lambda keys, tensors: keys.update({"tokenizer.ggml.pre": "qwen9"})),
     (
         "wrong-eps",
-        lambda keys, tensors: keys.update({"qwen2.attention.layer_norm_rms_epsilon": 1e-5}),
+        lambda keys, tensors: keys.update({"qwen2.attention.layer_norm_rms_epsilon": 1e-3}),
     ),
     (
         "bad-rope-scaling",
@@ -51,7 +55,7 @@ PLANTED: list[tuple[str, Change]] = [
     ),
     (
         "template-token",
-        lambda keys, tensors: keys.update({"tokenizer.chat_template": "<|eot_id|>"}),
+        lambda keys, tensors: keys.update({"tokenizer.chat_template": TEMPLATE + "<|eot_id|>"}),
     ),
     (
         "unknown-model-type",
@@ -79,3 +83,20 @@ def test_what_is_planted_in_a_file_is_found(
 def test_a_file_that_was_cut_is_named(healthy: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(healthy.read_bytes()[:-5000])
     assert faults(tmp_path / "m.gguf") == {"damaged-weights"}
+
+
+@pytest.mark.parametrize("kind", ["chat", "qwen"])
+def test_a_folder_saved_from_a_file_is_clean(kind: str, tmp_path: Path) -> None:
+    save_gguf(load(CLEAN[kind](tmp_path / "model")), tmp_path / "m.gguf")
+    save_folder(load(tmp_path / "m.gguf"), tmp_path / "again")
+    assert faults(tmp_path / "again") == set()
+    first, again = (load(tmp_path / name) for name in ("model", "again"))
+    assert again.config == first.config
+    assert again.model(torch.arange(4), PackedCausal([4])).equal(
+        first.model(torch.arange(4), PackedCausal([4]))
+    )
+    if kind == "qwen":  # what the original's code looks for
+        saved = json.loads((tmp_path / "again" / "config.json").read_text())
+        names = {"kv_channels", "layer_norm_epsilon", "rotary_emb_base", "seq_length", "no_bias"}
+        assert names <= set(saved)
+        assert not {"head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta"} & set(saved)

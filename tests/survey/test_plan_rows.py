@@ -227,6 +227,28 @@ def test_published_names_need_no_hub() -> None:
     assert find_shape("Qwen/Qwen2-7B", offline=True).config.max_position_embeddings == 131072
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("Qwen-72B", 8192),
+        ("Qwen2-57B-A14B", 131072),
+        ("Qwen2.5-3B", 32768),
+        ("Qwen2.5-7B", 131072),
+        ("Qwen2.5-14B", 131072),
+        ("Qwen2.5-32B", 131072),
+        ("Qwen2.5-72B", 131072),
+        ("Qwen2.5-72B-Instruct", 32768),
+        ("Qwen3-4B", 40960),
+        ("Qwen3-32B", 40960),
+        ("Qwen3-30B-A3B", 40960),
+        ("Qwen3-8B-Base", 32768),
+    ],
+)
+def test_published_contexts(name: str, tokens: int) -> None:
+    config = find_shape(f"Qwen/{name}", offline=True).config
+    assert config.max_position_embeddings == tokens
+
+
 def test_other_names_say_what_is_missing() -> None:
     with pytest.raises(ModelNotFoundError, match="not in the table of published Qwen models"):
         find_shape("Some/Model", offline=True)

@@ -139,6 +139,11 @@ def _check(messages: Sequence[Message], record: ModelRecord, continue_final_mess
         raise UsageError(_BASE_MODEL.format(name=record.name))
     if record.chat_format == "template" and record.chat_template is None:
         raise UsageError(f"{record.name}: its record promises a chat template but holds none.")
+    if record.chat_format == "template" and not (record.chat_template or "").strip():
+        raise UsageError(
+            f"{record.name}: its chat template is empty. Copy chat_template from the original "
+            "model's tokenizer_config.json."
+        )
     if not messages:
         raise RequestError("messages", "expected at least one message, got none.")
     for i, message in enumerate(messages):

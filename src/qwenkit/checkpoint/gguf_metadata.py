@@ -63,7 +63,7 @@ def use_metadata(
         found["general.license"] = licence
     sampling = dict(generation_config)
     if sampling.get("do_sample") is False:
-        sampling = {"temperature": 0.0}
+        sampling = {"temperature": 0.0, "repetition_penalty": sampling.get("repetition_penalty")}
     for key, ours in SAMPLING.items():
         value = sampling.get(ours)
         if value is not None:

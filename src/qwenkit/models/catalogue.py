@@ -60,6 +60,7 @@ def _qwen3(
     hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, *, tied: bool = False
 ) -> dict[str, Any]:
     own = {"head_dim": 128, "attention_bias": False, "tie_word_embeddings": tied}
+    own |= {"max_position_embeddings": 40960}  # of the base models 32768
     return _shape("qwen3", hidden, layers, heads, kv_heads, ffn, 151936) | own
 
 
@@ -77,6 +78,15 @@ def _dense(
     **other: Any,
 ) -> dict[str, Any]:
     return _shape("qwen2", hidden, layers, *heads, ffn, vocab) | other
+
+
+def _long(layers: int) -> dict[str, Any]:
+    """What base models for 131,072 tokens have; their instruct models allow 32,768."""
+    return {
+        "max_position_embeddings": 131072,
+        "sliding_window": 131072,
+        "max_window_layers": layers,
+    }
 
 
 def _first(hidden: int, layers: int, heads: int, half: int, vocab: int, **other: Any) -> Any:
@@ -155,23 +165,19 @@ PUBLISHED: Mapping[str, Published] = {
     "Qwen/Qwen1.5-72B": Published(_dense(8192, 80, (64, 64), 24576), 72_287_920_128),
     "Qwen/Qwen1.5-110B": Published(_dense(8192, 80, (64, 8), 49152), 111_209_914_368),
     "Qwen/Qwen2-0.5B": Published(
-        _dense(896, 24, (14, 2), 4864, 151936, tie_word_embeddings=True)
-        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 24},
+        _dense(896, 24, (14, 2), 4864, 151936, tie_word_embeddings=True) | _long(24),
         494_032_768,
     ),
     "Qwen/Qwen2-1.5B": Published(
-        _dense(1536, 28, (12, 2), 8960, 151936, tie_word_embeddings=True)
-        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 28},
+        _dense(1536, 28, (12, 2), 8960, 151936, tie_word_embeddings=True) | _long(28),
         1_543_714_304,
     ),
     "Qwen/Qwen2-7B": Published(
-        _dense(3584, 28, (28, 4), 18944)
-        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 28},
+        _dense(3584, 28, (28, 4), 18944) | _long(28),
         7_615_616_512,
     ),
     "Qwen/Qwen2-72B": Published(
-        _dense(8192, 80, (64, 8), 29568, rms_norm_eps=1e-5)
-        | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 80},
+        _dense(8192, 80, (64, 8), 29568, rms_norm_eps=1e-5) | _long(80),
         72_706_203_648,
     ),
     "Qwen/Qwen2-72B-Instruct with YaRN": Published(
@@ -194,17 +200,25 @@ PUBLISHED: Mapping[str, Published] = {
     "Qwen/Qwen2.5-3B": Published(
         _dense(2048, 36, (16, 2), 11008, 151936, tie_word_embeddings=True), 3_085_938_688
     ),
-    "Qwen/Qwen2.5-7B": Published(_dense(3584, 28, (28, 4), 18944), 7_615_616_512),
-    "Qwen/Qwen2.5-14B": Published(_dense(5120, 48, (40, 8), 13824), 14_770_033_664),
-    "Qwen/Qwen2.5-32B": Published(_dense(5120, 64, (40, 8), 27648), 32_763_876_352),
-    "Qwen/Qwen2.5-72B": Published(_dense(8192, 80, (64, 8), 29568), 72_706_203_648),
+    "Qwen/Qwen2.5-7B": Published(_dense(3584, 28, (28, 4), 18944) | _long(28), 7_615_616_512),
+    "Qwen/Qwen2.5-14B": Published(
+        _dense(5120, 48, (40, 8), 13824, rms_norm_eps=1e-5) | _long(48), 14_770_033_664
+    ),
+    "Qwen/Qwen2.5-32B": Published(
+        _dense(5120, 64, (40, 8), 27648, rms_norm_eps=1e-5) | _long(64), 32_763_876_352
+    ),
+    "Qwen/Qwen2.5-72B": Published(
+        _dense(8192, 80, (64, 8), 29568, rms_norm_eps=1e-5) | _long(80), 72_706_203_648
+    ),
     "Qwen/Qwen1.5-MoE-A2.7B": Published(
         _shape("qwen2_moe", 2048, 24, 16, 16, 5632, 151936) | _experts(60, 4, 1408, shared=5632),
         14_315_784_192,
         active=2_689_173_504,
     ),
     "Qwen/Qwen2-57B-A14B": Published(
-        _shape("qwen2_moe", 3584, 28, 28, 4, 18944, 151936) | _experts(64, 8, 2560, shared=20480),
+        _shape("qwen2_moe", 3584, 28, 28, 4, 18944, 151936)
+        | _experts(64, 8, 2560, shared=20480)
+        | _long(28),
         57_408_658_944,
         active=14_249_270_784,
     ),
@@ -228,11 +242,13 @@ _SAME_SHAPE = ("-Instruct", "-Chat", "-Base")  # after a size, in names of model
 def published_config(name: str) -> dict[str, Any] | None:
     """The config.json keys that shape the model of a hub's name; None for a name not listed.
 
-    A chat or instruct model has its base model's shape; instruct models allow 32,768 tokens.
+    A chat or instruct model has its base model's shape; instruct models, and the base models of the
+    third generation, allow 32,768 tokens.
     """
     base = next((name.removesuffix(end) for end in _SAME_SHAPE if name.endswith(end)), name)
     found = PUBLISHED.get(name) or PUBLISHED.get(base)
     if found is None:
         return None
-    shorter = {"max_position_embeddings": 32768} if name.endswith("-Instruct") else {}
+    is_shorter = name.endswith(("-Instruct", "-Base"))
+    shorter = {"max_position_embeddings": 32768} if is_shorter else {}
     return {**found.config, **shorter}

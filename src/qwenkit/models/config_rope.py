@@ -60,7 +60,7 @@ def _block(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         if any(isinstance(value, Mapping) for value in block.values()):
             raise ConfigError(f"{key}: a block for each kind of layer is not supported.")
         found.append((key, block))
-    scaled = [pair for pair in found if _kind(pair[1]) != "default"]
+    scaled = [pair for pair in found if rope_kind(pair[1]) != "default"]
     if len(scaled) == 2 and _without_base(scaled[0][1]) != _without_base(scaled[1][1]):
         raise ConfigError("rope_scaling: differs from rope_parameters; keep one of them.")
     base = {k: v for _, block in found for k, v in block.items() if k == "rope_theta"}
@@ -70,42 +70,47 @@ def _block(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 def _without_base(block: Mapping[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in block.items() if k not in ("rope_theta", "type", "rope_type")}
-    return {**rest, "rope_type": _kind(block)}
+    return {**rest, "rope_type": rope_kind(block)}
 
 
-def _kind(block: Mapping[str, Any]) -> object:
+def rope_kind(block: Mapping[str, Any]) -> object:
+    """The type that a block names under either key; "default" where it names none."""
     return block.get("rope_type") or block.get("type") or "default"
 
 
 def _scaling(block: Mapping[str, Any], longest: int) -> Scaling | None:
-    kind = _kind(block)
+    kind = rope_kind(block)
     if kind == "default":
+        if not {"rope_type", "type"} & set(block) and block.get("factor") is not None:
+            raise ConfigError("rope_type: is missing beside factor; the type says what it scales.")
         return None
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(
-            f"rope_type: got {kind!r}. {suggest(str(kind), ('default', *_KINDS))} Without this "
+            f"rope_type: got {kind!r}. {suggest(str(kind), ROPE_TYPES)} Without this "
             "block the model works up to its trained length."
         )
     return _KINDS[kind](block, longest)
 
 
 def _linear(block: Mapping[str, Any], longest: int) -> Linear:
-    return Linear(factor=_factor(block))
+    return Linear(factor=rope_factor(block))
 
 
 def _dynamic(block: Mapping[str, Any], longest: int) -> Dynamic:
-    return Dynamic(factor=_factor(block), trained_tokens=longest)
+    return Dynamic(factor=rope_factor(block), trained_tokens=longest)
 
 
 def _yarn(block: Mapping[str, Any], longest: int) -> Yarn:
     trained = whole(block, "original_max_position_embeddings", longest)
-    named = block if block.get("factor") is not None else {"factor": max(1.0, longest / trained)}
+    named = block
+    if block.get("factor") is None and block.get("original_max_position_embeddings") is not None:
+        named = {"factor": max(1.0, longest / trained)}  # as transformers does
     fast, slow = _optional(block, "beta_fast"), _optional(block, "beta_slow")
     fast, slow = 32.0 if fast is None else fast, 1.0 if slow is None else slow
     if fast < slow:
         raise ConfigError(f"beta_fast: {fast:g} is below beta_slow {slow:g}.")
     return Yarn(
-        factor=_factor(named),
+        factor=rope_factor(named),
         trained_tokens=trained,
         attention_factor=_optional(block, "attention_factor"),
         beta_fast=fast,
@@ -121,7 +126,7 @@ def _llama3(block: Mapping[str, Any], longest: int) -> Llama3:
     if low >= high:
         raise ConfigError(f"low_freq_factor: {low:g} is not below high_freq_factor {high:g}.")
     return Llama3(
-        factor=_factor(block),
+        factor=rope_factor(block),
         low_frequency_factor=low,
         high_frequency_factor=high,
         trained_tokens=whole(block, "original_max_position_embeddings", longest),
@@ -134,9 +139,11 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any], int], Scaling]] = {
     "yarn": _yarn,
     "llama3": _llama3,
 }
+ROPE_TYPES = ("default", *_KINDS)
 
 
-def _factor(block: Mapping[str, Any]) -> float:
+def rope_factor(block: Mapping[str, Any]) -> float:
+    """How often the trained length fits. Raises ConfigError."""
     factor = positive(block, "factor")
     if not 1 <= factor <= 1e6:
         raise ConfigError(f"factor: expected a number from 1, got {factor:g}.")

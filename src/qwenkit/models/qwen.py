@@ -33,6 +33,7 @@ _OTHER_NAMES = {
     "intermediate_size": ("ffn_hidden_size", "n_inner"),
     "layer_norm_epsilon": ("rms_norm_eps",),
     "rotary_emb_base": ("rope_theta",),
+    "kv_channels": ("head_dim",),
 }
 # What is the same in every published model, and what another value would change.
 _ONLY: Mapping[str, object] = {
@@ -83,13 +84,15 @@ def read_config(config: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{chosen[1]}: only one of {', '.join(_PRECISIONS)} can be true.")
     hidden_size = whole(config, names["hidden_size"])
     heads = whole(config, names["num_attention_heads"])
-    if config.get("kv_channels") is None and hidden_size % heads:
+    if config.get(names["kv_channels"]) is None and hidden_size % heads:
         raise ConfigError(
             f"{names['num_attention_heads']}: {heads} does not divide hidden_size {hidden_size}."
         )
-    head_dim = whole(config, "kv_channels", hidden_size // heads)
+    head_dim = whole(config, names["kv_channels"], hidden_size // heads)
     if head_dim % 2:
-        raise ConfigError(f"kv_channels: rotary embedding needs an even number, got {head_dim}.")
+        raise ConfigError(
+            f"{names['kv_channels']}: rotary embedding needs an even number, got {head_dim}."
+        )
     intermediate_size = whole(config, names["intermediate_size"])
     if intermediate_size % 2:
         raise ConfigError(
@@ -119,6 +122,32 @@ def read_config(config: Mapping[str, Any]) -> Config:
         no_bias=flag(config, "no_bias", True),
         tie_word_embeddings=flag(config, "tie_word_embeddings", False),
     )
+
+
+def write_config(config: Config) -> dict[str, Any]:
+    """The inverse of `read_config`, in today's layout."""
+    scaling, log_n = config.position.scaling, config.position.log_n
+    trained = scaling.trained_tokens if isinstance(scaling, QwenNtk) else log_n
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "kv_channels": config.head_dim,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "max_position_embeddings": config.max_position_embeddings,
+        "no_bias": config.no_bias,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "rotary_emb_base": config.position.base,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": trained or config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_dynamic_ntk": scaling is not None,
+        "use_logn_attn": log_n is not None,
+        "vocab_size": config.vocab_size,
+    }
 
 
 def _name(config: Mapping[str, Any], key: str) -> str:
@@ -276,5 +305,6 @@ ARCHITECTURE = Architecture(
     ignored=IGNORED,
     lora_targets=("c_attn", "c_proj", "w1", "w2"),
     dialect="react",
+    write_config=write_config,
     qwen2_names=QWEN2_NAMES,
 )

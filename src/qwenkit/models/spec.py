@@ -70,8 +70,10 @@ class Architecture:
     order and are put back in rotate-half order on loading. Modules of `gguf_unit_rows` (our paths)
     get rows of length one there, for other engines do not divide by it. `ignored` are tensor names
     that old files carry but no model needs. `lora_targets` are the linear layers that adapters wrap
-    by default. `qwen2_names` are the names of the same weights in Qwen2's layout, if it can hold
-    them: the first generation joins the rows of several in one tensor.
+    by default. `write_config` is the inverse of `config`, where the published keys are not those
+    that a GGUF's metadata are translated to. `qwen2_names` are the names of the same weights in
+    Qwen2's layout, if it can hold them: the first generation joins the rows of several in one
+    tensor.
     """
 
     model_types: tuple[str, ...]
@@ -85,6 +87,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     dialect: str | None = None
+    write_config: Callable[[Any], dict[str, Any]] | None = None
     qwen2_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 

@@ -11,14 +11,25 @@ from pathlib import Path
 
 from qwenkit.errors import CheckpointError, QwenkitError
 from qwenkit.record import read_record
-from qwenkit.survey import doctor_config, doctor_files, doctor_tokens, doctor_weights
+from qwenkit.survey import (
+    doctor_config,
+    doctor_files,
+    doctor_generation,
+    doctor_rope,
+    doctor_template,
+    doctor_tokens,
+    doctor_weights,
+)
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, gather
 
 Check = Callable[[Facts], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = (
     *doctor_files.CHECKS,
     *doctor_config.CHECKS,
+    *doctor_rope.CHECKS,
     *doctor_tokens.CHECKS,
+    *doctor_template.CHECKS,
+    *doctor_generation.CHECKS,
     *doctor_weights.CHECKS,
 )
 

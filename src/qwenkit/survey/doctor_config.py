@@ -7,29 +7,41 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwenkit.errors import suggest
+from qwenkit.models.catalogue import PUBLISHED
 from qwenkit.models.spec import architectures
-from qwenkit.survey import doctor_keys
+from qwenkit.survey import doctor_keys, doctor_rope
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
 
 _FILE = "config.json"
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "ntk", "dual_chunk")
 _NEAR = 0.85  # a letter more, less or other in a word of ten
+_NEARER = 0.9  # beside the key that it resembles, where it may be a key of its own
 
 
 def misspelt_keys(facts: Facts) -> Iterator[Finding]:
+    scaling = facts.config.get("rope_scaling")
     for file, given, known in (
         (_FILE, facts.config, doctor_keys.CONFIG),
+        (_FILE, scaling if isinstance(scaling, Mapping) else {}, doctor_keys.ROPE_SCALING),
         ("generation_config.json", facts.generation, doctor_keys.GENERATION),
         ("tokenizer_config.json", facts.tokenizer_config, doctor_keys.TOKENIZER),
     ):
         for key in sorted(set(given) - known):
             near = difflib.get_close_matches(key, known - set(given), n=1, cutoff=_NEAR)
-            if near:
+            twice = difflib.get_close_matches(key, known & set(given), n=1, cutoff=_NEARER)
+            if near and not twice:
                 yield fault(
                     "misspelt-key",
                     file,
                     f"{key}: nobody reads this key; {near[0]} was probably meant.",
                     f"{key}：没有程序读取该键，可能应为 {near[0]}。",
+                )
+            elif twice:
+                yield fault(
+                    "misspelt-key",
+                    file,
+                    f"{key}: nobody reads this key; {twice[0]} is there too, and counts. Remove "
+                    "the one that is misspelt.",
+                    f"{key}：没有程序读取该键，起作用的是 {twice[0]}，请删除拼错的键。",
                 )
 
 
@@ -40,6 +52,10 @@ def dead_keys(facts: Facts) -> Iterator[Finding]:
     dead = doctor_keys.LATER if facts.model_type == "qwen" else doctor_keys.FIRST_SWITCHES
     if "moe" not in facts.model_type:
         dead = dead | doctor_keys.EXPERTS
+    if facts.model_type.startswith("qwen"):
+        dead = dead | doctor_keys.BIASES
+    if facts.model_type.startswith("qwen3"):
+        dead = dead - {"attention_bias"}
     for key in sorted(dead):
         if facts.config.get(key) not in (None, False):
             yield fault(
@@ -114,7 +130,7 @@ def class_names(facts: Facts) -> Iterator[Finding]:
 
 def shapes(facts: Facts) -> Iterator[Finding]:
     error = facts.config_error
-    if error and facts.architecture and not any(rope_scaling(facts)):
+    if error and facts.architecture and not doctor_rope.explains(facts, error):
         yield fault(
             "bad-config",
             _FILE,
@@ -125,80 +141,43 @@ def shapes(facts: Facts) -> Iterator[Finding]:
 
 def eps(facts: Facts) -> Iterator[Finding]:
     given = facts.config.get("rms_norm_eps")
-    if not isinstance(given, float) or not facts.is_llm_of_qwen or given == 1e-6:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not facts.is_llm_of_qwen:
         return
-    if given == 1e-5 and facts.config.get("hidden_size") == 8192:
-        return  # as published in the base model of 72B
+    trained = _published_eps(facts.config)
+    if given in trained:
+        return
+    allowed = " or ".join(f"{value:g}" for value in sorted(trained))
     yield fault(
         "wrong-eps",
         _FILE,
-        f"rms_norm_eps is {given:g}; models of this kind were trained with 1e-06. Outputs differ "
-        "slightly everywhere.",
-        f"rms_norm_eps 为 {given:g}，该类模型训练时为 1e-06，所有输出都会有细微差别。",
+        f"rms_norm_eps is {given:g}; models of this kind were trained with {allowed}. All outputs "
+        "differ.",
+        f"rms_norm_eps 为 {given:g}，该类模型训练时为 {allowed}，所有输出都会有偏差。",
     )
 
 
-def rope_base(facts: Facts) -> Iterator[Finding]:
-    parameters = facts.config.get("rope_parameters")
-    inner = parameters.get("rope_theta") if isinstance(parameters, Mapping) else None
-    is_file = facts.folder is not None  # a GGUF's are translated, and always there
-    if is_file and facts.is_llm_of_qwen and facts.config.get("rope_theta", inner) is None:
-        yield fault(
-            "no-rope-theta",
-            _FILE,
-            "rope_theta is missing and falls back to 10000; published Qwen models have 1000000. "
-            "Text becomes garbage.",
-            "缺少 rope_theta，将使用默认值 10000；发布的 Qwen 模型为 1000000，输出会是乱码。",
-        )
-
-
-def rope_scaling(facts: Facts) -> Iterator[Finding]:
-    block = facts.config.get("rope_scaling")
-    if not isinstance(block, Mapping):
-        return
-    kind = block.get("rope_type", block.get("type"))
-    if {"type", "rope_type"} <= set(block) and block["type"] != block["rope_type"]:
-        yield fault(
-            "two-rope-types",
-            _FILE,
-            f"rope_scaling: type is {block['type']!r}, rope_type {block['rope_type']!r}; programs "
-            "read the one or the other. Keep one.",
-            f"rope_scaling：type 为 {block['type']!r}，rope_type 为 {block['rope_type']!r}，"
-            "不同程序读取不同的键，请只保留一个。",
-        )
-    if kind not in _ROPE_TYPES:
-        yield fault(
-            "bad-rope-scaling",
-            _FILE,
-            f"rope_scaling: type {kind!r} is unknown. {suggest(str(kind), _ROPE_TYPES)}",
-            f"rope_scaling：未知类型 {kind!r}。{suggest(str(kind), _ROPE_TYPES)}",
-        )
-    elif kind not in ("default", "llama3", "longrope") and not _above_one(block.get("factor")):
-        yield fault(
-            "bad-rope-factor",
-            _FILE,
-            f"rope_scaling: factor is {block.get('factor')!r}; expected a number of 1 or more, "
-            "such as 4.0.",
-            f"rope_scaling：factor 为 {block.get('factor')!r}，应为不小于 1 的数，例如 4.0。",
-        )
-    elif kind == "yarn" and block.get("original_max_position_embeddings") is None:
-        yield fault(
-            "no-yarn-length",
-            _FILE,
-            "rope_scaling: original_max_position_embeddings is missing; for Qwen2 and Qwen2.5 it "
-            "is 32768.",
-            "rope_scaling：缺少 original_max_position_embeddings；Qwen2 与 Qwen2.5 为 32768。",
-        )
-
-
-def _above_one(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+def _published_eps(config: Mapping[str, Any]) -> set[float]:
+    """What published models of this shape have; of an unknown shape, what any of its type has."""
+    shape = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
+    published = [p.config for p in PUBLISHED.values() if "rms_norm_eps" in p.config]
+    same = [p for p in published if all(p.get(key) == config.get(key) for key in shape)]
+    kind = [p for p in published if p["model_type"] == config.get("model_type")]
+    return {float(p["rms_norm_eps"]) for p in same or kind} | {1e-6}
 
 
 def quantization(facts: Facts) -> Iterator[Finding]:
     block = facts.config.get("quantization_config")
     methods = ("gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", "autoround")
-    if isinstance(block, Mapping) and block.get("quant_method") not in methods:
+    if block is not None and not isinstance(block, Mapping):
+        yield fault(
+            "bad-quantization",
+            _FILE,
+            f"quantization_config is {block!r}; expected an object that names quant_method. Remove "
+            "it where the weights are plain.",
+            f"quantization_config 为 {block!r}，应为包含 quant_method 的对象；"
+            "权重未量化时请删除该项。",
+        )
+    elif isinstance(block, Mapping) and block.get("quant_method") not in methods:
         given = block.get("quant_method")
         yield fault(
             "unknown-quantization",
@@ -227,7 +206,5 @@ CHECKS = (
     class_names,
     shapes,
     eps,
-    rope_base,
-    rope_scaling,
     quantization,
 )

@@ -15,9 +15,10 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "qwen.tiktoken", "tokenizer.model
 
 
 def lfs_pointers(facts: Facts) -> Iterator[Finding]:
+    folder = facts.folder or facts.path.parent
     for name, size in facts.files.items():
-        if facts.folder and 0 < size < 1024:
-            with (facts.folder / name).open("rb") as file:
+        if 0 < size < 1024:
+            with (folder / name).open("rb") as file:
                 is_pointer = file.read(200).startswith(_LFS_START)
             if is_pointer:
                 yield fault(

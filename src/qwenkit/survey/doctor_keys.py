@@ -32,8 +32,14 @@ _SHARED = _keys(
     torch_dtype transformers_version use_cache vocab_size"""
 )
 CONFIG = _SHARED | FIRST | LATER | EXPERTS
+BIASES = _keys("attention_bias mlp_bias")  # set in some architectures, fixed in others
 FIRST_SWITCHES = _keys("seq_length use_dynamic_ntk use_logn_attn")
 
+ROPE_SCALING = _keys(
+    """attention_factor beta_fast beta_slow factor finetuned high_freq_factor long_factor
+    low_freq_factor mscale mscale_all_dim original_max_position_embeddings partial_rotary_factor
+    rope_theta rope_type short_factor truncate type"""
+)
 GENERATION = _keys(
     """bos_token_id chat_format do_sample eos_token_id length_penalty max_context_size max_length
     max_new_tokens max_window_size min_new_tokens min_p num_beams pad_token_id repetition_penalty

@@ -1,4 +1,4 @@
-"""Checks of the tokenizer, the chat template and the defaults of generation, against each other."""
+"""Checks of the tokenizer and the special tokens, against each other and the model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenkit.chat.template import compile_template
-from qwenkit.errors import RequestError, TemplateError
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
-from qwenkit.types.sampling import SamplingParams
 
 _GENERATION = "generation_config.json"
 _SETTINGS = "tokenizer_config.json"
 _MOST_PADDING = 1024  # rows; of the published models 418 at most, in Qwen2-72B
-_CONTROL = re.compile(r"<\|[a-z_]+\|>")
 _SPECIAL_KEYS = ("eos_token_id", "pad_token_id", "bos_token_id")
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CHAT_NAME = re.compile(r"(?:^|[-_.])(?:chat|instruct)(?:[-_.]|$)", re.IGNORECASE)
 
 
@@ -93,58 +88,6 @@ def vocabulary_and_rows(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def template_is_there(facts: Facts) -> Iterator[Finding]:
-    if facts.tokenizer is None or facts.checkpoint is None or facts.template is not None:
-        return
-    if "<|im_start|>" not in facts.tokenizer.control_tokens:
-        return
-    if facts.model_type == "qwen":
-        if facts.generation.get("chat_format") not in ("chatml", "raw"):
-            yield fault(
-                "no-chat-format",
-                _GENERATION,
-                "chat_format is missing: 'chatml' for a chat model of the first generation, 'raw' "
-                "for a base model.",
-                "缺少 chat_format：第一代对话模型应为 'chatml'，基座模型应为 'raw'。",
-            )
-        return
-    yield fault(
-        "no-template",
-        _SETTINGS,
-        "there is no chat_template, so the model cannot be chatted with. Copy it from the "
-        "original model's tokenizer_config.json.",
-        "没有 chat_template，无法对话。请从原模型的 tokenizer_config.json 复制。",
-    )
-
-
-def template_compiles(facts: Facts) -> Iterator[Finding]:
-    if facts.template is None:
-        return
-    try:
-        compile_template(facts.template)
-    except TemplateError as error:
-        yield fault(
-            "broken-template",
-            "chat_template",
-            f"cannot be used: {error}",
-            f"对话模板无法使用：{error}",
-        )
-
-
-def template_tokens(facts: Facts) -> Iterator[Finding]:
-    if facts.template is None or facts.tokenizer is None:
-        return
-    used = set(_CONTROL.findall(facts.template))
-    for token in sorted(used - set(facts.tokenizer.control_tokens)):
-        yield fault(
-            "template-token",
-            "chat_template",
-            f"writes {token}, which the tokenizer does not know as one token: template and "
-            "tokenizer are of two models.",
-            f"使用了 {token}，但分词器没有这个控制词元：模板与分词器不属于同一模型。",
-        )
-
-
 def ends_of_text(facts: Facts) -> Iterator[Finding]:
     """Every source that names the end must agree, or replies go on for ever."""
     stops = _ids(facts, "eos_token_id")
@@ -188,30 +131,59 @@ def two_ends(facts: Facts) -> Iterator[Finding]:
 
 
 def written_ids(facts: Facts) -> Iterator[Finding]:
-    for file, values in (("config.json", facts.config), (_GENERATION, facts.generation)):
-        for key in _SPECIAL_KEYS:
-            value = values.get(key)
-            wrong = [i for i in _listed(value) if i is not None and type(i) is not int]
-            if wrong:
-                yield fault(
-                    "special-id-kind",
-                    file,
-                    f"{key} is {value!r}; expected the number of a token, or a list of such.",
-                    f"{key} 为 {value!r}，应为词元的 id（整数）或其列表。",
-                )
+    for file, key, value in _given_ids(facts):
+        wrong = [i for i in _listed(value) if i is not None and type(i) is not int]
+        if wrong:
+            yield fault(
+                "special-id-kind",
+                file,
+                f"{key} is {value!r}; expected the number of a token, or a list of such.",
+                f"{key} 为 {value!r}，应为词元的 id（整数）或其列表。",
+            )
 
 
 def special_ids(facts: Facts) -> Iterator[Finding]:
+    """Ids that are no token: outside the embedding, or of a row that is padding."""
     if facts.model_config is None:
         return
     rows = facts.model_config.vocab_size
-    for key in _SPECIAL_KEYS:
-        for token_id in sorted(i for i in _ids(facts, key) if i >= rows or i < -1):
+    tokens = rows if facts.tokenizer is None else min(rows, facts.tokenizer.vocab_size)
+    for file, key, value in _given_ids(facts):
+        least = 0 if key == "eos_token_id" else -1  # -1: "none" in some older files
+        for token_id in sorted({i for i in _listed(value) if type(i) is int}):
+            if not least <= token_id < rows:
+                yield fault(
+                    "special-id-range",
+                    file,
+                    f"{key} {token_id} is no row of the embedding, which has {rows}.",
+                    f"{key} {token_id} 超出词嵌入的 {rows} 行。",
+                )
+            elif token_id >= tokens:
+                yield fault(
+                    "special-id-range",
+                    file,
+                    f"{key} {token_id} is no token: the tokenizer has {tokens}, the rows above "
+                    "are padding.",
+                    f"{key} {token_id} 不是词元：分词器只有 {tokens} 个，其后的行是填充。",
+                )
+
+
+def ordinary_ends(facts: Facts) -> Iterator[Finding]:
+    """Ends that are ordinary text: the first word that contains them would end a reply."""
+    if facts.tokenizer is None or not facts.tokenizer.control_tokens:
+        return
+    plain = range(facts.tokenizer.vocab_size)
+    control = set(facts.tokenizer.control_tokens.values())
+    for file, key, value in _given_ids(facts):
+        ends = {i for i in _listed(value) if type(i) is int and i in plain} - control
+        for token_id in sorted(ends) if key == "eos_token_id" else []:
+            text = facts.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
             yield fault(
-                "special-id-range",
-                "config.json",
-                f"{key} {token_id} is no row of the embedding, which has {rows}.",
-                f"{key} {token_id} 超出词嵌入的 {rows} 行。",
+                "ordinary-end",
+                file,
+                f"{key} {token_id} is {text!r}, a token of ordinary text: replies break off where "
+                "it is written. Name the token that ends a text.",
+                f"{key} {token_id} 为 {text!r}，是普通文本词元，回复会在该处中断，请改为结束词元。",
             )
 
 
@@ -239,59 +211,11 @@ def beginning_of_text(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def sampling(facts: Facts) -> Iterator[Finding]:
-    given = {k: facts.generation[k] for k in _SAMPLING_KEYS if facts.generation.get(k) is not None}
-    try:
-        SamplingParams.from_mapping(given)
-    except RequestError as error:
-        yield fault("bad-sampling", _GENERATION, str(error), f"采样参数有误：{error}")
-        return
-    if facts.generation.get("do_sample") is True and given.get("temperature") == 0:
-        yield fault(
-            "sampling-at-zero",
-            _GENERATION,
-            "do_sample is true, but temperature is 0: other programs fail. Set do_sample to false "
-            "for greedy decoding.",
-            "do_sample 为 true 而 temperature 为 0，其他程序会报错。贪心解码请将 do_sample "
-            "设为 false。",
-        )
-
-
-def lengths(facts: Facts) -> Iterator[Finding]:
-    least, most = (facts.generation.get(f"{word}_new_tokens") for word in ("min", "max"))
-    if isinstance(least, int) and isinstance(most, int) and least > most:
-        yield fault(
-            "contradicting-lengths",
-            _GENERATION,
-            f"min_new_tokens {least} is above max_new_tokens {most}: no reply can be both. "
-            "Correct one.",
-            f"min_new_tokens {least} 大于 max_new_tokens {most}，相互矛盾，请更正其一。",
-        )
-
-
-def unused_sampling(facts: Facts) -> Iterator[Finding]:
-    given = facts.generation
-    unused = [k for k in ("temperature", "top_p", "top_k") if given.get(k) not in (None, 0, 1)]
-    if given.get("do_sample") is False and unused:
-        names = ", ".join(unused)
-        yield note(
-            "unused-sampling",
-            _GENERATION,
-            f"do_sample is false, so {names} do nothing; remove them or set it to true.",
-            f"do_sample 为 false，{names} 不起作用；请删除，或将 do_sample 设为 true。",
-        )
-
-
-def defaults(facts: Facts) -> Iterator[Finding]:
-    is_chat = facts.folder is not None and facts.template is not None
-    if is_chat and facts.is_llm_of_qwen and _GENERATION not in facts.files:
-        yield fault(
-            "no-generation-config",
-            _GENERATION,
-            "is missing: programs will use their own sampling instead of the model's, which can "
-            "repeat endlessly. Fetch it.",
-            "缺失：程序会使用自己的采样参数而不是模型的，可能无休止地重复，请下载。",
-        )
+def _given_ids(facts: Facts) -> Iterator[tuple[str, str, Any]]:
+    """(file, key, what it says) of each key for special tokens."""
+    for file, values in (("config.json", facts.config), (_GENERATION, facts.generation)):
+        for key in _SPECIAL_KEYS:
+            yield file, key, values.get(key)
 
 
 def _ids(facts: Facts, key: str) -> set[int]:
@@ -311,17 +235,11 @@ CHECKS = (
     broken_tokenizer,
     two_vocabularies,
     vocabulary_and_rows,
-    template_is_there,
-    template_compiles,
-    template_tokens,
     ends_of_text,
     two_ends,
     written_ids,
     special_ids,
+    ordinary_ends,
     special_names,
     beginning_of_text,
-    sampling,
-    lengths,
-    unused_sampling,
-    defaults,
 )

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
-from qwenkit.errors import CheckpointError, ConfigError
+from qwenkit.errors import CheckpointError, ConfigError, suggest
 from qwenkit.load import fill, tensors_by_our_names
-from qwenkit.survey.doctor_facts import Facts, Finding, fault
+from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
 
 _PLAIN = ("F32", "F16", "BF16", "F64")
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -141,13 +141,28 @@ def dtypes(facts: Facts) -> Iterator[Finding]:
             f"torch_dtype 为 {named}，但权重以 {stored} 存储，请更正，其他程序按它加载。",
         )
     if stored == "F16" and facts.is_llm_of_qwen:
-        yield fault(
+        yield note(
             "float16-weights",
             "config.json",
             "the weights are float16; Qwen models are published in bfloat16, and their "
-            "activations overflow float16. Compute in bfloat16 or float32, as qwenkit does.",
-            "权重为 float16；Qwen 模型以 bfloat16 发布，其激活会在 float16 中溢出。"
-            "请用 bfloat16 或 float32 计算（qwenkit 即如此）。",
+            "activations overflow where float16 is also computed in. qwenkit computes in bfloat16 "
+            "or float32.",
+            "权重为 float16；Qwen 模型以 bfloat16 发布，若以 float16 计算，其激活会溢出。"
+            "qwenkit 以 bfloat16 或 float32 计算。",
+        )
+
+
+def named_dtype(facts: Facts) -> Iterator[Finding]:
+    for key in ("torch_dtype", "dtype"):
+        named = facts.config.get(key)
+        name = named.removeprefix("torch.") if isinstance(named, str) else ""
+        if named in (None, "auto") or isinstance(getattr(torch, name, None), torch.dtype):
+            continue
+        yield fault(
+            "unknown-dtype",
+            "config.json",
+            f"{key} is {named!r}; {suggest(str(named), _DTYPES)}",
+            f"{key}：未知的类型 {named!r}。{suggest(str(named), _DTYPES)}",
         )
 
 
@@ -175,4 +190,4 @@ def _sample(tensor: StoredTensor) -> torch.Tensor:
     return torch.cat([flat[:_SAMPLED], flat[middle : middle + _SAMPLED], flat[-_SAMPLED:]])
 
 
-CHECKS = (fitting, heads, numbers, dtypes)
+CHECKS = (fitting, heads, numbers, dtypes, named_dtype)
