@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from qwenkit.cli import console
 from qwenkit.cli.main import app
 from qwenkit.cli.tokenizer_show import TokenRow
-from qwenkit.tokenizer import from_folder
+from qwenkit.tokenizer import from_folder, write_folder
 from tiny import write_tiny_checkpoint
 
 
@@ -172,6 +173,27 @@ def test_what_is_read_is_not_overwritten(
         done.stderr.split()
     )
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("way", ["--hf-folder", "--out", "tokenizer.json"])
+def test_the_folder_that_is_read_is_not_overwritten(
+    run: CliRunner, folder: Path, tmp_path: Path, way: str
+) -> None:
+    source = shutil.copytree(folder, tmp_path / "model")
+    if way == "tokenizer.json":
+        write_folder(from_folder(source), source)
+    before = {file: file.read_bytes() for file in source.iterdir()}
+    given = source / way if way == "tokenizer.json" else source
+    options = ["--hf-folder", str(source)]
+    if way == "--out":
+        options = ["--model", str(source), "--out", str(source / "." / ".." / "model")]
+    code, _, remarks = _add(run, tmp_path, given, *options)
+    assert code == 2
+    assert "which is read, and would be overwritten; give another folder." in " ".join(
+        remarks.split()
+    )
+    assert {file: file.read_bytes() for file in source.iterdir()} == before
+    assert not (tmp_path / "extra.tiktoken").exists()
 
 
 @pytest.mark.parametrize(

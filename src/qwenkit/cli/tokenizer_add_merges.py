@@ -89,9 +89,10 @@ def add_merges(
 
     source = _resolve(input_path)
     model_path = None if model is None else _resolve(model)
-    _check_output(output_path, [source, vocab_path, *([model_path] if model_path else [])])
+    models = [source] if model_path is None else [source, model_path]
+    _check_output(output_path, [*models, vocab_path])
     for option, folder in (("--hf-folder", hf_folder), ("--out", out)):
-        _check_folder(option, folder)
+        _check_folder(option, folder, models)
     tokenizer = open_tokenizer(source)
     if model_path is not None:
         _check_same(input_path, tokenizer, str(model), open_tokenizer(model_path))
@@ -127,11 +128,22 @@ def _check_output(path: Path, read: Sequence[Path]) -> None:
             )
 
 
-def _check_folder(option: str, path: Path | None) -> None:
-    """A folder to write must not be a file, or below one. Raises UsageError."""
-    taken = None if path is None else next((p for p in (path, *path.parents) if p.exists()), None)
-    if taken is not None and not taken.is_dir():
+def _check_folder(option: str, path: Path | None, read: Sequence[Path]) -> None:
+    """A folder to write must not be a file or below one, nor hold what is read in the formats that
+    are written. Raises UsageError.
+    """
+    if path is None:
+        return
+    taken = next((p for p in (path, *path.parents) if p.exists()), path)
+    if taken.exists() and not taken.is_dir():
         raise UsageError(f"{option}: {str(taken)!r} is a file; give a folder to write.")
+    for given in read if path.exists() else ():
+        folder = given.parent if given.suffix == ".json" else given
+        if folder.samefile(path):
+            raise UsageError(
+                f"{option}: {str(path)!r} holds {str(given)!r}, which is read, and would be "
+                "overwritten; give another folder."
+            )
 
 
 def _learn(path: Path, tokenizer: BytePairTokenizer) -> tuple[int, list[Pair]]:
