@@ -92,6 +92,7 @@ Layout lay_out(const PackedMatmulArguments& a, Memory& memory) {
                             memory.take<int8_t>(tokens * a.columns)};
     }
 #endif
+    static_assert(together * sizeof(float) <= pair * panel_rows, "no room to normalise rows in");
     int64_t apart = a.columns * pair * panel_rows;
     int64_t tiles = (run_columns + (out.per_block + spare_tokens) * 4) * pair * panel_rows;
     out.slot_bytes = std::max(a.columns * 4, a.kind <= int8 ? std::max(apart, tiles) : 0);
