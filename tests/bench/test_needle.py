@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from qwenkit.api import LLM
 from qwenkit.bench.needle import (
@@ -37,7 +35,6 @@ from qwenkit.bench.needle_text import (
     score,
     spread,
 )
-from qwenkit.cli.main import app
 from qwenkit.errors import UsageError
 from qwenkit.layers.attention import AttentionContext
 from qwenkit.models.spec import CausalModel, ModelConfig, find
@@ -349,53 +346,3 @@ def test_wrong_needle_settings_are_named(wrong: dict[str, Any], message: str) ->
     right: dict[str, Any] = {"ropes": ("none",), "lengths": (400,), "depths": (0,)}
     with pytest.raises(UsageError, match=message):
         NeedleSettings(**right | wrong)
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["bench", "needle", *map(str, arguments)])
-
-
-def test_the_needle_command(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    given = [folder, "--length", 400, "--depth", 50, "--compute", "reference", "--out", out]
-    result = invoke(*given)
-    assert result.exit_code == 0, result.output
-    assert "| per-request | 400 |\n| --- | ---: |\n| 50 % | 0.00 |" in result.stdout
-    assert {p.name for p in out.iterdir()} == {"needle.json", "needle.md", "needle.svg"}
-    cell = json.loads((out / "needle.json").read_text())["cells"]["per-request"]["400"]["50"]
-    assert cell["prompt_tokens"] == 400 - 32
-    again = json.loads(invoke(*given, "--json").stdout)
-    assert again["cells"]["per-request"]["400"]["50"] == cell
-
-
-def test_another_haystack_of_the_same_name_is_refused(folder: Path, tmp_path: Path) -> None:
-    book = tmp_path / "book.txt"
-    given = [folder, "--length", 400, "--depth", 50, "--compute", "reference"]
-    given += ["--haystack", book, "--out", tmp_path / "out"]
-    book.write_text("The sea was calm. " * 40)
-    assert invoke(*given).exit_code == 0
-    book.write_text("The sea was rough. " * 40)
-    result = invoke(*given)
-    assert result.exit_code == 2
-    assert "another haystack of the same name. Give another folder." in " ".join(
-        result.stderr.split()
-    )
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--language", "fr"], "language: got 'fr'"),
-        (["--needles", "9"], "needles: got 9; allowed: 1 to 8"),
-        (["--needle", "x"], "--needle takes an --answer each, and one --question"),
-        (["--needle", "x", "--answer", "{code}", "--question", "y"], "--answer has {code}, but"),
-        (["--question", "x"], "--needle takes an --answer each, and one --question"),
-        (["--haystack", "/dev/null"], "--haystack: '/dev/null' has no text"),
-        (["--length", "100"], "question and needles alone are"),
-        (["--length", "20000"], "length: got 20000; tiny allows 1 to 8192"),
-    ],
-)
-def test_what_cannot_be_hunted_is_refused(folder: Path, given: list[str], message: str) -> None:
-    result = invoke(folder, "--compute", "reference", *given)
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.split())
