@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 from qwenkit.errors import RequestError
 from qwenkit.layers.position import Position, choose_extension, covered_tokens
 from qwenkit.types.extension import NO_EXTENSION, Extension, RopeMode
+from qwenkit.types.options import RequestOptions
 from qwenkit.types.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Prompt ids and how to continue them. `id` names the request in its events."""
+    """Prompt ids, how to continue them, and the request's place beside others. `id` names the
+    request in its events.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    options: RequestOptions = field(default_factory=RequestOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

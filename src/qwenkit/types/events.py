@@ -7,7 +7,7 @@ from typing import Literal
 
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "timeout", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,11 +45,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for field, low, high in _NUMBERS:
-            self._set(field, _number(field, getattr(self, field), low, high))
+            self._set(field, number_between(field, getattr(self, field), low, high))
         for field, minimum in _WHOLE_NUMBERS:
             value = getattr(self, field)
             if value is not None or field in ("min_tokens", "top_k"):
-                self._set(field, _whole(field, value, minimum))
+                self._set(field, whole_number(field, value, minimum))
         self._set("stop", _texts("stop", self.stop))
         self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         sequences = _items("stop_token_sequences", self.stop_token_sequences)
@@ -111,7 +111,7 @@ _WHOLE_NUMBERS = (
 )
 
 
-def _number(field: str, value: object, low: float, high: float) -> float:
+def number_between(field: str, value: object, low: float, high: float) -> float:
     """A number of any kind (numpy's too) as a Python float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise RequestError(field, f"expected a finite number, got {value!r}.")
@@ -121,13 +121,14 @@ def _number(field: str, value: object, low: float, high: float) -> float:
     return number
 
 
-def _whole(field: str, value: object, minimum: int) -> int:
+def whole_number(field: str, value: object, low: int, high: int = 2**63 - 1) -> int:
     """A whole number of any kind (numpy's too) as a Python int."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise RequestError(field, f"expected a whole number, got {value!r}.")
     number = int(value)
-    if not minimum <= number < 2**63:
-        raise RequestError(field, f"got {number}; allowed: {minimum} to 2^63 - 1.")
+    if not low <= number <= high:
+        end = "2^63 - 1" if high == 2**63 - 1 else high
+        raise RequestError(field, f"got {number}; allowed: {low} to {end}.")
     return number
 
 
@@ -146,4 +147,4 @@ def _texts(field: str, value: object) -> tuple[str, ...]:
 
 
 def _ids(field: str, value: object) -> tuple[int, ...]:
-    return tuple(_whole(field, item, 0) for item in _items(field, value))
+    return tuple(whole_number(field, item, 0) for item in _items(field, value))

@@ -1,52 +1,46 @@
-"""Room 6: `LLM` and `AsyncLLM`, a loaded model with its engine and chat renderer behind one door.
-
-from qwenkit import LLM
-llm = LLM("default")
-print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
-"""
+"""What `LLM` and `AsyncLLM` share: one loaded model, its engine and its chat renderer."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import numbers
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, overload
 
 import torch
 
+from qwenkit.api.inputs import (
+    Messages,
+    Options,
+    Prompt,
+    Sampling,
+    Tools,
+    prompt_ids,
+    request_options,
+    sampling_changes,
+)
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
-from qwenkit.engine.collector import Collector
 from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
-from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import Loaded, load
 from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
-from qwenkit.types.completion import Completion
-from qwenkit.types.events import Event
 from qwenkit.types.extension import rope_mode
-from qwenkit.types.messages import Message, Tool, parse_messages, parse_tools
+from qwenkit.types.messages import parse_messages, parse_tools
 from qwenkit.types.sampling import SamplingParams
 
 COMPUTE = ("auto", "reference")
-Sampling = SamplingParams | Mapping[str, Any] | None
-Messages = Iterable[Message | Mapping[str, Any]]
-Tools = Iterable[Tool | Mapping[str, Any]]
-Prompt = str | Sequence[int]
-Prompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
 
 
-class _Session:
-    """What `LLM` and `AsyncLLM` share: one loaded model and one engine."""
+class Session:
+    """One loaded model and one engine; `LLM` and `AsyncLLM` say how to wait for answers."""
 
     def __init__(
         self,
@@ -174,185 +168,32 @@ class _Session:
         if isinstance(given, SamplingParams):
             chosen = given
         else:
-            chosen = self.record.sampling.replace(**_changes(given))
+            chosen = self.record.sampling.replace(**sampling_changes(given))
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
-    def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
+    def _request(
+        self, prompt: Prompt, sampling: Sampling = None, options: Options = None
+    ) -> Request:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
             bos = self.record.bos_token_id
             if self.record.add_bos_token and bos is not None:
                 ids.insert(0, bos)
         else:
-            ids = _prompt_ids(prompt)
-        return Request(secrets.token_hex(8), tuple(ids), self.sampling(sampling))
+            ids = prompt_ids(prompt)
+        name, chosen = secrets.token_hex(8), self.sampling(sampling)
+        return Request(name, tuple(ids), chosen, request_options(options))
 
     def _chat_request(
-        self, messages: Messages, sampling: Sampling, tools: Tools, continue_final: bool
+        self,
+        messages: Messages,
+        sampling: Sampling,
+        tools: Tools,
+        continue_final: bool,
+        options: Options,
     ) -> Request:
         rendered = self.render(messages, tools=tools, continue_final_message=continue_final)
-        return self._request(rendered.ids, sampling)
-
-
-class LLM(_Session):
-    """A model to talk to from ordinary code, from several threads too; a context manager."""
-
-    def stream(self, prompt: Prompt, sampling: Sampling = None) -> Iterator[Event]:
-        """Events of a raw completion of text or ids: tokens, then exactly one FinishEvent.
-
-        Closing the iterator aborts the request. Raises RequestError before the first event.
-        """
-        return self._service.stream(self._request(prompt, sampling))
-
-    def stream_chat(
-        self,
-        messages: Messages,
-        sampling: Sampling = None,
-        *,
-        tools: Tools = (),
-        continue_final_message: bool = False,
-    ) -> Iterator[Event]:
-        """Events of the assistant's next turn; see `stream`."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message)
-        return self._service.stream(request)
-
-    @overload
-    def generate(self, prompts: str, sampling: Sampling = None) -> Completion: ...
-    @overload
-    def generate(self, prompts: Prompts, sampling: Sampling = None) -> list[Completion]: ...
-    def generate(
-        self, prompts: str | Prompts, sampling: Sampling = None
-    ) -> Completion | list[Completion]:
-        """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
-        if isinstance(prompts, str):
-            return self._complete([self._request(prompts, sampling)])[0]
-        several = _several(prompts)
-        return self._complete([self._request(prompt, sampling) for prompt in several])
-
-    def chat(
-        self,
-        messages: Messages,
-        sampling: Sampling = None,
-        *,
-        tools: Tools = (),
-        continue_final_message: bool = False,
-    ) -> Completion:
-        """The assistant's next turn. Raises RequestError or TemplateError."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message)
-        return self._complete([request])[0]
-
-    def close(self) -> None:
-        """Stop the engine; running requests end with the reason "abort"."""
-        self._service.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
-        collectors = {request.id: Collector(request) for request in requests}
-        for event in self._service.stream_many(requests):
-            collectors[event.request_id].add(event)
-        return [collectors[request.id].completion() for request in requests]
-
-
-class AsyncLLM(_Session):
-    """The same model for asyncio code; several requests run together in one engine."""
-
-    def stream(self, prompt: Prompt, sampling: Sampling = None) -> AsyncIterator[Event]:
-        """Events of a raw completion of text or ids; see `LLM.stream`."""
-        return self._service.astream(self._request(prompt, sampling))
-
-    def stream_chat(
-        self,
-        messages: Messages,
-        sampling: Sampling = None,
-        *,
-        tools: Tools = (),
-        continue_final_message: bool = False,
-    ) -> AsyncIterator[Event]:
-        """Events of the assistant's next turn; see `LLM.stream_chat`."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message)
-        return self._service.astream(request)
-
-    @overload
-    async def generate(self, prompts: str, sampling: Sampling = None) -> Completion: ...
-    @overload
-    async def generate(self, prompts: Prompts, sampling: Sampling = None) -> list[Completion]: ...
-    async def generate(
-        self, prompts: str | Prompts, sampling: Sampling = None
-    ) -> Completion | list[Completion]:
-        """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
-        if isinstance(prompts, str):
-            return await self._complete(self._request(prompts, sampling))
-        requests = [self._request(prompt, sampling) for prompt in _several(prompts)]
-        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
-
-    async def chat(
-        self,
-        messages: Messages,
-        sampling: Sampling = None,
-        *,
-        tools: Tools = (),
-        continue_final_message: bool = False,
-    ) -> Completion:
-        """The assistant's next turn; see `LLM.chat`."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message)
-        return await self._complete(request)
-
-    async def close(self) -> None:
-        """Stop the engine; running requests end with the reason "abort"."""
-        self._service.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()
-
-    async def _complete(self, request: Request) -> Completion:
-        collector = Collector(request)
-        async for event in self._service.astream(request):
-            collector.add(event)
-        return collector.completion()
-
-
-def _changes(given: object) -> dict[str, Any]:
-    """Changes of single sampling fields. Raises RequestError for what is no mapping of names."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        kind = type(given).__name__
-        message = f"expected SamplingParams or a mapping of option names, got {kind} {given!r}."
-        raise RequestError("sampling", message)
-    return dict(given)
-
-
-def _several(prompts: object) -> list[Any]:
-    """A list of prompts as a list. Raises RequestError for anything else."""
-    if isinstance(prompts, bytes | Mapping | Set) or not isinstance(prompts, Iterable):
-        kind = type(prompts).__name__
-        raise RequestError("prompts", f"expected a text or a list of texts or ids, got {kind}.")
-    several = list(prompts)
-    if any(isinstance(prompt, numbers.Integral) for prompt in several):
-        raise RequestError("prompts", "a list of ids must be inside a list: [[1, 2, 3]].")
-    return several
-
-
-def _prompt_ids(prompt: object) -> list[int]:
-    """Ids as plain integers. Raises RequestError for anything else."""
-    if isinstance(prompt, torch.Tensor):
-        prompt = prompt.tolist()
-    if isinstance(prompt, bytes | Mapping | Set) or not isinstance(prompt, Iterable):
-        kind = type(prompt).__name__
-        raise RequestError("prompt", f"expected a text or a list of ids, got {kind}.")
-    ids = list(prompt)
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral):
-            raise RequestError("prompt", f"expected whole numbers as ids, got {token_id!r}.")
-    return [int(token_id) for token_id in ids]
+        return self._request(rendered.ids, sampling, options)
 
 
 def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, str]:
