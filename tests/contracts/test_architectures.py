@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fake_devices import fake, on_fake_devices
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.runner import Runner
-from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.kernels.registry import reference_only
 from qwenkit.layers.attention import ByDevice, PackedCausal
 from qwenkit.layers.linear import Embedding, Linear
@@ -94,7 +94,7 @@ def test_paged_logits_are_the_packed_ones(
     )
     near = 1e-5 * expected.abs().max().item()
     for start, stop in pairwise(cuts):
-        chunk = Chunk("a", tuple(ids[start:stop].tolist()), start, BLOCKS, True)
+        chunk = Chunk("a", tuple(ids[start:stop].tolist()), start, BLOCKS)
         logits = runner.run(Plan((chunk,)))  # [1, vocab_size]
         torch.testing.assert_close(logits[0], expected[stop - 1], rtol=0, atol=near)
 
@@ -105,7 +105,7 @@ def test_a_model_split_between_its_layers_gives_the_same_bits(model_type: str, t
     model = _model(model_type, tied=tied)
     parts = model_parts(model)
     assert {parts.part_of(name) for name, _ in model.named_parameters()} <= set(parts.paths)
-    chunk = Chunk("a", tuple(range(TOKENS)), 0, BLOCKS, True)
+    chunk = Chunk("a", tuple(range(TOKENS)), 0, BLOCKS)
     sizes: dict[str, Any] = {"num_blocks": 40, "block_tokens": 4, "reference_ops": True}
     cpu = torch.device("cpu")
     ids = torch.arange(TOKENS)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from fakes import EOS, ByteTokenizer, tiny_model
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.layers.attention import AttentionContext
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
 from qwenkit.types.sampling import SamplingParams

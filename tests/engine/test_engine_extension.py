@@ -9,8 +9,9 @@ import torch
 from serving import finish, request, run, tokens
 
 from fakes import ByteTokenizer, tiny_model
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import RequestError
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.position import Rotary, extended

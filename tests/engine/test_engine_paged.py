@@ -12,8 +12,8 @@ from fakes import tiny_model
 from qwenkit.engine.batch import build
 from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.runner import Runner
-from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.errors import UsageError
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
@@ -45,7 +45,7 @@ def runner(model: qwen2.Model, num_blocks: int = 40) -> Runner:
 
 def chunk(name: str, ids: list[int], start: int, stop: int, blocks: Iterable[int]) -> Chunk:
     """Of the sequence `ids` the part from `start` to `stop`, its logits wanted."""
-    return Chunk(name, tuple(ids[start:stop]), start, tuple(blocks), True)
+    return Chunk(name, tuple(ids[start:stop]), start, tuple(blocks))
 
 
 def random_ids(seed: int, count: int) -> list[int]:
@@ -97,7 +97,7 @@ def test_sequences_of_different_lengths_share_a_batch(kv_heads: int, tied: bool)
 
 def test_only_the_rows_to_be_sampled_reach_the_head() -> None:
     model, ids = tiny_model(), random_ids(2, 12)
-    middle = Chunk("b", tuple(ids[:5]), 0, (3, 4), False)
+    middle = Chunk("b", tuple(ids[:5]), 0, (3, 4), 0, sample=False)
     plan = Plan((chunk("a", ids, 0, 7, (0, 1)), middle, chunk("c", ids, 0, 1, (9,))))
     logits = runner(model).run(plan)
     assert logits.shape == (2, 272)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qwenkit.engine.engine import EngineSettings
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import RequestError, UsageError
 from qwenkit.types.sampling import SamplingParams
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from fakes import EOS, ByteTokenizer, tiny_model
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import RequestError, UsageError
 from qwenkit.layers.attention import AttentionContext
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
@@ -33,7 +34,9 @@ def engine(model: Any = MODEL, **settings: Any) -> Engine:
     return Engine(
         model,
         ByteTokenizer(),
-        EngineSettings(**{"block_tokens": 4, "kv_cache_tokens": 4096, **settings}),
+        EngineSettings(
+            **{"block_tokens": 4, "kv_cache_tokens": 4096, "prefix_cache": False, **settings}
+        ),
         stop_token_ids=(EOS,),
         context_tokens=512,
     )

@@ -16,8 +16,8 @@ from qwenkit.checkpoint.safetensors import read_safetensors
 from qwenkit.engine.batch import build
 from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.request import Limits, Request
-from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.kernels import cpu
 from qwenkit.kernels.registry import reference_only
 from qwenkit.models.spec import CausalModel, find
@@ -110,5 +110,5 @@ def _chunks(model: CausalModel, ids: torch.Tensor, ends: Sequence[int]) -> list[
     )
     halves = [0, ends[0] // 2, *ends] if ends[0] > 1 else [0, *ends]  # the prompt in two pieces
     return [
-        Chunk("case", tuple(ids[a:b].tolist()), a, (), True, extension) for a, b in pairwise(halves)
+        Chunk("case", tuple(ids[a:b].tolist()), a, (), 1, extension) for a, b in pairwise(halves)
     ]

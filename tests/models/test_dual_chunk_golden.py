@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from qwenkit.checkpoint import open_checkpoint
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.runner import Runner
-from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.kernels.ops.dual_chunk_attention import dual_chunk_attention
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.position import DualChunk, Rotary, choose_extension
@@ -153,7 +153,7 @@ def run(
             part = tuple(ids[start:stop])
             if part:
                 blocks = tuple(range(78 - number, 0, -len(sequences)))[: len(ids) // 8 + 1]
-                chunks.append(Chunk(name, part, start, blocks, True, extension))
+                chunks.append(Chunk(name, part, start, blocks, 1, extension))
         logits = runner.run(Plan(tuple(chunks)))
         for chunk, row in zip(chunks, logits, strict=True):
             rows[chunk.request_id].append(row)

@@ -12,8 +12,9 @@ from golden_cases import golden_model, paged_logits, read_tensors, worst
 from torch.nn import functional
 
 from fakes import ByteTokenizer
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.kernels import cpu
 from qwenkit.kernels.ops.rotary import rotary
 from qwenkit.kernels.registry import reference_only

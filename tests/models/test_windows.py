@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fakes import tiny_model
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.runner import Runner
-from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.models.spec import find
 
@@ -79,7 +79,7 @@ def test_windows_are_the_same_through_the_paged_cache() -> None:
         model, num_blocks=8, block_tokens=4, device=torch.device("cpu"), reference_ops=False
     )
     for start, stop in ((0, 9), (9, 10), (10, 22), (22, 23)):
-        chunk = Chunk("a", tuple(ids[start:stop].tolist()), start, (5, 1, 7, 0, 2, 3), True)
+        chunk = Chunk("a", tuple(ids[start:stop].tolist()), start, (5, 1, 7, 0, 2, 3))
         torch.testing.assert_close(
             runner.run(Plan((chunk,)))[0], expected[stop - 1], rtol=0, atol=2e-4
         )

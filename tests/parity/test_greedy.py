@@ -14,8 +14,9 @@ import torch
 from pairs import QWEN2_MOE, QWEN3, QWEN3_MOE, TINY, make_pair
 
 from fakes import ByteTokenizer
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.models.spec import CausalModel
 from qwenkit.types.events import TokenEvent
 from qwenkit.types.sampling import SamplingParams

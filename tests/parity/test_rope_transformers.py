@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.position import Rotary, choose_extension, extended
 from qwenkit.layers.rope import rotary_tables

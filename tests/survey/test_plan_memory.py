@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from first_generation import write_first_generation
-from qwenkit.engine.engine import EngineSettings
 from qwenkit.engine.kv import KVCache
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import UsageError
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan

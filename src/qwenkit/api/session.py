@@ -22,9 +22,10 @@ from qwenkit.api.inputs import (
 )
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from qwenkit.api import LLM
 from qwenkit.bench.methods import METHODS, own_rotary, positioned
 from qwenkit.engine.collector import Collector
-from qwenkit.engine.engine import Engine, EngineSettings
+from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import QwenkitError, UsageError
 from qwenkit.layers.position import Position
 from qwenkit.record import context_limit
@@ -31,7 +32,7 @@ class ModelReader:
             self._engine = Engine(
                 llm.model,
                 llm.tokenizer,
-                EngineSettings(reference_ops=reference),
+                EngineSettings(reference_ops=reference, prefix_cache=not reference),
                 stop_token_ids=llm.record.stop_token_ids,
                 context_tokens=longest,
                 trained_tokens=llm.record.trained_context_tokens,
@@ -49,19 +50,23 @@ class ModelReader:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=0)
         request = Request("needle", tuple(ids), sampling)
         collector = Collector(request)
-        before = self._engine.status().computed_tokens
+        before = self._tokens_done()
         with positioned(self._llm.model, self._position):
             self._engine.add(request)
             while self._engine.has_work:
                 for event in self._engine.step():
                     collector.add(event)
-                computed = self._engine.status().computed_tokens - before
-                progress(computed / (len(ids) + max_tokens))
+                progress((self._tokens_done() - before) / (len(ids) + max_tokens))
         completion = collector.completion()
         if completion.error is not None:
             raise QwenkitError(f"the model failed at {len(ids)} tokens: {completion.error}")
         extension = completion.usage.extension
         return completion.text, f"{extension.method} {extension.factor:g}"
+
+    def _tokens_done(self) -> int:
+        """Tokens that were computed, or found computed: haystacks of one text begin the same."""
+        status = self._engine.status()
+        return status.computed_tokens + status.cached_tokens
 
 
 def _position(llm: LLM, rope: str, longest: int) -> Position:

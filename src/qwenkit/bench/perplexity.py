@@ -24,7 +24,7 @@ from qwenkit.bench.recorded import read_cells, write_files
 from qwenkit.engine.batch import build
 from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
-from qwenkit.engine.scheduler import Chunk, Plan
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.errors import UsageError
 from qwenkit.layers.position import Position, Rotary, choose_extension, extended
 from qwenkit.load import Loaded
@@ -228,7 +228,7 @@ def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Te
     blocks = tuple(range(-(-len(ids) // BLOCK_TOKENS)))
     for start in range(0, len(ids) - 1, CHUNK_TOKENS):
         part = tuple(ids[start : start + CHUNK_TOKENS])
-        plan = Plan((Chunk("window", part, start, blocks, True, job.extension),))
+        plan = Plan((Chunk("window", part, start, blocks, 1, job.extension),))
         batch = build(plan, block_tokens=BLOCK_TOKENS, device=device)
         context = _EveryRow(cache, batch)
         targets = torch.tensor(ids[start + 1 : start + 1 + len(part)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwenkit.engine.scheduler import Plan
+from qwenkit.engine.plan import Plan
 from qwenkit.layers.position import at_position
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
@@ -70,8 +70,7 @@ def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
         if not chunk.extension.growing:
             number = extensions.setdefault(chunk.extension, len(extensions))
             extended_by += [number] * len(chunk.token_ids)
-        if chunk.sample:
-            rows.append(len(ids) - 1)
+        rows += range(len(ids) - chunk.rows, len(ids))
     width = max(len(chunk.blocks) for chunk in plan.chunks)
     lengths = [len(chunk.token_ids) for chunk in plan.chunks]
     ends = [chunk.start + len(chunk.token_ids) for chunk in plan.chunks]

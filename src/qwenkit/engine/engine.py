@@ -8,71 +8,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qwenkit.engine.blocks import BlockPool
-from qwenkit.engine.kv import KV_DTYPES
+from qwenkit.engine.plan import Chunk, SchedulerStatus
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
-from qwenkit.engine.sampler import Choice, Sampler
-from qwenkit.engine.scheduler import Scheduler, SchedulerStatus
+from qwenkit.engine.sampler import Sampler
+from qwenkit.engine.scheduler import Scheduler
 from qwenkit.engine.served import ServedModel
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.engine.text import Ending, Output
-from qwenkit.errors import QwenkitError, RequestError, UsageError, suggest
+from qwenkit.errors import QwenkitError, RequestError
 from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage
 from qwenkit.types.extension import Extension, RopeMode
 from qwenkit.types.protocols import Tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """Sizes of one engine.
-
-    `block_tokens` is the number of tokens in one block of the KV cache, `kv_cache_tokens` the size
-    of the whole cache, rounded up to whole blocks (None: one sequence of the full context, or many
-    shorter ones).
-    `max_batch_tokens` bounds the tokens computed in one step, so a longer prompt is computed in
-    chunks of that size; `max_sequences` bounds the requests that run at the same time.
-    `kv_dtype` "fp32", "bf16" or "int8" is what keys and values are kept in; "auto" is what the
-    model computes in. `reference_ops` runs every op's torch reference, whatever backends are
-    registered.
-
-    Raises UsageError naming the setting on construction.
-    """
-
-    block_tokens: int = 16
-    kv_cache_tokens: int | None = None
-    max_batch_tokens: int = 512
-    max_sequences: int = 64
-    kv_dtype: str = "auto"
-    reference_ops: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("block_tokens", "kv_cache_tokens", "max_batch_tokens", "max_sequences"):
-            value = getattr(self, name)
-            if value is None and name == "kv_cache_tokens":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}.")
-        if self.kv_dtype not in KV_DTYPES:
-            raise UsageError(
-                f"kv_dtype: got {self.kv_dtype!r}. {suggest(self.kv_dtype, KV_DTYPES)}"
-            )
-        if self.max_sequences > self.max_batch_tokens:
-            raise UsageError(
-                f"max_sequences: {self.max_sequences} is above max_batch_tokens "
-                f"{self.max_batch_tokens}; every running sequence needs a token in each step."
-            )
-
-    def num_blocks(self, context_tokens: int) -> int:
-        """Blocks of the cache, for a model whose sequences have at most `context_tokens`."""
-        tokens = context_tokens if self.kv_cache_tokens is None else self.kv_cache_tokens
-        return -(-tokens // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +39,7 @@ class _Active:
     sampler: Sampler
     output: Output
     extension: Extension
+    deadline_s: float | None  # by the engine's clock
 
 
 class Engine:
@@ -108,6 +65,7 @@ class Engine:
         rope: RopeMode = "per-request",
         device: torch.device | str = "cpu",
         layer_devices: Sequence[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         num_blocks = settings.num_blocks(context_tokens)
         self.limits = Limits(
@@ -136,7 +94,10 @@ class Engine:
             block_tokens=settings.block_tokens,
             max_batch_tokens=settings.max_batch_tokens,
             max_sequences=settings.max_sequences,
+            max_mixed_tokens=settings.max_mixed_tokens,
+            prefix_cache=settings.prefix_cache,
         )
+        self._clock = clock
         self._active: dict[str, _Active] = {}
 
     @property
@@ -184,8 +145,17 @@ class Engine:
             max_tokens=self.limits.output_tokens(request),
         )
         extension = self.limits.extension(request)
-        self._active[request.id] = _Active(request, sampler, output, extension)
-        self._scheduler.add(request.id, request.prompt_ids, extension)
+        options = request.options
+        deadline_s = None if options.timeout_s is None else self._clock() + options.timeout_s
+        self._active[request.id] = _Active(request, sampler, output, extension, deadline_s)
+        self._scheduler.add(
+            request.id,
+            request.prompt_ids,
+            extension,
+            client=options.client,
+            priority=options.priority,
+            cache_key=(options.adapter, options.cache_salt),
+        )
         return request
 
     def step(self) -> list[Event]:
@@ -194,24 +164,28 @@ class Engine:
         What the model raises comes out of here with all requests as they were: step again, or end
         them with `abort_all`.
         """
+        events: list[Event] = self._end_overdue()
         plan = self._scheduler.schedule()
         if not plan.chunks:
-            return []
+            return events
         logits = self._runner.run(plan)  # [rows, vocab_size]
-        events: list[Event] = []
-        sampled: dict[str, Choice] = {}
-        for request_id, row in zip(plan.sampled_ids, logits, strict=True):
+        sampled: dict[str, tuple[int, ...]] = {}
+        endings: dict[str, Ending] = {}
+        first = 0
+        for chunk in plan.chunks:
+            rows = logits[first : first + chunk.rows]  # [chunk.rows, vocab_size]
+            first += chunk.rows
             try:
-                sampled[request_id] = self._active[request_id].sampler.choose(row)
+                tokens, ending = self._choose(chunk, rows)
             except Exception as error:
-                events.append(self._fail(request_id, error))
-        self._scheduler.apply(plan, {name: choice.token_id for name, choice in sampled.items()})
-        for request_id, choice in sampled.items():
-            try:
-                events += self._emit(request_id, choice)
-            except Exception as error:
-                events.append(self._fail(request_id, error))
-        return events
+                events.append(self._fail(chunk.request_id, error))
+                continue
+            events += tokens
+            sampled[chunk.request_id] = tuple(token.token_id for token in tokens)
+            if ending is not None:
+                endings[chunk.request_id] = ending
+        self._scheduler.apply(plan, sampled)
+        return events + [self._finish(name, ending) for name, ending in endings.items()]
 
     def abort(self, request_id: str) -> FinishEvent | None:
         """End a request and free its blocks at once; None if it is not being served (any more)."""
@@ -224,17 +198,42 @@ class Engine:
         ending = Ending("abort" if error is None else "error")
         return [self._finish(name, ending, error) for name in self._scheduler.request_ids]
 
-    def _emit(self, request_id: str, choice: Choice) -> list[Event]:
-        text, ending = self._active[request_id].output.push(choice.token_id)
-        token = TokenEvent(request_id, choice.token_id, text, choice.logprob, choice.top_logprobs)
-        return [token] if ending is None else [token, self._finish(request_id, ending)]
+    def _choose(self, chunk: Chunk, rows: torch.Tensor) -> tuple[list[TokenEvent], Ending | None]:
+        """The tokens that the rows [chunk.rows, vocab_size] of a chunk give, up to the first that
+        is not what was drafted, or ends the output.
+        """
+        active = self._active[chunk.request_id]
+        tokens: list[TokenEvent] = []
+        drafted = chunk.token_ids[len(chunk.token_ids) - chunk.drafted :]
+        for row, guess in zip(rows, (*drafted, None), strict=True) if chunk.sample else ():
+            choice = active.sampler.choose(row)
+            text, ending = active.output.push(choice.token_id)
+            tokens.append(
+                TokenEvent(
+                    chunk.request_id, choice.token_id, text, choice.logprob, choice.top_logprobs
+                )
+            )
+            if ending is not None:
+                return tokens, ending
+            if choice.token_id != guess:
+                break
+        return tokens, None
+
+    def _end_overdue(self) -> list[Event]:
+        now_s = self._clock()
+        overdue = [
+            name
+            for name, active in self._active.items()
+            if active.deadline_s is not None and active.deadline_s <= now_s
+        ]
+        return [self._finish(name, Ending("timeout")) for name in overdue]
 
     def _fail(self, request_id: str, error: Exception) -> FinishEvent:
         return self._finish(request_id, Ending("error"), _describe(error))
 
     def _finish(self, request_id: str, ending: Ending, error: str | None = None) -> FinishEvent:
         active = self._active.pop(request_id)
-        self._scheduler.remove(request_id)
+        sequence = self._scheduler.remove(request_id, spoiled=ending.reason == "error")
         try:
             text, ending = active.output.finish(ending)
         except Exception as failure:  # of the tokenizer's stream
@@ -244,7 +243,10 @@ class Engine:
             reason=ending.reason,
             text=text,
             usage=Usage(
-                len(active.request.prompt_ids), active.output.tokens, extension=active.extension
+                prompt_tokens=len(active.request.prompt_ids),
+                completion_tokens=active.output.tokens,
+                cached_tokens=sequence.cached or 0,
+                extension=active.extension,
             ),
             matched_stop=ending.matched_stop,
             error=error,

@@ -77,24 +77,50 @@ class Limits:
         return self.context_tokens if self.trained_tokens is None else self.trained_tokens
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """A request's place in the engine.
 
     `tokens` is the prompt and all output so far; the keys and values of the first `computed` of
-    them are in the cache, in `blocks`, made under `extension`.
+    them are in the cache, in `blocks`, made under `extension`. `names` are those of its full
+    blocks, as far as they were asked for, behind `root`, which stands for all that keys and values
+    depend on beside the tokens. Rows of logits (or of hidden states) are wanted from token
+    `rows_from` on, or None: only that of the last token.
+
+    `arrival` counts the sequences of an engine; `reached` is the most that was ever computed,
+    `charged` the tokens that its client has paid for, `cached` those that the first start found in
+    the cache.
     """
 
     request_id: str
     tokens: list[int]
+    arrival: int
     extension: Extension = NO_EXTENSION
+    client: str = ""
+    priority: int = 0
+    rows_from: int | None = None
+    root: bytes = b""
+    names: list[bytes] = field(default_factory=list)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    reached: int = 0
+    charged: int = 0
+    cached: int | None = None
 
     @property
     def remaining(self) -> int:
         """Tokens whose keys and values are still to be computed: 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    def missing_blocks(self, tokens: int, block_tokens: int) -> int:
+        """Blocks of `block_tokens` that it lacks to hold its first `tokens` tokens."""
+        return -(-tokens // block_tokens) - len(self.blocks)
+
+    @property
+    def first_row(self) -> int:
+        """The first token whose row is wanted; nothing from here on is taken from the cache."""
+        last = len(self.tokens) - 1
+        return last if self.rows_from is None else min(last, self.rows_from)
 
 
 def stop_ids(

@@ -10,8 +10,8 @@ import torch
 from qwenkit.engine.batch import Batch, build
 from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
+from qwenkit.engine.plan import Plan
 from qwenkit.engine.replay import Replayer
-from qwenkit.engine.scheduler import Plan
 from qwenkit.engine.served import ServedModel
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.registry import reference_only
@@ -59,8 +59,8 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> torch.Tensor:
-        """Compute the plan's tokens; return logits [rows, vocab_size], a row for each of
-        `plan.sampled_ids`, in whatever dtype the model gives. The next run may overwrite them.
+        """Compute the plan's tokens; return logits [rows, vocab_size], those that the chunks want
+        one after another, in whatever dtype the model gives. The next run may overwrite them.
         """
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
         if self._replayer is not None:

@@ -1,88 +1,68 @@
 """Which tokens of which requests are computed next: continuous batching (Orca, OSDI 2022) with
-chunked prefill over a paged cache (arXiv 2309.06180).
+chunked prefill over a paged cache (arXiv 2309.06180) that keeps equal beginnings.
 
 Pure decisions on plain data; knows no tensor, text or sampling. A sequence is tokens of which some
 are computed: a fresh prompt, a decode and a sequence that starts again after losing its blocks
 differ only in how many are not.
 
-Order is order of arrival, always: the running sequences are the oldest ones, the next to be
-admitted is the oldest that waits, the one that gives up its blocks is the youngest. So nobody is
-overtaken, and the oldest moves in every step, which is why everything finishes.
+Who waits starts in the order of `line`. Who needs room takes it from who must yield: a sequence of
+lower priority, or, for a client that runs nothing, the youngest one of the client that runs most.
+Nobody yields to an equal, and the oldest sequence of the highest priority never does once it runs:
+it moves in every step, which is why everything finishes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
-from qwenkit.engine.blocks import BlockPool
+from qwenkit.engine.blocks import BlockPool, first_name
+from qwenkit.engine.fairness import last_to_keep, runs_already, share_prompts, who_yields
+from qwenkit.engine.line import Line
+from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
+from qwenkit.engine.prefixes import Prefixes
 from qwenkit.engine.request import Sequence
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
+_LEAST_PROMPT_TOKENS = 32  # in a step, however many sequences decode in it
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one sequence: `token_ids` at positions from `start`.
-
-    `blocks` hold the sequence's keys and values from position 0. `sample`: the chunk ends at the
-    sequence's last token, so its last row gives the next one. `extension` is its request's.
-    """
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    start: int
-    blocks: tuple[int, ...]
-    sample: bool
-    extension: Extension = NO_EXTENSION
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: the chunks to compute, and the requests that lost their blocks to make room."""
-
-    chunks: tuple[Chunk, ...]
-    preempted: tuple[str, ...] = ()
-
-    @property
-    def sampled_ids(self) -> tuple[str, ...]:
-        """The requests that get a token, in the order of their logits rows."""
-        return tuple(chunk.request_id for chunk in self.chunks if chunk.sample)
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStatus:
-    """Counts at one moment, and since the start: tokens computed, those of them computed again
-    after a preemption, and preemptions.
-    """
-
-    running: int
-    waiting: int
-    free_blocks: int
-    total_blocks: int
-    computed_tokens: int
-    recomputed_tokens: int
-    preemptions: int
+Drafts = Mapping[str, tuple[int, ...]]
 
 
 class Scheduler:
     """Sequences that wait and run, over a pool of blocks of `block_tokens` tokens.
 
-    Each step computes at most `max_batch_tokens` tokens of at most `max_sequences` sequences. The
-    caller guarantees that any one sequence fits the pool at its full length.
+    Each step computes at most `max_batch_tokens` tokens of at most `max_sequences` sequences, and
+    where some of them decode, so that they are not kept waiting, at most `max_mixed_tokens`; rows
+    are wanted of at most `max_rows` tokens of a prompt. `prefix_cache` False: nothing is kept for
+    sequences that begin the same. The caller guarantees that any one sequence fits the pool at its
+    full length.
     """
 
     def __init__(
-        self, pool: BlockPool, *, block_tokens: int, max_batch_tokens: int, max_sequences: int
+        self,
+        pool: BlockPool,
+        *,
+        block_tokens: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+        max_mixed_tokens: int | None = None,
+        max_rows: int = 64,
+        prefix_cache: bool = True,
     ) -> None:
         self._pool = pool
         self._block_tokens = block_tokens
         self._max_batch_tokens = max_batch_tokens
+        self._max_mixed_tokens = max_mixed_tokens or max_batch_tokens
         self._max_sequences = max_sequences
-        self._waiting: deque[Sequence] = deque()  # oldest first
-        self._running: list[Sequence] = []  # oldest first, all older than the waiting ones
+        self._max_rows = max_rows
+        self._prefixes = Prefixes(pool, block_tokens, enabled=prefix_cache)
+        self._line = Line()
+        self._running: list[Sequence] = []  # oldest first
         self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
         self._computed_tokens = self._recomputed_tokens = self._preemptions = 0
+        self._prompt_tokens = self._cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -94,121 +74,227 @@ class Scheduler:
         """All sequences that wait or run."""
         return tuple(self._sequences)
 
+    def decoding(self) -> Iterable[tuple[str, list[int]]]:
+        """The sequences that want their next token in the next step, with their tokens so far."""
+        return ((s.request_id, s.tokens) for s in self._running if s.remaining == 1)
+
     def status(self) -> SchedulerStatus:
         """Counts of this moment."""
         return SchedulerStatus(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=len(self._line),
             free_blocks=self._pool.free_blocks,
             total_blocks=self._pool.num_blocks,
             computed_tokens=self._computed_tokens,
             recomputed_tokens=self._recomputed_tokens,
             preemptions=self._preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
         )
 
     def add(
-        self, request_id: str, prompt_ids: tuple[int, ...], extension: Extension = NO_EXTENSION
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        extension: Extension = NO_EXTENSION,
+        *,
+        client: str = "",
+        priority: int = 0,
+        rows_from: int | None = None,
+        cache_key: object = None,
     ) -> None:
-        """Queue a new sequence behind all others."""
-        sequence = Sequence(request_id, list(prompt_ids), extension)
+        """Queue a new sequence. Its keys and values are those of any other with the same tokens,
+        extension and `cache_key`.
+        """
+        sequence = Sequence(
+            request_id=request_id,
+            tokens=list(prompt_ids),
+            arrival=self._arrivals,
+            extension=extension,
+            client=client,
+            priority=priority,
+            rows_from=rows_from,
+            root=first_name(extension, cache_key),
+        )
+        self._arrivals += 1
         self._sequences[request_id] = sequence
-        self._waiting.append(sequence)
+        self._line.enter(sequence)
+        self._line.add(sequence)
 
-    def remove(self, request_id: str) -> None:
-        """Forget a sequence, finished or not, and free its blocks at once."""
+    def remove(self, request_id: str, *, spoiled: bool = False) -> Sequence:
+        """Forget a sequence, finished or not, and free its blocks at once. `spoiled`: what they
+        hold is not to be used again.
+        """
         sequence = self._sequences.pop(request_id)
+        if spoiled:
+            self._pool.drop_names(sequence.blocks)
         if sequence.blocks:
-            self._running.remove(sequence)
-            self._pool.release(sequence.blocks)
+            self._stop(sequence)
         else:
-            self._waiting.remove(sequence)
+            self._line.remove(sequence)
+        self._line.leave(sequence)
+        return sequence
 
-    def schedule(self) -> Plan:
-        """Decide the next step: make room, let in, share the tokens out."""
+    def schedule(self, drafts: Drafts | None = None) -> Plan:
+        """Decide the next step: make room, let in, share the tokens out. `drafts` are guesses of
+        what decoding sequences go on with, of which those are computed that there is room for.
+        """
         preempted = self._grow_running()
         if not preempted:  # else the blocks just freed would go back to who lost them
-            self._admit_waiting()
-        return Plan(self._share_budget(), preempted)
+            preempted = self._admit_waiting()
+        return Plan(self._share_budget(drafts or {}), tuple(s.request_id for s in preempted))
 
-    def apply(self, plan: Plan, sampled: Mapping[str, int]) -> None:
-        """Take note that `plan` was computed and that its sequences got the `sampled` tokens.
-
-        Sequences removed since the plan was made are skipped.
+    def apply(self, plan: Plan, sampled: Mapping[str, tuple[int, ...]]) -> None:
+        """Take note that `plan` was computed and what tokens its sequences got: of one with a draft
+        the part that stands and the one behind it. Who was removed meanwhile is skipped.
         """
         for chunk in plan.chunks:
             self._computed_tokens += len(chunk.token_ids)
             sequence = self._sequences.get(chunk.request_id)
             if sequence is None:
                 continue
-            sequence.computed += len(chunk.token_ids)
+            new = sampled.get(chunk.request_id, ()) if chunk.sample else ()
+            stop = chunk.start + len(chunk.token_ids) - chunk.drafted
             if chunk.sample:
-                sequence.tokens.append(sampled[chunk.request_id])
+                sequence.tokens += new
+                stop = len(sequence.tokens) - 1  # whatever was drafted beyond that was wrong
+            if sequence.rows_from is not None:
+                sequence.rows_from = max(sequence.rows_from, stop)
+            self._recomputed_tokens += max(0, min(stop, sequence.reached) - chunk.start)
+            sequence.computed = stop
+            sequence.reached = max(sequence.reached, stop)
+            self._line.charge(sequence)
+            self._prefixes.name_full_blocks(sequence, chunk.start)
 
-    def _missing_blocks(self, sequence: Sequence) -> int:
-        return -(-len(sequence.tokens) // self._block_tokens) - len(sequence.blocks)
-
-    def _grow_running(self) -> tuple[str, ...]:
-        """Give every running sequence the block that its next token needs, oldest first, taking
-        from the youngest what is not free.
+    def _grow_running(self) -> list[Sequence]:
+        """Give every running sequence the block that its next token needs, those first that yield
+        last, taking from who must yield what is not free.
         """
-        preempted = []
-        for index in range(len(self._running)):
-            if index >= len(self._running):
-                break  # this one and all younger ones have lost theirs
-            sequence = self._running[index]
-            missing = self._missing_blocks(sequence)
+        preempted: list[Sequence] = []
+        for sequence in sorted(self._running, key=lambda s: (-s.priority, s.arrival)):
+            if not sequence.blocks:
+                continue  # it has lost them meanwhile
+            missing = sequence.missing_blocks(len(sequence.tokens), self._block_tokens)
             while missing > self._pool.free_blocks and sequence.blocks:
-                preempted.append(self._preempt_youngest())
+                preempted.append(self._preempt(last_to_keep(self._running)))
             if sequence.blocks:
                 sequence.blocks += self._pool.allocate(missing)
-        return tuple(preempted)
+        return preempted
 
-    def _preempt_youngest(self) -> str:
-        sequence = self._running.pop()
-        self._pool.release(sequence.blocks)
-        self._preemptions += 1
-        self._recomputed_tokens += sequence.computed
-        sequence.blocks = []
-        sequence.computed = 0
-        self._waiting.appendleft(sequence)  # older than all that wait: its place in the line
-        return sequence.request_id
-
-    def _admit_waiting(self) -> None:
-        """Start the oldest waiting sequences whose tokens all fit, as long as there is work left in
-        this step for them. A newcomer takes the blocks of all its tokens at once and leaves one for
-        each running sequence to grow into.
+    def _admit_waiting(self) -> list[Sequence]:
+        """Start waiting sequences, first in line first, while this step has tokens left for them.
+        A newcomer takes all its blocks at once and leaves one for each running sequence to grow
+        into; the next in line waits until it fits.
         """
+        preempted: list[Sequence] = []
         budget = self._max_batch_tokens - sum(s.remaining for s in self._running)
-        while self._waiting and budget > 0 and len(self._running) < self._max_sequences:
-            sequence = self._waiting[0]
-            missing = self._missing_blocks(sequence)
-            if missing + len(self._running) > self._pool.free_blocks:
+        for sequence in islice(self._line.in_order(), self._max_sequences):
+            cached = self._prefixes.find(sequence)
+            if self._prefixes.is_coming(sequence, len(cached)):
+                continue  # it waits for that rather than computing the same beside it
+            yielding = self._who_yields(sequence, cached)
+            if yielding is None:
                 break
-            self._waiting.popleft()
-            sequence.blocks = self._pool.allocate(missing)
-            self._running.append(sequence)
+            if budget <= 0 and not yielding and runs_already(sequence, self._running):
+                continue  # another client may be behind it
+            preempted += [self._preempt(each) for each in yielding]
+            self._start(sequence, cached)
             budget -= sequence.remaining
+            if preempted:
+                break
+        return preempted
 
-    def _share_budget(self) -> tuple[Chunk, ...]:
-        """Every decode gets its token; what is left goes to the prompts, oldest first."""
-        prompt_budget = self._max_batch_tokens - sum(s.remaining == 1 for s in self._running)
+    def _who_yields(self, sequence: Sequence, cached: list[int]) -> list[Sequence] | None:
+        missing = sequence.missing_blocks(len(sequence.tokens), self._block_tokens) - len(cached)
+        needed = missing + self._pool.kept_among(cached)
+        return who_yields(
+            sequence, self._running, self._max_sequences, self._pool, needed, frozenset(cached)
+        )
+
+    def _start(self, sequence: Sequence, cached: list[int]) -> None:
+        self._line.remove(sequence)
+        self._pool.hold(cached)
+        sequence.blocks = list(cached)
+        missing = sequence.missing_blocks(len(sequence.tokens), self._block_tokens)
+        sequence.blocks += self._pool.allocate(missing)
+        sequence.computed = len(cached) * self._block_tokens
+        if sequence.cached is None:
+            sequence.cached = sequence.charged = sequence.computed
+            self._prompt_tokens += len(sequence.tokens)
+            self._cached_tokens += sequence.computed
+        self._line.charge(sequence)
+        self._running.append(sequence)
+        self._running.sort(key=lambda s: s.arrival)
+        self._prefixes.expect(sequence, len(cached))
+
+    def _preempt(self, sequence: Sequence) -> Sequence:
+        """Take a sequence's blocks; it waits at the place of its arrival, and goes on from what is
+        still kept of them.
+        """
+        self._stop(sequence)
+        self._preemptions += 1
+        sequence.computed = 0
+        self._line.add(sequence)
+        return sequence
+
+    def _stop(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        self._prefixes.give_up(sequence)
+
+    def _share_budget(self, drafts: Drafts) -> tuple[Chunk, ...]:
+        """Every decode gets its token; what is left goes to the prompts and then to drafts."""
+        decodes = sum(s.remaining == 1 for s in self._running)
+        prompts = [s for s in self._running if s.remaining > 1]
+        budget = self._max_batch_tokens - decodes
+        if decodes:
+            budget = min(budget, max(self._max_mixed_tokens - decodes, _LEAST_PROMPT_TOKENS))
+        shares = share_prompts(
+            [(sequence, _most_tokens(sequence, self._max_rows)) for sequence in prompts], budget
+        )
+        budget -= sum(shares.values())
         chunks = []
         for sequence in self._running:
-            count = 1
+            name = sequence.request_id
             if sequence.remaining > 1:
-                count = min(sequence.remaining, prompt_budget)
-                prompt_budget -= count
-            if count:
-                chunks.append(self._chunk(sequence, count))
+                if shares[name]:
+                    chunks.append(_chunk(sequence, shares[name]))
+                continue
+            draft = drafts.get(name, ())[: max(0, budget)]
+            draft = self._make_room_for(sequence, draft)
+            budget -= len(draft)
+            chunks.append(_chunk(sequence, 1, draft))
         return tuple(chunks)
 
-    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
-        start, stop = sequence.computed, sequence.computed + count
-        return Chunk(
-            request_id=sequence.request_id,
-            token_ids=tuple(sequence.tokens[start:stop]),
-            start=start,
-            blocks=tuple(sequence.blocks),
-            sample=stop == len(sequence.tokens),
-            extension=sequence.extension,
-        )
+    def _make_room_for(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[int, ...]:
+        """As much of a draft as there are blocks for: nobody loses one for a guess, nor the one
+        that another sequence may need for its next token.
+        """
+        if not draft:
+            return draft
+        spare = max(0, self._pool.free_blocks - len(self._running))
+        missing = sequence.missing_blocks(len(sequence.tokens) + len(draft), self._block_tokens)
+        sequence.blocks += self._pool.allocate(max(0, min(missing, spare)))
+        room = len(sequence.blocks) * self._block_tokens - len(sequence.tokens)
+        return draft[:room]
+
+
+def _most_tokens(sequence: Sequence, max_rows: int) -> int:
+    """As many of a prompt's tokens as one step may take: rows are large."""
+    before_rows = max(0, sequence.first_row - sequence.computed)
+    return min(sequence.remaining, before_rows + max_rows)
+
+
+def _chunk(sequence: Sequence, count: int, draft: tuple[int, ...] = ()) -> Chunk:
+    start, stop = sequence.computed, sequence.computed + count
+    return Chunk(
+        request_id=sequence.request_id,
+        token_ids=(*sequence.tokens[start:stop], *draft),
+        start=start,
+        blocks=tuple(sequence.blocks),
+        rows=max(0, stop - max(start, sequence.first_row)) + len(draft),
+        sample=stop == len(sequence.tokens),
+        drafted=len(draft),
+        extension=sequence.extension,
+    )
