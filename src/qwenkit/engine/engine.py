@@ -22,6 +22,7 @@ from qwenkit.engine.sampler import Sampler
 from qwenkit.engine.scheduler import Scheduler
 from qwenkit.engine.served import ServedModel
 from qwenkit.engine.settings import EngineSettings
+from qwenkit.engine.speculative import Drafter, PromptLookup
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import QwenkitError, RequestError
 from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage
@@ -48,7 +49,7 @@ class Engine:
     `stop_token_ids`, `context_tokens` and `trained_tokens` are the model record's; `rope` says when
     the trained length is extended: for each request as it needs, decided when it is added, or as
     the model's config says. `device` is where the model is; `layer_devices` says it of each layer
-    where they are on several, `device` then of the embedding.
+    where they are on several, `device` then of the embedding. `drafter` guesses tokens.
     Every accepted request yields token events and then exactly one finish event; what goes wrong
     with one of them ends that one only.
     """
@@ -65,6 +66,7 @@ class Engine:
         rope: RopeMode = "per-request",
         device: torch.device | str = "cpu",
         layer_devices: Sequence[str] | None = None,
+        drafter: Drafter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         num_blocks = settings.num_blocks(context_tokens)
@@ -97,6 +99,9 @@ class Engine:
             max_mixed_tokens=settings.max_mixed_tokens,
             prefix_cache=settings.prefix_cache,
         )
+        self._drafter = drafter
+        if drafter is None and settings.speculation == "prompt-lookup":
+            self._drafter = PromptLookup()
         self._clock = clock
         self._active: dict[str, _Active] = {}
 
@@ -165,7 +170,7 @@ class Engine:
         them with `abort_all`.
         """
         events: list[Event] = self._end_overdue()
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._drafts())
         if not plan.chunks:
             return events
         logits = self._runner.run(plan)  # [rows, vocab_size]
@@ -182,6 +187,8 @@ class Engine:
                 continue
             events += tokens
             sampled[chunk.request_id] = tuple(token.token_id for token in tokens)
+            if chunk.drafted and self._drafter is not None:
+                self._drafter.observe(chunk.request_id, chunk.drafted, len(tokens) - 1)
             if ending is not None:
                 endings[chunk.request_id] = ending
         self._scheduler.apply(plan, sampled)
@@ -219,6 +226,14 @@ class Engine:
                 break
         return tokens, None
 
+    def _drafts(self) -> dict[str, tuple[int, ...]]:
+        """Guesses of what decoding sequences go on with; the last token needs none behind it."""
+        if self._drafter is None:
+            return {}
+        decoding = list(self._scheduler.decoding())
+        room = {name: self._active[name].output.room - 1 for name, _ in decoding}
+        return self._drafter.propose(decoding, room)
+
     def _end_overdue(self) -> list[Event]:
         now_s = self._clock()
         overdue = [
@@ -233,6 +248,8 @@ class Engine:
 
     def _finish(self, request_id: str, ending: Ending, error: str | None = None) -> FinishEvent:
         active = self._active.pop(request_id)
+        if self._drafter is not None:
+            self._drafter.forget(request_id)
         sequence = self._scheduler.remove(request_id, spoiled=ending.reason == "error")
         try:
             text, ending = active.output.finish(ending)

@@ -35,24 +35,34 @@ class Plan:
     preempted: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerStatus:
-    """Counts at one moment, and since the start: tokens computed, those of them computed again
-    after a preemption, preemptions, tokens of prompts that were started, and those of them that
-    were in the cache already.
+@dataclass(slots=True)
+class Counts:
+    """Tokens and events since an engine's start.
+
+    `recomputed_tokens` are those of `computed_tokens` that were computed again after a preemption;
+    `cached_tokens` those of the `prompt_tokens` of started prompts that were in the cache already;
+    `accepted_tokens` those of the guessed `drafted_tokens` that stood.
     """
 
-    running: int
-    waiting: int
-    free_blocks: int
-    total_blocks: int
-    computed_tokens: int
-    recomputed_tokens: int
-    preemptions: int
-    prompt_tokens: int
-    cached_tokens: int
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefix_hit_rate(self) -> float:
         """Share of the prompts' tokens that were in the cache already."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerStatus(Counts):
+    """How an engine goes at one moment, and its counts until then."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int

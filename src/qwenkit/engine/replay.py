@@ -1,7 +1,8 @@
 """Decoding steps repeated in native code: the same kernel calls on inputs refilled in place.
 
-A step in which every sequence computes one token and samples makes the same calls each time, with
-other numbers in the same small tensors. Of each number of sequences the first step runs as always,
+A step in which every token gives a row of logits, as in decoding and checking what was drafted,
+makes the same calls each time, with other numbers in the same small tensors. Of each number of
+tokens and sequences the first step runs as always,
 which tells what positions the model asks for; the second is recorded while it runs; later ones are
 repeated. A model that computes with anything but native kernels is never recorded.
 """
@@ -21,10 +22,10 @@ from qwenkit.layers.position import Rotary
 from qwenkit.layers.rope import Tables
 
 _MOST_TOKENS = 16  # beyond, a step takes long enough for Python not to be noticed
-_MOST_PROGRAMS = 32
+_MOST_PROGRAMS = 64
 _REFILLED = ("ids", "positions", "slots", "query_lengths", "kv_lengths")
 
-Key = tuple[int, int, int]  # tokens, width of the block tables, threads
+Key = tuple[int, int, int, int]  # tokens, sequences, width of the block tables, threads
 
 
 class Replayer:
@@ -42,12 +43,10 @@ class Replayer:
         that is repeated: then it must be computed as always.
         """
         tokens = len(batch.ids)
-        if self._refused or batch.rows is not None or len(batch.query_lengths) != tokens:
-            return None
-        if tokens > _MOST_TOKENS:
+        if self._refused or batch.rows is not None or tokens > _MOST_TOKENS:
             return None
         width = 1 << (batch.block_tables.shape[1] - 1).bit_length()
-        key = tokens, width, torch.get_num_threads()
+        key = tokens, len(batch.query_lengths), width, torch.get_num_threads()
         context = PagedAttention(self._cache, batch)
         if key in self._steps:
             return self._steps[key].run(batch, context)
@@ -80,7 +79,7 @@ class _Step:
     ) -> None:
         own = {f.name: getattr(batch, f.name) for f in fields(batch)}
         own |= {name: own[name].clone() for name in _REFILLED}
-        own["block_tables"] = torch.zeros((len(batch.ids), width), dtype=torch.int64)
+        own["block_tables"] = torch.zeros((len(batch.block_tables), width), dtype=torch.int64)
         self._batch = inputs = replace(batch, **own)
         self._fill_tables(batch)
         self._tables: dict[Rotary, Tables] = {

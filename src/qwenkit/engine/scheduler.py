@@ -14,12 +14,13 @@ it moves in every step, which is why everything finishes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from itertools import islice
 
 from qwenkit.engine.blocks import BlockPool, first_name
 from qwenkit.engine.fairness import last_to_keep, runs_already, share_prompts, who_yields
 from qwenkit.engine.line import Line
-from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
+from qwenkit.engine.plan import Chunk, Counts, Plan, SchedulerStatus
 from qwenkit.engine.prefixes import Prefixes
 from qwenkit.engine.request import Sequence
 from qwenkit.types.extension import NO_EXTENSION, Extension
@@ -61,8 +62,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._computed_tokens = self._recomputed_tokens = self._preemptions = 0
-        self._prompt_tokens = self._cached_tokens = 0
+        self._counts = Counts()
 
     @property
     def has_work(self) -> bool:
@@ -85,11 +85,7 @@ class Scheduler:
             waiting=len(self._line),
             free_blocks=self._pool.free_blocks,
             total_blocks=self._pool.num_blocks,
-            computed_tokens=self._computed_tokens,
-            recomputed_tokens=self._recomputed_tokens,
-            preemptions=self._preemptions,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
+            **asdict(self._counts),
         )
 
     def add(
@@ -149,18 +145,20 @@ class Scheduler:
         the part that stands and the one behind it. Who was removed meanwhile is skipped.
         """
         for chunk in plan.chunks:
-            self._computed_tokens += len(chunk.token_ids)
+            self._counts.computed_tokens += len(chunk.token_ids)
             sequence = self._sequences.get(chunk.request_id)
             if sequence is None:
-                continue
+                continue  # removed meanwhile
             new = sampled.get(chunk.request_id, ()) if chunk.sample else ()
             stop = chunk.start + len(chunk.token_ids) - chunk.drafted
             if chunk.sample:
                 sequence.tokens += new
                 stop = len(sequence.tokens) - 1  # whatever was drafted beyond that was wrong
+                self._counts.drafted_tokens += chunk.drafted
+                self._counts.accepted_tokens += max(0, len(new) - 1)
             if sequence.rows_from is not None:
                 sequence.rows_from = max(sequence.rows_from, stop)
-            self._recomputed_tokens += max(0, min(stop, sequence.reached) - chunk.start)
+            self._counts.recomputed_tokens += max(0, min(stop, sequence.reached) - chunk.start)
             sequence.computed = stop
             sequence.reached = max(sequence.reached, stop)
             self._line.charge(sequence)
@@ -220,8 +218,8 @@ class Scheduler:
         sequence.computed = len(cached) * self._block_tokens
         if sequence.cached is None:
             sequence.cached = sequence.charged = sequence.computed
-            self._prompt_tokens += len(sequence.tokens)
-            self._cached_tokens += sequence.computed
+            self._counts.prompt_tokens += len(sequence.tokens)
+            self._counts.cached_tokens += sequence.computed
         self._line.charge(sequence)
         self._running.append(sequence)
         self._running.sort(key=lambda s: s.arrival)
@@ -232,7 +230,7 @@ class Scheduler:
         still kept of them.
         """
         self._stop(sequence)
-        self._preemptions += 1
+        self._counts.preemptions += 1
         sequence.computed = 0
         self._line.add(sequence)
         return sequence

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qwenkit.engine.kv import KV_DTYPES
 from qwenkit.errors import UsageError, suggest
 
+SPECULATIONS = ("none", "prompt-lookup")
 _COUNTS = (
     "block_tokens",
     "kv_cache_tokens",
@@ -26,6 +27,7 @@ class EngineSettings:
     `max_batch_tokens` bounds the tokens computed in one step, so a longer prompt is computed in
     chunks of that size; `max_mixed_tokens` bounds them in steps in which somebody decodes and would
     wait for a neighbour's prompt. `max_sequences` bounds the requests that run at the same time.
+    `speculation` "prompt-lookup" checks several guessed tokens in one step; the output is the same.
     `prefix_cache` False computes everything anew, whatever other requests began with.
     `kv_dtype` "fp32", "bf16" or "int8" is what keys and values are kept in; "auto" is what the
     model computes in. `reference_ops` runs every op's torch reference, whatever backends are
@@ -40,6 +42,7 @@ class EngineSettings:
     max_mixed_tokens: int = 128
     max_sequences: int = 64
     prefix_cache: bool = True
+    speculation: str = "none"
     kv_dtype: str = "auto"
     reference_ops: bool = False
 
@@ -50,6 +53,10 @@ class EngineSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        if self.speculation not in SPECULATIONS:
+            raise UsageError(
+                f"speculation: got {self.speculation!r}. {suggest(self.speculation, SPECULATIONS)}"
+            )
         if self.kv_dtype not in KV_DTYPES:
             raise UsageError(
                 f"kv_dtype: got {self.kv_dtype!r}. {suggest(self.kv_dtype, KV_DTYPES)}"

@@ -109,6 +109,11 @@ class Output:
         self._max_tokens = max_tokens
         self._cut = False  # at a stop string: nothing may follow
 
+    @property
+    def room(self) -> int:
+        """How many tokens may still follow."""
+        return self._max_tokens - self.tokens
+
     def push(self, token_id: int) -> tuple[str, Ending | None]:
         """Take one token; return the text that is certain now, and the ending if this is one."""
         self.tokens += 1
