@@ -150,8 +150,13 @@ def _show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value is not None else "none"
 
 
-_FOR_PROGRAMS = ("stop_token_sequences", "ignore_eos", "logprobs")
-_END_MARKS = {"abort": " [stopped / 已中断]", "length": " [cut at the token limit / 达到长度上限]"}
+_FOR_PROGRAMS = ("stop_token_sequences", "ignore_eos", "logprobs", "prompt_logprobs", "logit_bias")
+_END_MARKS = {
+    "abort": " [stopped / 已中断]",
+    "length": " [cut at the token limit / 达到长度上限]",
+    "language": " [ended before another script / 出现不允许的文字]",
+    "loop": " [ended in a loop / 陷入重复]",
+}
 _KEYS = (
     ("Ctrl-C", "stop the reply, or empty the line / 中断回答或清空输入"),
     ("Ctrl-D", "leave / 退出"),
