@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwenkit.cli.chat_session import ChatSession
-from qwenkit.cli.options import parse_setting
+from qwenkit.cli.settings import parse_setting
 from qwenkit.errors import RequestError, UsageError, suggest
 
 Action = Literal["nothing", "exit", "clear screen", "continue"]
@@ -147,6 +147,8 @@ def _settings(session: ChatSession) -> str:
 
 def _show(value: Any) -> str:
     """As `:conf` reads it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     return json.dumps(value, ensure_ascii=False) if value is not None else "none"
 
 
