@@ -78,7 +78,8 @@ class BeamSearch:
         self._settings = settings
         self._stop_ids = stop_ids
         # A beam loses at most one alternative to each stop: so many leave `width` to go on with.
-        self.alternatives = min(max(2, 1 + len(stop_ids)) * settings.width, most)
+        self._ranked = max(2, 1 + len(stop_ids)) * settings.width
+        self.alternatives = min(self._ranked, most)
         self._open = [_Beam((), 0.0)]
         self._answers: list[_Answer] = []  # best first
 
@@ -95,7 +96,7 @@ class BeamSearch:
             for beam, likely in zip(self._open, alternatives, strict=True)
             for token_id, logprob in likely
         )
-        best = heapq.nlargest(self.alternatives, longer, key=lambda beam: beam.logprob)
+        best = heapq.nlargest(self._ranked, longer, key=lambda beam: beam.logprob)
         is_last = len(best[0].token_ids) == self._settings.max_tokens
         for beam in best[:width]:  # what stops but ranks lower is dropped
             if beam.token_ids[-1] in self._stop_ids:
