@@ -9,10 +9,13 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import engine, finish, request, text, tokens
+from serving import run as serve
 
 from fakes import EOS, ByteStream, ByteTokenizer
 from qwenkit.engine.guards import LoopDetector, ScriptGuard
 from qwenkit.engine.text import Ending, Output
+from qwenkit.errors import RequestError
 from qwenkit.types.sampling import LoopDetection, SamplingParams
 
 
@@ -199,3 +202,31 @@ def test_whatever_comes_no_forbidden_letter_is_given_out(
         assert guarded == plain
     else:
         assert guarded[1] == (Ending("language") if ids else Ending("abort"))
+
+
+def test_the_engine_ends_what_goes_astray_and_its_neighbours_go_on() -> None:
+    biased = {"logit_bias": {ord("a"): 100}, "ignore_eos": True}
+    plain = request("plain", max_tokens=40, temperature=1.0, seed=1)
+    events = serve(
+        engine(),
+        plain,
+        request("loop", loop_detection={"repeats": 3, "tokens": 10}, **biased),
+        request("script", allowed_scripts=("Greek",), **biased),
+        request("allowed", allowed_scripts=("Latin",), max_tokens=5, **biased),
+    )
+    assert (text(events["loop"]), finish(events["loop"]).reason) == ("a" * 10, "loop")
+    assert finish(events["loop"]).usage.completion_tokens == 10
+    assert (text(events["script"]), finish(events["script"]).reason) == ("", "language")
+    assert tokens(events["script"]) == [ord("a")]
+    assert (text(events["allowed"]), finish(events["allowed"]).reason) == ("aaaaa", "length")
+    assert events["plain"] == serve(engine(), plain)["plain"]
+
+
+def test_a_bias_outside_the_vocabulary_is_refused_before_it_runs() -> None:
+    served = engine()
+    served.check(request("r", logit_bias={257: 1}))
+    for token_id in (258, 271, 2**62):  # the model has rows up to 271, the tokenizer has not
+        with pytest.raises(RequestError, match="outside the vocabulary") as error:
+            served.add(request("r", logit_bias={str(token_id): 1}))
+        assert error.value.field == "logit_bias"
+    assert not served.has_work

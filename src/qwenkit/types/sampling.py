@@ -209,11 +209,10 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(biases.items()))
 
 
-def _token_id(key: object) -> int:
+def _token_id(key: Any) -> int:
     """An id, or its decimal digits, as an int."""
-    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 19:
-        return int(key)
-    return whole_number("logit_bias", key, 0)
+    is_written = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+    return whole_number("logit_bias", int(key) if is_written else key, 0)
 
 
 def _script_names(value: object) -> tuple[str, ...]:
