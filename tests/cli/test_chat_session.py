@@ -12,9 +12,9 @@ from qwenkit.cli.chat_commands import COMMANDS, is_command, run_command
 from qwenkit.cli.chat_session import ChatSession, Turn
 from qwenkit.cli.reply import Reply
 from qwenkit.errors import RequestError, UsageError
-from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage
+from qwenkit.types.events import Event, FinishEvent, PromptEvent, TokenEvent, Usage
 from qwenkit.types.messages import Message
-from qwenkit.types.sampling import SamplingParams
+from qwenkit.types.sampling import LoopDetection, SamplingParams
 
 
 @pytest.fixture
@@ -73,6 +73,12 @@ def test_settings_reach_generation_and_can_be_reset(session: ChatSession, model:
         ("stop=a=b", "stop", ("a=b",)),
         ("stop_token_ids=1,2", "stop_token_ids", (1, 2)),
         ("stop_token_sequences=[[1, 2], [3]]", "stop_token_sequences", ((1, 2), (3,))),
+        ('logit_bias={"5": -1, "3": 2.5}', "logit_bias", ((3, 2.5), (5, -1.0))),
+        ("logit_bias=[[3, 2.5]]", "logit_bias", ((3, 2.5),)),
+        ('allowed_scripts=["latin", "Han"]', "allowed_scripts", ("Latin", "Han")),
+        ("loop_detection=true", "loop_detection", LoopDetection()),
+        ("loop_detection=none", "loop_detection", None),
+        ('loop_detection={"tokens": 9}', "loop_detection", LoopDetection(tokens=9)),
     ],
 )
 def test_conf_reads_values_by_their_type(
@@ -95,6 +101,13 @@ def test_conf_reads_values_by_their_type(
         ("stop=[1]", "list of texts"),
         ("stop_token_ids=[true]", "token ids"),
         (f"stop_token_sequences={'[' * 100000}", "id lists"),
+        ("logit_bias=5", 'like {"13": -100}'),
+        ("logit_bias={5", 'like {"13": -100}'),
+        ('logit_bias={"5": 200}', "-100.0 to 100.0"),
+        ("allowed_scripts=Klingon", "no Unicode script"),
+        ("loop_detection=4", "true, none, or a JSON object"),
+        ('loop_detection={"repeat": 4}', "'repeats'"),
+        (f"loop_detection={'{' * 100000}", "JSON object"),
         ("temperature", "name=value"),
         ("=", "conf: write name=value"),
     ],
@@ -103,7 +116,7 @@ def test_conf_refuses_by_name_and_changes_nothing(
     session: ChatSession, given: str, said: str
 ) -> None:
     before = session.sampling
-    with pytest.raises(RequestError, match=said.replace("(", "\\(")):
+    with pytest.raises(RequestError, match=re.escape(said)):
         command(session, f":conf {given}")
     assert session.sampling == before
 
@@ -265,6 +278,28 @@ def test_settings_for_programs_are_listed_only_when_changed(session: ChatSession
     command(session, ":conf ignore_eos=true")
     assert "* ignore_eos = true" in command(session, ":conf")
     assert "logprobs" not in command(session, ":conf")
+
+
+def test_a_setting_is_shown_as_it_is_read(session: ChatSession) -> None:
+    command(session, ":conf loop_detection=true")
+    shown = command(session, ":conf")
+    line = next(line for line in shown.splitlines() if "loop_detection" in line)
+    assert line == '* loop_detection = {"repeats": 4, "tokens": 128, "longest": 256}'
+    before = session.sampling
+    command(session, f":conf {line[2:]}")
+    assert session.sampling == before
+
+
+def test_a_reply_passes_over_what_was_said_of_its_prompt() -> None:
+    events = [
+        PromptEvent("r", 0, (None,)),
+        TokenEvent("r", 1, "a"),
+        FinishEvent("r", "loop", "", Usage(1, 1)),
+    ]
+    reply = Reply("q", iter(events))
+    assert list(reply.pieces()) == ["a"]
+    assert reply.token_count == 1
+    assert reply.summary().endswith("ended in a loop")
 
 
 def test_a_lone_colon_is_no_message(session: ChatSession) -> None:

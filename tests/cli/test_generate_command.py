@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from qwenkit.cli.main import app
 from qwenkit.types.events import Usage
-from qwenkit.types.sampling import SamplingParams
+from qwenkit.types.sampling import LoopDetection, SamplingParams
 
 runner = CliRunner()
 
@@ -39,6 +39,10 @@ class Done:
     @property
     def logprobs(self) -> tuple[Any, ...]:
         return (SimpleNamespace(token_id=1, logprob=-0.5, top=((1, -0.5), (2, -math.inf))),)
+
+    @property
+    def prompt_logprobs(self) -> tuple[Any, ...]:
+        return (None, SimpleNamespace(token_id=1, logprob=-2.0, top=()))
 
     @property
     def timing(self) -> Any:
@@ -123,6 +127,7 @@ def test_json_holds_everything_and_no_nan(
                 ],
             }
         ],
+        "prompt_logprobs": [None, {"token_id": 1, "text": "one", "logprob": -2.0, "top": []}],
         "seed": 99,
         "timing": {
             "first_token_s": 0.1,
@@ -131,6 +136,31 @@ def test_json_holds_everything_and_no_nan(
             "decode_tokens_per_second": None,
         },
     }
+
+
+def test_biases_scripts_and_the_loop_detection_reach_the_sampling(loaded: Any, model: Any) -> None:
+    biases = ("--logit-bias", "7=-100", "--logit-bias", "3 = 2.5")
+    guards = ("--allowed-scripts", "latin, Han", "--loop-detection")
+    assert run("--prompt", "p", *biases, *guards).exit_code == 0
+    assert model.used == [
+        SamplingParams(
+            temperature=0.2,
+            max_tokens=128,
+            logit_bias=((3, 2.5), (7, -100.0)),
+            allowed_scripts=("Latin", "Han"),
+            loop_detection=LoopDetection(),
+        )
+    ]
+
+
+@pytest.mark.parametrize(("reason", "said"), [("language", "script"), ("loop", "ended in a loop")])
+def test_what_a_guard_ended_is_no_failure_and_is_said(
+    loaded: Any, model: Any, reason: Any, said: str
+) -> None:
+    model.reason = reason
+    result = run("--prompt", "p")
+    assert result.exit_code == 0
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -161,7 +191,13 @@ def test_failed_completion_exits_with_1(
         ),
         (("--prompt", "p", "--logprobs", "3"), None, "--json"),
         (("--prompt", "p", "--json", "--logprobs", "-1"), None, "logprobs"),
+        (("--prompt", "p", "--prompt-logprobs", "3"), None, "--json"),
+        (("--prompt", "p", "--json", "--prompt-logprobs", "200"), None, "prompt_logprobs"),
         (("--prompt", "p", "--top-p", "2"), None, "top_p"),
+        (("--prompt", "p", "--logit-bias", "13"), None, "write ID=X"),
+        (("--prompt", "p", "--logit-bias", "13=1e308"), None, "-100.0 to 100.0"),
+        (("--prompt", "p", "--logit-bias", "x=1"), None, "logit_bias"),
+        (("--prompt", "p", "--allowed-scripts", "Latn"), None, "'Latin'"),
         (("--prompt", "\udcff"), None, "UTF-8"),
         (("--prompt", "p" * 1000), None, "too long"),
         (("m", "--model_name_or_path", "n", "--prompt", "p"), None, "give one"),

@@ -49,6 +49,7 @@ def test_a_small_cache_is_named_as_the_reason() -> None:
         (request(1, stop_token_ids=(300,)), "stop_token_ids", "300"),
         (request(1, stop_token_sequences=((1,), (2, 999))), "stop_token_sequences[1]", "999"),
         (request(1, logprobs=259), "logprobs", "has 258 tokens"),
+        (request(1, logit_bias={257: 1, 258: 1}), "logit_bias", "258 is outside the vocabulary"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_field(
@@ -57,6 +58,13 @@ def test_what_cannot_be_served_is_refused_by_field(
     with pytest.raises(RequestError, match=message) as caught:
         check_request(wrong, LIMITS)
     assert caught.value.field == field
+
+
+def test_a_small_vocabulary_bounds_what_is_said_of_a_prompt() -> None:
+    limits = Limits(context_tokens=20, cache_tokens=32, vocab_size=100)
+    check_request(request(1, prompt_logprobs=100), limits)
+    with pytest.raises(RequestError, match=r"prompt_logprobs: got 101; .* has 100 tokens"):
+        check_request(request(1, prompt_logprobs=101), limits)
 
 
 def test_stop_ids_come_from_the_model_the_request_and_control_names() -> None:

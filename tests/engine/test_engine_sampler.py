@@ -44,6 +44,13 @@ def normal(size: int, *, seed: int) -> NDArray[numpy.float32]:
     return numpy.random.default_rng(seed).standard_normal(size, numpy.float32)
 
 
+def after(chooser: Sampler, output: Sequence[int]) -> Sampler:
+    """A sampler that has sampled `output` before."""
+    for token in output:
+        chooser._remember(token)
+    return chooser
+
+
 def listed(ids: NDArray[numpy.int64] | None, size: int) -> list[int]:
     return list(range(size)) if ids is None else ids.tolist()
 
@@ -58,6 +65,8 @@ def reference(
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
     for token, count in Counter(output).items():
         scores[token] -= params.presence_penalty + params.frequency_penalty * count
+    for token, bias in params.logit_bias:
+        scores[token] += bias
     scores = {token: score / params.temperature for token, score in scores.items()}
     if params.top_k:
         bound = sorted(scores.values(), reverse=True)[: params.top_k][-1]
@@ -85,6 +94,16 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1.3},
     {"presence_penalty": 0.8, "frequency_penalty": 0.4},
     {"repetition_penalty": 1.1, "presence_penalty": -0.5, "temperature": 0.7, "top_p": 0.9},
+    {"logit_bias": {2: 1.5, 7: -1.0, 9: 3.0}},
+    {"logit_bias": {0: -100, 3: -100}, "temperature": 1.5},
+    {
+        "logit_bias": {1: 2.0, 4: -0.5},
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.5,
+        "temperature": 0.6,
+        "top_k": 7,
+        "min_p": 0.02,
+    },
 )
 
 
@@ -96,14 +115,12 @@ def test_samples_have_the_distribution_of_the_rules(options: dict[str, Any]) -> 
     expected = reference(logits.tolist(), prompt, output, SamplingParams.from_mapping(options))
     counts: Counter[int] = Counter()
     for seed in range(4000):
-        chooser = sampler(prompt=prompt, seed=seed, **options)
-        for token in output:  # what was sampled before
-            chooser._remember(token)
+        chooser = after(sampler(prompt=prompt, seed=seed, **options), output)
         counts[chooser.choose(logits).token_id] += 1
     assert set(counts) <= set(expected)
     chi_square = sum((counts[t] - 4000 * p) ** 2 / (4000 * p) for t, p in expected.items())
     # Wilson and Hilferty's approximation of the quantile at 3.72 standard deviations
-    degrees = max(len(expected) - 1, 1)
+    degrees = max(sum(p > 1e-9 for p in expected.values()) - 1, 1)
     bound = degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3
     assert chi_square < bound
 
@@ -227,6 +244,104 @@ def test_a_whole_vocabulary_is_filtered_as_by_a_full_sort(
     numpy.testing.assert_allclose(weights, numpy.exp(scores[ids] - scores.max()), rtol=1e-6)
 
 
+@settings(deadline=None, max_examples=300, derandomize=True, database=None)
+@given(
+    eighths=st.lists(st.integers(-80, 80), min_size=10, max_size=10),
+    prompt=st.lists(st.integers(0, 9), max_size=5),
+    output=st.lists(st.integers(0, 9), max_size=8),
+    biases=st.dictionaries(st.integers(0, 9), st.integers(-32, 32).map(lambda n: n / 8)),
+    options=st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+            "top_k": st.integers(0, 11),
+            "top_p": st.floats(0, 1),
+            "min_p": st.floats(0, 1),
+            "repetition_penalty": st.sampled_from([0.5, 1.0, 2.0]),
+            "presence_penalty": st.integers(-16, 16).map(lambda n: n / 8),
+            "frequency_penalty": st.integers(-16, 16).map(lambda n: n / 8),
+            "seed": st.integers(0, 2**63 - 1),
+        }
+    ),
+)
+def test_a_sampler_chooses_from_what_the_rules_leave(
+    eighths: list[int],
+    prompt: list[int],
+    output: list[int],
+    biases: dict[int, float],
+    options: dict[str, Any],
+) -> None:
+    """All rules together, in numbers that fp32 holds exactly until the weights are made of them; a
+    token may be in or out where its weight or those before it are within rounding of a bound.
+    """
+    given = options | {"logit_bias": biases}
+    params = SamplingParams.from_mapping(given)
+    logits = [number / 8 for number in eighths]
+    near = {  # as the rules have it with every bound a little lower, and a little higher
+        share: reference(
+            logits,
+            prompt,
+            output,
+            params.replace(
+                top_p=min(params.top_p * share, 1.0), min_p=min(params.min_p / share, 1.0)
+            ),
+        )
+        for share in (1 + 1e-5, 1 - 1e-5)
+    }
+    row = torch.tensor([*logits, 1e30, 1e30])  # two padded rows, the most likely by far
+    token = after(sampler(prompt=prompt, **given), output).choose(row).token_id
+    assert token in near[1 + 1e-5]
+    ids, weights = candidates(
+        after(sampler(prompt=prompt, **given), output)._adjust(row.numpy()[:10]), params
+    )
+    found = {i for i, weight in zip(listed(ids, 10), weights, strict=True) if weight > 0}
+    likely = {i for i, p in near[1 - 1e-5].items() if p > 1e-30}
+    assert likely <= found <= set(near[1 + 1e-5])
+
+
+def test_a_bias_comes_after_the_penalties_and_before_the_temperature() -> None:
+    logits = torch.tensor([4.0, 1.0, -1.0])
+    options: dict[str, Any] = {"repetition_penalty": 2.0, "logit_bias": {0: -2.5}, "logprobs": 1}
+    chooser = sampler(vocab_size=3, prompt=[0], **options)
+    assert chooser._adjust(logits.numpy()).tolist() == [-0.5, 1.0, -1.0]  # 4 / 2 - 2.5
+    ids, weights = candidates(
+        chooser._adjust(logits.numpy()), SamplingParams(temperature=0.5, **options)
+    )
+    assert ids is None
+    assert weights.tolist() == pytest.approx([math.exp(-1.5 / 0.5), 1.0, math.exp(-2 / 0.5)])
+    choice = sampler(vocab_size=3, temperature=0, **options).choose(logits)
+    raw = logits.log_softmax(0)  # what is reported knows no bias
+    assert (choice.token_id, choice.logprob) == (0, pytest.approx(raw[0].item()))
+    assert sampler(vocab_size=3, temperature=0, logit_bias={2: 100}).choose(logits) == Choice(2)
+    banned = {"logit_bias": {0: -100, 1: -100}}
+    assert {
+        sampler(vocab_size=3, seed=s, **banned).choose(logits).token_id for s in range(200)
+    } == {2}
+
+
+def test_neighbours_at_the_extremes_change_nothing() -> None:
+    """Samplers that take turns over the same rows; each chooses as it does alone."""
+    rows = torch.randn(30, 12, generator=torch.Generator().manual_seed(4))
+    given: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"seed": 2, "logit_bias": {i: (-1) ** i * 100 for i in range(10)}, "temperature": 1e-300},
+        {"seed": 1, "top_p": 0.9, "presence_penalty": 0.5, "logprobs": 3},
+        {"seed": 3, "repetition_penalty": 1e-300, "frequency_penalty": -100, "top_k": 2**62},
+        {"seed": 1, "logit_bias": {3: 0.5}, "min_p": 0.1},
+        {"seed": 4, "min_tokens": 20, "stops": range(9), "presence_penalty": 100},
+    ]
+    alone = []
+    for options in given:
+        chooser = sampler(**options)
+        alone.append([chooser.choose(row) for row in rows])
+    together = [sampler(**options) for options in given]
+    for number, row in enumerate(rows):
+        for chooser, expected in zip(together, alone, strict=True):
+            if number == 7:
+                with pytest.raises(NonFiniteError):
+                    chooser.choose(row * math.nan)
+            assert chooser.choose(row) == expected[number]
+
+
 def test_greedy_takes_the_most_likely_after_the_penalties() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9, -1.0])
     for options in ({"temperature": 0}, {"top_k": 1, "temperature": 3.0}):
@@ -251,7 +366,13 @@ def test_padded_rows_are_never_sampled() -> None:
     """Row T15: ids past the tokenizer's are not tokens, however likely the model finds them."""
     logits = torch.full((12,), 50.0)
     logits[:10] = torch.linspace(-2, 2, 10)
-    for options in ({"temperature": 0}, {"temperature": 5.0}, {"top_k": 3}, {"top_p": 0.5}):
+    for options in (
+        {"temperature": 0},
+        {"temperature": 5.0},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"logit_bias": dict.fromkeys(range(10), -100)},
+    ):
         chosen = {sampler(seed=s, **options).choose(logits).token_id for s in range(50)}
         assert max(chosen) < 10
     choice = sampler(temperature=0, logprobs=10).choose(logits)
@@ -356,6 +477,7 @@ def test_a_row_that_is_not_finite_gives_no_token(bad: float, options: dict[str, 
         {"min_p": 1.0},
         {"top_k": 2**62},
         {"top_p": 1e-300, "min_p": 1e-300, "top_k": 2},
+        {"logit_bias": {i: 100 - 200 * (i % 2) for i in range(10)}, "repetition_penalty": 100.0},
     ],
     ids=str,
 )
@@ -387,6 +509,7 @@ def test_the_models_own_row_stays_as_it_was() -> None:
         prompt=range(5),
         repetition_penalty=1.5,
         presence_penalty=1.0,
+        logit_bias={2: 1},
         top_k=4,
         top_p=0.9,
         min_p=0.01,

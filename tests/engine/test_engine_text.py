@@ -160,6 +160,47 @@ def test_bytes_that_never_become_a_character_show_only_at_the_end() -> None:
     assert run(output(stop=("a\ufffd",)), ids) == ("", Ending("abort"), 3)
 
 
+@settings(deadline=None, max_examples=400, derandomize=True, database=None)
+@given(
+    text=st.text("ab#é你😀", max_size=16),
+    stops=st.lists(st.text("ab#é你😀", min_size=1, max_size=5), max_size=4),
+    min_tokens=st.integers(0, 6),
+    controls=st.sets(st.integers(0, 40), max_size=3),
+)
+def test_at_every_token_all_that_is_certain_has_been_given_out_and_nothing_more(
+    text: str, stops: list[str], min_tokens: int, controls: set[int]
+) -> None:
+    """Every byte is a token, with control tokens, which have no text, between some. The text so far
+    is what the ids so far decode to, but for half a character and a beginning of a stop string;
+    what the first tokens said begins none.
+    """
+    ids = list(text.encode())
+    for place in sorted(controls):
+        ids.insert(place, END)
+    out = output(stop=tuple(stops), min_tokens=min_tokens, max_tokens=10**6)
+    given_out = ""
+    for count in range(1, len(ids) + 1):
+        piece, ending = out.push(ids[count - 1])
+        given_out += piece
+        early = whole(ids[:min_tokens])
+        late = whole(ids[:count])[len(early) :]
+        expected, stop = cut(late, tuple(stops))
+        if stop is not None:
+            assert ending == Ending("stop", stop)
+            assert given_out == early + expected
+            assert out.finish(ending) == ("", ending)
+            return
+        assert ending is None
+        certain = len(late) - needed(late, tuple(stops))
+        assert given_out == whole(ids[: min(count, min_tokens)]) + late[:certain]
+    assert given_out + out.finish(Ending("abort"))[0] == text
+
+
+def whole(ids: list[int]) -> str:
+    """The whole characters of the bytes among `ids`."""
+    return bytes(i for i in ids if i < 256).decode(errors="ignore")
+
+
 def test_five_thousand_random_streams_give_the_text_of_their_ids() -> None:
     """Row 8: split emoji, invalid bytes, stop strings across tokens."""
     generator = random.Random(8)

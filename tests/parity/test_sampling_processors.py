@@ -5,12 +5,14 @@ published formula.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from qwenkit.engine.sampler import candidates, penalize_counts, penalize_repetition
+from qwenkit.engine.sampler import Sampler, candidates, penalize_counts, penalize_repetition
 from qwenkit.types.sampling import SamplingParams
 
 pytestmark = pytest.mark.oracle
@@ -21,6 +23,11 @@ VOCAB_SIZE = 3000
 
 def scores(seed: int) -> torch.Tensor:
     return torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 4
+
+
+def sampler(*, prompt: Sequence[int] = (), seed: int = 0, **options: Any) -> Sampler:
+    params = SamplingParams.from_mapping(options)
+    return Sampler(params, prompt_ids=prompt, seed=seed, vocab_size=VOCAB_SIZE, stop_ids=())
 
 
 def theirs(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -84,6 +91,63 @@ def test_repetition_penalty(penalty: float) -> None:
     expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, row[None])[0]
     ours = penalize_repetition(row.numpy(), numpy.unique(ids[0].numpy()), penalty)
     torch.testing.assert_close(torch.from_numpy(ours), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_biases_are_added_as_theirs(seed: int) -> None:
+    row = scores(seed)
+    biases = {7: -100.0, 0: 2.5, VOCAB_SIZE - 1: 100.0, 12: 0.0}
+    processor = transformers.SequenceBiasLogitsProcessor({(i,): b for i, b in biases.items()})
+    expected = processor(torch.zeros(1, 4, dtype=torch.int64), row[None])[0]
+    assert torch.equal(torch.from_numpy(sampler(logit_bias=biases)._adjust(row.numpy())), expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+        {"temperature": 1.2, "repetition_penalty": 1.3, "logit_bias": {3: 4.0, 9: -100.0}},
+        {"repetition_penalty": 0.8, "logit_bias": {5: 6.0}, "top_p": 0.95, "min_p": 0.02},
+    ],
+    ids=str,
+)
+def test_all_rules_in_their_order_leave_the_same_distribution(
+    seed: int, options: dict[str, Any]
+) -> None:
+    """Repetition penalty, biases (which OpenAI adds to what the penalties left), then the rest; and
+    of that distribution each token is drawn as often.
+    """
+    params = SamplingParams.from_mapping(options)
+    row = scores(seed)
+    prompt = torch.randint(0, VOCAB_SIZE, (60,), generator=torch.Generator().manual_seed(seed))
+    ids = torch.cat((prompt, row.topk(30).indices))[None]  # some that matter
+    processed = transformers.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(
+        ids, row[None]
+    )
+    if params.logit_bias:
+        biases = {(i,): b for i, b in params.logit_bias}
+        processed = transformers.SequenceBiasLogitsProcessor(biases)(ids, processed)
+    expected = theirs(processed[0], params)
+    drawn: Counter[int] = Counter()
+    for number in range(2000):
+        chooser = sampler(prompt=ids[0].tolist(), seed=number, **options)
+        drawn[chooser.choose(row).token_id] += 1
+    assert all(expected[token] > 0 for token in drawn)
+    likely = [token for token in expected.topk(8).indices.tolist() if expected[token] > 0.005]
+    for token in likely:  # within 5 standard deviations
+        p = expected[token].item()
+        assert abs(drawn[token] - 2000 * p) < 5 * (2000 * p * (1 - p)) ** 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_takes_the_largest_of_their_scores(seed: int, penalty: float) -> None:
+    row = scores(seed)
+    ids = row.topk(3).indices[None]
+    expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, row[None])[0].argmax()
+    chooser = sampler(prompt=ids[0].tolist(), temperature=0, repetition_penalty=penalty)
+    assert chooser.choose(row).token_id == expected.item()
 
 
 def test_presence_and_frequency_penalties_follow_the_published_formula() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Self, overload
 
+from qwenkit.api.beam import BeamSettings, likeliest, step_requests
+from qwenkit.api.choices import Choices
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
-from qwenkit.types.completion import Completion
+from qwenkit.types.completion import BeamCompletion, Completion
 from qwenkit.types.events import Event
+from qwenkit.types.sampling import SamplingParams
 
 
 class AsyncLLM(Session):
@@ -50,8 +53,8 @@ class AsyncLLM(Session):
         """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
         if isinstance(prompts, str):
             return await self._complete(self._request(prompts, sampling, options))
-        requests = [self._request(prompt, sampling, options) for prompt in several_prompts(prompts)]
-        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
+        several = several_prompts(prompts)
+        return await self._complete_all([self._request(p, sampling, options) for p in several])
 
     async def chat(
         self,
@@ -66,6 +69,48 @@ class AsyncLLM(Session):
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return await self._complete(request)
 
+    async def choices(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = None,
+        *,
+        n: int,
+        best_of: int | None = None,
+        options: Options = None,
+    ) -> list[Completion]:
+        """`n` answers to one prompt, or the best of more; see `LLM.choices`."""
+        choices = Choices(self.sampling(sampling), n, best_of)
+        requests = self._choice_requests(prompt, choices, options)
+        return choices.chosen(await self._complete_all(requests))
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        *,
+        width: int,
+        max_tokens: int,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        stop_token_ids: tuple[int, ...] = (),
+        ignore_eos: bool = False,
+        options: Options = None,
+    ) -> list[BeamCompletion]:
+        """The `width` likeliest continuations of text or ids; see `LLM.beam_search`."""
+        settings = BeamSettings(
+            width=width,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        stops = SamplingParams(
+            max_tokens=max_tokens, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos, seed=0
+        )
+        search, request = self._start_beam_search(prompt, settings, stops, options)
+        while search.open:
+            done = await self._complete_all(step_requests(search, request))
+            search.advance([likeliest(completion) for completion in done])
+        return search.results(self.tokenizer)
+
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
         self._service.close()
@@ -75,6 +120,9 @@ class AsyncLLM(Session):
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+    async def _complete_all(self, requests: Sequence[Request]) -> list[Completion]:
+        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
 
     async def _complete(self, request: Request) -> Completion:
         collector = Collector(request)

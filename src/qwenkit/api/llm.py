@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Self, overload
 
+from qwenkit.api.beam import BeamSettings, likeliest, step_requests
+from qwenkit.api.choices import Choices
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
-from qwenkit.types.completion import Completion
+from qwenkit.types.completion import BeamCompletion, Completion
 from qwenkit.types.events import Event
+from qwenkit.types.sampling import SamplingParams
 
 
 class LLM(Session):
@@ -67,6 +70,60 @@ class LLM(Session):
         """The assistant's next turn. Raises RequestError or TemplateError."""
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return self._complete([request])[0]
+
+    def choices(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = None,
+        *,
+        n: int,
+        best_of: int | None = None,
+        options: Options = None,
+    ) -> list[Completion]:
+        """`n` answers to one prompt, sampled with the request's seed, the next one, and so on.
+
+        They come in the order of their seeds. With `best_of` so many are sampled, and those with
+        the highest mean log-probability come, the best first. Each is what its own seed gives when
+        it is asked alone. Raises RequestError naming the field; at most 128 run together.
+        """
+        choices = Choices(self.sampling(sampling), n, best_of)
+        requests = self._choice_requests(prompt, choices, options)
+        return choices.chosen(self._complete(requests))
+
+    def beam_search(
+        self,
+        prompt: Prompt,
+        *,
+        width: int,
+        max_tokens: int,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        stop_token_ids: tuple[int, ...] = (),
+        ignore_eos: bool = False,
+        options: Options = None,
+    ) -> list[BeamCompletion]:
+        """The `width` likeliest continuations of text or ids that a beam search finds, best first.
+
+        The meaning of `length_penalty` and `early_stopping` is in `api.beam.BeamSettings`. An
+        answer ends with the model's stops (but for `ignore_eos`), with one of `stop_token_ids`, or
+        after `max_tokens`. Nothing is sampled and no penalty applied. Every step is a request of
+        its own: a deadline counts for each, and beyond the trained length each is extended as its
+        own length needs. Raises RequestError naming the field, QwenkitError when a step fails.
+        """
+        settings = BeamSettings(
+            width=width,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        stops = SamplingParams(
+            max_tokens=max_tokens, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos, seed=0
+        )
+        search, request = self._start_beam_search(prompt, settings, stops, options)
+        while search.open:
+            done = self._complete(step_requests(search, request))
+            search.advance([likeliest(completion) for completion in done])
+        return search.results(self.tokenizer)
 
     def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from qwenkit.api.beam import BeamSearch, BeamSettings
+from qwenkit.api.choices import Choices
 from qwenkit.api.inputs import (
     Messages,
     Options,
@@ -23,7 +25,7 @@ from qwenkit.api.inputs import (
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.engine.engine import Engine
-from qwenkit.engine.request import Request
+from qwenkit.engine.request import Request, check_request, stop_ids
 from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import UsageError, suggest
@@ -113,8 +115,10 @@ class Session:
         self.checkpoint = loaded.checkpoint
         self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
         if settings.kv_cache_tokens is None:
-            settings = dataclasses.replace(settings, kv_cache_tokens=self.context_tokens)
-        self._service = EngineService(self._engine(settings))
+            settings = replace(settings, kv_cache_tokens=self.context_tokens)
+        engine = self._engine(settings)
+        self._limits = engine.limits
+        self._service = EngineService(engine)
 
     @property
     def device(self) -> torch.device:
@@ -195,6 +199,27 @@ class Session:
     ) -> Request:
         rendered = self.render(messages, tools=tools, continue_final_message=continue_final)
         return self._request(rendered.ids, sampling, options)
+
+    def _choice_requests(self, prompt: Prompt, choices: Choices, options: Options) -> list[Request]:
+        first, *others = choices.candidates()
+        request = self._request(prompt, first, options)
+        return [
+            request,
+            *(replace(request, id=secrets.token_hex(8), sampling=other) for other in others),
+        ]
+
+    def _start_beam_search(
+        self, prompt: Prompt, settings: BeamSettings, stops: SamplingParams, options: Options
+    ) -> tuple[BeamSearch, Request]:
+        """A search and what it continues; `stops` says where an answer ends."""
+        request = self._request(prompt, stops, options)
+        check_request(request, self._limits)
+        search = BeamSearch(
+            replace(settings, max_tokens=self._limits.output_tokens(request)),
+            stop_ids=stop_ids(stops, self.record.stop_token_ids, self.tokenizer.control_tokens),
+            most=self._limits.vocab_size,
+        )
+        return search, request
 
 
 def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwenkit.cli.chat_session import ChatSession
-from qwenkit.cli.options import parse_setting
+from qwenkit.cli.settings import parse_setting
 from qwenkit.errors import RequestError, UsageError, suggest
 
 Action = Literal["nothing", "exit", "clear screen", "continue"]
@@ -147,11 +147,18 @@ def _settings(session: ChatSession) -> str:
 
 def _show(value: Any) -> str:
     """As `:conf` reads it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     return json.dumps(value, ensure_ascii=False) if value is not None else "none"
 
 
-_FOR_PROGRAMS = ("stop_token_sequences", "ignore_eos", "logprobs")
-_END_MARKS = {"abort": " [stopped / 已中断]", "length": " [cut at the token limit / 达到长度上限]"}
+_FOR_PROGRAMS = ("stop_token_sequences", "ignore_eos", "logprobs", "prompt_logprobs", "logit_bias")
+_END_MARKS = {
+    "abort": " [stopped / 已中断]",
+    "length": " [cut at the token limit / 达到长度上限]",
+    "language": " [ended before another script / 出现不允许的文字]",
+    "loop": " [ended in a loop / 陷入重复]",
+}
 _KEYS = (
     ("Ctrl-C", "stop the reply, or empty the line / 中断回答或清空输入"),
     ("Ctrl-D", "leave / 退出"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from qwenkit.types.sampling import SamplingParams
 if TYPE_CHECKING:
     from qwenkit.api import LLM
     from qwenkit.types.completion import Completion
+    from qwenkit.types.events import TokenLogprob
     from qwenkit.types.extension import Extension
 
 MAX_TOKENS = 128  # a base model seldom ends by itself, and a context may be long
@@ -66,6 +67,13 @@ Logprobs = Annotated[
         metavar="N", help="With --json: each token's log-probability and the N likeliest."
     ),
 ]
+PromptLogprobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --json: the same for each token of the prompt (null for the first).",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write one JSON object: ids, text, usage, timing, seed.")
 ]
@@ -81,6 +89,7 @@ def command(
     max_tokens: MaxTokens = None,
     seed: Seed = None,
     logprobs: Logprobs = None,
+    prompt_logprobs: PromptLogprobs = None,
     as_json: AsJson = False,
     echo: Echo = False,
     *,
@@ -101,9 +110,12 @@ def command(
           --prompt $'Q: What is the biggest animal?\\nA:'
       qwenkit generate --prompt-file story.txt --json --logprobs 5
     """
-    if logprobs is not None and not as_json:
-        raise UsageError("--logprobs has nowhere to go without --json; add it.")
-    changes = sampling.changes(max_tokens=max_tokens, seed=seed, logprobs=logprobs)
+    for option, asked in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
+        if asked is not None and not as_json:
+            raise UsageError(f"{option} has nowhere to go without --json; add it.")
+    changes = sampling.changes(
+        max_tokens=max_tokens, seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+    )
     name = options.one_of({"MODEL": model, "--model_name_or_path": model_name_or_path})
     name = options.check_model_name(name, takes_prompt=True)
     text = _prompt(prompt, prompt_file)
@@ -139,22 +151,27 @@ def _write_text(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) 
 
 def _write_json(llm: LLM, prompt: str, sampling: SamplingParams, *, echo: bool) -> None:
     done = llm.generate(prompt, sampling)
-    entries = logprob_entries(done, llm.tokenizer.token_bytes)
-    console.say_json(
-        as_dictionary(done, model=llm.record.name, prompt=prompt, echo=echo, logprobs=entries)
+    told = as_dictionary(
+        done,
+        model=llm.record.name,
+        prompt=prompt,
+        echo=echo,
+        token_bytes=llm.tokenizer.token_bytes,
     )
+    console.say_json(told)
     if done.finish_reason == "error":
         raise QwenkitError(f"The completion failed: {done.error}")
 
 
 def logprob_entries(
-    done: Completion, token_bytes: Callable[[int], bytes]
-) -> list[dict[str, Any]] | None:
-    """The tokens' log-probabilities as JSON-ready data, each with the token's text.
+    logprobs: Sequence[TokenLogprob | None] | None, token_bytes: Callable[[int], bytes]
+) -> list[dict[str, Any] | None] | None:
+    """Tokens' log-probabilities as JSON-ready data, each with the token's text; None where there is
+    none.
 
     A token that is no UTF-8 by itself, a part of a character, has its "bytes" too.
     """
-    if done.logprobs is None:
+    if logprobs is None:
         return None
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -164,8 +181,13 @@ def logprob_entries(
         return told if text.encode() == data else {**told, "bytes": list(data)}
 
     return [
-        {**entry(token.token_id, token.logprob), "top": [entry(*pair) for pair in token.top]}
-        for token in done.logprobs
+        None
+        if token is None
+        else {
+            **entry(token.token_id, token.logprob),
+            "top": [entry(*pair) for pair in token.top],
+        }
+        for token in logprobs
     ]
 
 
@@ -184,7 +206,7 @@ def as_dictionary(
     model: str,
     prompt: str,
     echo: bool,
-    logprobs: list[dict[str, Any]] | None,
+    token_bytes: Callable[[int], bytes],
 ) -> dict[str, Any]:
     """A completion as JSON-ready data; a number that is not finite becomes null."""
     return {
@@ -202,7 +224,8 @@ def as_dictionary(
             "cached_tokens": done.usage.cached_tokens,
             "extension": extension_entry(done.usage.extension),
         },
-        "logprobs": logprobs,
+        "logprobs": logprob_entries(done.logprobs, token_bytes),
+        "prompt_logprobs": logprob_entries(done.prompt_logprobs, token_bytes),
         "seed": done.seed,
         "timing": {
             "first_token_s": _finite(done.timing.first_token_s),

@@ -6,15 +6,14 @@ Sampling options left out stay None and change nothing: the defaults come with t
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
-from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.errors import UsageError, suggest
 from qwenkit.types.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
@@ -55,6 +54,23 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[
     float | None,
     typer.Option(metavar="X", help=f"Above 1 discourages repeated tokens; 1 is off. {_SAMPLING}"),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID=X",
+        help="Add X, -100 to 100, to the logit of a token id; may be given several times.",
+    ),
+]
+AllowedScripts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="End before a letter of any other Unicode script, for example Latin,Han.",
+    ),
+]
+LoopDetection = Annotated[
+    bool, typer.Option("--loop-detection", help="End an output that only repeats itself.")
 ]
 Stop = Annotated[
     list[str] | None,
@@ -182,11 +198,19 @@ class SamplingOptions:
     top_k: TopK = None
     min_p: MinP = None
     repetition_penalty: RepetitionPenalty = None
+    logit_bias: LogitBias = None
     stop: Stop = None
+    allowed_scripts: AllowedScripts = None
+    loop_detection: LoopDetection = False
     greedy: Greedy = False
 
     def changes(
-        self, *, max_tokens: int | None, seed: int | None, logprobs: int | None = None
+        self,
+        *,
+        max_tokens: int | None,
+        seed: int | None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> dict[str, Any]:
         """The options that were given, as changes to a model's sampling defaults.
 
@@ -202,14 +226,36 @@ class SamplingOptions:
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "logit_bias": _biases(self.logit_bias),
             "max_tokens": max_tokens,
             "stop": tuple(self.stop) if self.stop else None,
+            "allowed_scripts": _names(self.allowed_scripts),
+            "loop_detection": True if self.loop_detection else None,
             "seed": seed,
             "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
         }
         changes = {name: value for name, value in given.items() if value is not None}
         SamplingParams.from_mapping(changes)
         return changes
+
+
+def _biases(items: list[str] | None) -> tuple[tuple[str, float], ...] | None:
+    """Pairs of id and bias. Raises UsageError for what is not written ID=X."""
+    if not items:
+        return None
+    pairs = []
+    for item in items:
+        token_id, _, bias = item.partition("=")
+        try:
+            pairs.append((token_id.strip(), float(bias)))
+        except ValueError as error:
+            raise UsageError(f"--logit-bias: got {item!r}; write ID=X, like 13=-100.") from error
+    return tuple(pairs)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def for_model(
@@ -218,82 +264,6 @@ def for_model(
     """A model's own sampling with `changes`; at most `longest` tokens where neither says."""
     sampling = defaults.replace(**changes)
     return sampling if sampling.max_tokens else sampling.replace(max_tokens=longest)
-
-
-def parse_setting(name: str, text: str) -> Any:
-    """The value of the sampling option `name` written as `text`, read by the option's own type.
-
-    "none" empties an option that can be empty; lists are JSON. Nothing is ever evaluated. Raises
-    RequestError: an unknown name (with the nearest), or a text that is not of that type.
-    """
-    kinds = get_type_hints(SamplingParams)
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    if name not in names:
-        raise RequestError(name, f"unknown sampling option. {suggest(name, names)}")
-    kind = kinds[name]
-    if kind == int | None and text.lower() == "none":
-        return None
-    try:
-        return _READERS[kind](text)
-    except ValueError as error:
-        raise RequestError(name, f"expected {_EXPECTED[kind]}, got {text!r}.") from error
-
-
-def _read_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
-def _read_strings(text: str) -> tuple[str, ...]:
-    items = _read_list(text) if text.startswith("[") else [text]
-    if not all(isinstance(item, str) for item in items):
-        raise ValueError(text)
-    return tuple(items)
-
-
-def _read_ids(text: str) -> tuple[int, ...]:
-    return _ids(_read_list(text if text.startswith("[") else f"[{text}]"))
-
-
-def _read_sequences(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(_ids(item) for item in _read_list(text))
-
-
-def _read_list(text: str) -> list[Any]:
-    try:
-        items = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(text) from error
-    if not isinstance(items, list):
-        raise ValueError(text)
-    return items
-
-
-def _ids(items: Any) -> tuple[int, ...]:
-    if not isinstance(items, list) or not all(type(item) is int for item in items):
-        raise ValueError(items)
-    return tuple(items)
-
-
-_READERS: dict[Any, Any] = {
-    int: int,
-    int | None: int,
-    float: float,
-    bool: _read_bool,
-    tuple[str, ...]: _read_strings,
-    tuple[int, ...]: _read_ids,
-    tuple[tuple[int, ...], ...]: _read_sequences,
-}
-_EXPECTED: dict[Any, str] = {
-    int: "a whole number",
-    int | None: "a whole number or none",
-    float: "a number",
-    bool: "true or false",
-    tuple[str, ...]: 'one text or a JSON list of texts, like ["\\n", "User:"]',
-    tuple[int, ...]: "token ids, like 13,198",
-    tuple[tuple[int, ...], ...]: "a JSON list of id lists, like [[13, 198]]",
-}
 
 
 def one_of(given: Mapping[str, str | None]) -> str | None:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
 from qwenkit.cli import console
-from qwenkit.types.events import Event, FinishEvent, FinishReason
+from qwenkit.types.events import Event, FinishEvent, FinishReason, PromptEvent
+
+_ENDS: dict[FinishReason, str] = {
+    "length": "cut at the token limit",
+    "language": "ended before a letter of a script that is not allowed",
+    "loop": "ended in a loop",
+    "timeout": "out of time",
+    "abort": "stopped",
+}
 
 
 class Reply:
@@ -50,6 +58,8 @@ class Reply:
         started_s = self._clock()
         try:
             for event in self._events:
+                if isinstance(event, PromptEvent):
+                    continue
                 now_s = self._clock() - started_s
                 if isinstance(event, FinishEvent):
                     self.finish = event
@@ -82,10 +92,8 @@ class Reply:
             parts.append(f"{speed:.1f} tokens/s")
         if self.token_count:
             parts.append(f"first token after {self.first_token_s:.2f} s")
-        if self.ended == "length":
-            parts.append("cut at the token limit")
-        if self.ended == "abort":
-            parts.append("stopped")
+        if self.ended in _ENDS:
+            parts.append(_ENDS[self.ended])
         return " · ".join(parts)
 
 

@@ -23,7 +23,7 @@ from qwenkit.errors import QwenkitError, UsageError
 from qwenkit.kernels import devices
 from qwenkit.layers.attention import ByDevice, PackedCausal
 from qwenkit.parallel import GivenMap, plan_evenly, read_places
-from qwenkit.types.events import FinishEvent, FinishReason
+from qwenkit.types.events import FinishEvent, FinishReason, PromptEvent, TokenEvent
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 _NO_HALF = (
@@ -187,7 +187,7 @@ class CompatModel:
             for event in self.llm.stream(rows[0], self._sampling(config)):
                 if isinstance(event, FinishEvent):
                     _raise_if_failed(event.reason, event.error)
-                else:
+                elif isinstance(event, TokenEvent):
                     output.append(event.token_id)
                     streamer.put(event.token_id)
         finally:
@@ -247,7 +247,7 @@ class CompatModel:
         for event in self.llm.stream(rendered.ids, self._sampling(config)):
             if isinstance(event, FinishEvent):
                 _raise_if_failed(event.reason, event.error)
-            if event.text:
+            if not isinstance(event, PromptEvent) and event.text:
                 text += event.text
                 yield text
 

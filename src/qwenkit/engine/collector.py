@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from qwenkit.engine.request import Request
-from qwenkit.types.completion import Completion, Timing, TokenLogprob
-from qwenkit.types.events import Event, FinishEvent, TokenEvent
+from qwenkit.types.completion import Completion, Timing
+from qwenkit.types.events import Event, FinishEvent, PromptEvent, TokenEvent, TokenLogprob
 
 
 class Collector:
@@ -14,6 +14,7 @@ class Collector:
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._prompt: list[TokenLogprob | None] = []
         self._tokens: list[TokenEvent] = []
         self._finish: FinishEvent | None = None
         self._start_s = time.perf_counter()
@@ -26,6 +27,9 @@ class Collector:
         if isinstance(event, FinishEvent):
             self._finish = event
             return
+        if isinstance(event, PromptEvent):
+            self._prompt += event.logprobs
+            return
         self._tokens.append(event)
         if self._first_s is None:
             self._first_s = self._end_s
@@ -37,6 +41,7 @@ class Collector:
         first_s = self._end_s if self._first_s is None else self._first_s
         seed = self._request.sampling.seed
         assert seed is not None, "a seed is drawn for every request"
+        asked = self._request.sampling.prompt_logprobs
         return Completion(
             prompt_token_ids=self._request.prompt_ids,
             token_ids=tuple(t.token_id for t in self._tokens),
@@ -53,6 +58,7 @@ class Collector:
             matched_stop=finish.matched_stop,
             logprobs=self._logprobs(),
             error=finish.error,
+            prompt_logprobs=None if asked is None else tuple(self._prompt),
         )
 
     def _logprobs(self) -> tuple[TokenLogprob, ...] | None:

@@ -146,10 +146,11 @@ def check_request(request: Request, limits: Limits) -> None:
     _check_ids("stop_token_ids", sampling.stop_token_ids, limits.vocab_size)
     for index, sequence in enumerate(sampling.stop_token_sequences):
         _check_ids(f"stop_token_sequences[{index}]", sequence, limits.vocab_size)
-    if sampling.logprobs is not None and sampling.logprobs > limits.vocab_size:
-        raise RequestError(
-            "logprobs", f"got {sampling.logprobs}; the vocabulary has {limits.vocab_size} tokens."
-        )
+    _check_ids("logit_bias", tuple(i for i, _ in sampling.logit_bias), limits.vocab_size)
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(sampling, name)
+        if count is not None and count > limits.vocab_size:
+            raise RequestError(name, f"got {count}; the vocabulary has {limits.vocab_size} tokens.")
 
 
 def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:

@@ -1,8 +1,9 @@
 """Logits to one token, by one request's own rules.
 
 Repetition penalty as in CTRL (arXiv 1909.05858), presence and frequency penalties by OpenAI's
-formula, nucleus sampling (arXiv 1904.09751), min-p (arXiv 2407.01082); penalties, then temperature,
-top-k, top-p and min-p, with the meaning that transformers gives them.
+formula, nucleus sampling (arXiv 1904.09751), min-p (arXiv 2407.01082); penalties, then the biases
+of single tokens, then temperature, top-k, top-p and min-p, with the meaning that transformers gives
+them.
 
 Nothing here sees another request: a row is worked on alone, and the random number of an output
 token depends on nothing but the request's seed and the token's place in the output. So a seed gives
@@ -16,24 +17,25 @@ and spinning than on a row of 151,936 logits.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy
 import torch
-from numpy.typing import NDArray
 
-from qwenkit.errors import NonFiniteError
+from qwenkit.engine.logprobs import (
+    Floats,
+    Indices,
+    check_finite,
+    in_fp32,
+    largest_ids,
+    token_logprob,
+)
 from qwenkit.types.sampling import SamplingParams
-
-Floats = NDArray[numpy.float32]
-Indices = NDArray[numpy.int64]
 
 _LARGEST = numpy.finfo(numpy.float32).max  # so that no penalty makes a score infinite
 _COLDEST = 1e-6  # this is greedy but for exact ties, and differences stay far from fp32's end
-_COLUMN = 64  # scores whose maximum stands for them in the search of the k-th largest
 _STRETCH = 512  # weights that are summed at a time before a draw
 
 
@@ -69,6 +71,8 @@ class Sampler:
         self._output_counts: Counter[int] = Counter()
         self._seen = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
         self._seen_ids = numpy.array(sorted(self._seen), numpy.int64)
+        self._biased_ids = numpy.array([i for i, _ in sampling.logit_bias], numpy.int64)
+        self._biases = numpy.array([bias for _, bias in sampling.logit_bias], numpy.float32)
         early_stops = sorted(stop_ids) if sampling.min_tokens else []
         self._early_stops = numpy.array(early_stops, numpy.int64)
 
@@ -77,15 +81,8 @@ class Sampler:
 
         Raises NonFiniteError when one of them is no finite number: nothing sensible can be chosen.
         """
-        row = _in_fp32(logits)  # [vocab_rows]
-        finite = numpy.isfinite(row)
-        if not finite.all():
-            bad = len(row) - numpy.count_nonzero(finite)
-            raise NonFiniteError(
-                f"{bad} of the model's {len(row)} logits for output token {self._length} are "
-                "NaN or infinite, so no token was chosen. Weights that overflow the compute dtype "
-                "do this: try float32."
-            )
+        row = in_fp32(logits)  # [vocab_rows]
+        check_finite(row, f"output token {self._length}")
         scores = self._adjust(row[: self._vocab_size])  # [vocab_size]
         if self._sampling.greedy:
             token_id = int(scores.argmax())
@@ -96,7 +93,9 @@ class Sampler:
         self._remember(token_id)
         if self._sampling.logprobs is None:
             return Choice(token_id)
-        return self._report(row, token_id, self._sampling.logprobs)
+        count = self._sampling.logprobs
+        report = token_logprob(row, token_id, count=count, vocab_size=self._vocab_size)
+        return Choice(token_id, report.logprob, report.top)
 
     def _adjust(self, scores: Floats) -> Floats:
         sampling = self._sampling
@@ -106,6 +105,9 @@ class Sampler:
             scores = penalize_counts(
                 scores, self._output_counts, sampling.presence_penalty, sampling.frequency_penalty
             )
+        if sampling.logit_bias:
+            scores = scores.copy()
+            scores[self._biased_ids] += self._biases
         if self._length < sampling.min_tokens and len(self._early_stops):
             scores = scores.copy()
             scores[self._early_stops] = -numpy.inf
@@ -118,27 +120,6 @@ class Sampler:
         if self._sampling.repetition_penalty != 1 and token_id not in self._seen:
             self._seen.add(token_id)
             self._seen_ids = numpy.append(self._seen_ids, token_id)
-
-    def _report(self, row: Floats, token_id: int, count: int) -> Choice:
-        largest = row.max()
-        with numpy.errstate(over="ignore"):  # to -inf, whose weight is 0
-            weights = row - largest  # [vocab_rows]
-        numpy.exp(weights, out=weights)
-        total = float(largest) + math.log(weights.sum(dtype=numpy.float64))
-        ids = _largest(row[: self._vocab_size], count)  # [n]
-        ids = ids[numpy.argsort(-row[ids], kind="stable")][:count]  # [count], most likely first
-        pairs = tuple((int(i), float(row[i]) - total) for i in ids)
-        return Choice(token_id, float(row[token_id]) - total, pairs)
-
-
-def _in_fp32(logits: torch.Tensor) -> Floats:
-    """Logits [vocab_rows] as an array that may share the tensor's memory; not to be written to."""
-    logits = logits.cpu()
-    if logits.dtype == torch.bfloat16:  # unknown to numpy: the upper half of an fp32 number
-        halves = logits.view(torch.int16).numpy().view(numpy.uint16)  # [vocab_rows]
-        return (halves.astype(numpy.uint32) << 16).view(numpy.float32)
-    with numpy.errstate(over="ignore"):  # of fp64, to an infinity that is then refused
-        return logits.numpy().astype(numpy.float32, copy=False)
 
 
 def penalize_repetition(scores: Floats, ids: Indices, penalty: float) -> Floats:
@@ -178,7 +159,7 @@ def candidates(scores: Floats, sampling: SamplingParams) -> tuple[Indices | None
         scaled = scores - scores.max()  # [vocab_size]
         scaled /= max(sampling.temperature, _COLDEST)
     if 0 < sampling.top_k < len(scores):
-        ids = _largest(scaled, sampling.top_k)  # [n], ties kept
+        ids = largest_ids(scaled, sampling.top_k)  # [n], ties kept
         scaled = scaled[ids]  # [n]
     weights = numpy.exp(scaled, out=scaled)  # [n]
     if sampling.top_p < 1:
@@ -192,31 +173,6 @@ def candidates(scores: Floats, sampling: SamplingParams) -> tuple[Indices | None
 
 def _of(ids: Indices | None, places: Indices) -> Indices:
     return places if ids is None else ids[places]
-
-
-def _largest(values: Floats, count: int) -> Indices:
-    """Indices, in ascending order, of the `count` largest of `values` [n] and of what is equal to
-    the least of these; all of them if there are no more.
-
-    The columns that the values are laid out in have a maximum each, and these are values too: at
-    least `count` values reach the `count`-th largest maximum, so nothing below it is looked for.
-    """
-    if count == 0 or count >= len(values):
-        return numpy.arange(len(values) if count else 0)
-    columns = len(values) // _COLUMN
-    if count <= columns:  # what is left over could only raise the bound
-        table = values[: columns * _COLUMN].reshape(_COLUMN, columns)
-        near = numpy.flatnonzero(values >= _kth_largest(table.max(0), count))
-    else:
-        near = numpy.arange(len(values))
-    found = values[near]
-    return near[found >= _kth_largest(found, count)]
-
-
-def _kth_largest(values: Floats, k: int) -> numpy.float32:
-    place = len(values) - k
-    result: numpy.float32 = numpy.partition(values, place)[place]
-    return result
 
 
 def _nucleus(weights: Floats, top_p: float) -> Indices:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from qwenkit.engine.guards import LoopDetector, ScriptGuard
 from qwenkit.types.events import FinishReason
 from qwenkit.types.protocols import TokenStream
 from qwenkit.types.sampling import SamplingParams
@@ -90,6 +91,10 @@ class Output:
     output and in its text: the original (row C03) makes the token after the sequence an
     end-of-text, and this is where that output ends, without the forced token. The first
     `min_tokens` tokens do not end the output, neither do they begin a stop string or sequence.
+
+    The guards of `SamplingParams` watch all of it: before a letter of a script that is not allowed
+    would be given out the output ends, even within `min_tokens`; a loop ends it after them, if
+    nothing else does with the same token.
     """
 
     def __init__(
@@ -107,7 +112,10 @@ class Output:
         self._stop_sequences = [Pattern(ids) for ids in sampling.stop_token_sequences]
         self._min_tokens = sampling.min_tokens
         self._max_tokens = max_tokens
-        self._cut = False  # at a stop string: nothing may follow
+        scripts, loops = sampling.allowed_scripts, sampling.loop_detection
+        self._scripts = ScriptGuard(scripts) if scripts else None
+        self._loops = LoopDetector(loops) if loops else None
+        self._cut = False  # at a stop string or a forbidden letter: nothing may follow
 
     @property
     def room(self) -> int:
@@ -120,32 +128,50 @@ class Output:
         may_stop = self.tokens > self._min_tokens
         if may_stop and token_id in self._stop_ids:
             return "", Ending("stop", self._stop_ids[token_id])
-        text = self._stream.push(token_id)
+        is_loop = self._loops is not None and self._loops.push(token_id)
+        text, ending = self._certain(self._stream.push(token_id), may_stop=may_stop)
         if may_stop:
-            text, ending = self._cut_text(text)
             complete = [pattern.push(token_id) for pattern in self._stop_sequences]
-            if ending is not None:
-                return text, ending
-            if any(complete):
-                return text, Ending("stop", token_id)
-        return text, Ending("length") if self.tokens >= self._max_tokens else None
+            if ending is None and any(complete):
+                ending = Ending("stop", token_id)
+            if ending is None and is_loop:
+                ending = Ending("loop")
+        if ending is None and self.tokens >= self._max_tokens:
+            ending = Ending("length")
+        return text, ending
 
     def finish(self, ending: Ending) -> tuple[str, Ending]:
         """Return the text still held back, and how the output has ended after all.
 
         The bytes of an unfinished character turn into text only here, so that a stop string can
-        become complete even now.
+        become complete even now; and what a stop string held back may have a letter in it that is
+        not allowed.
         """
         if self._cut:
             return "", ending
-        text, late = self._stream.finish(), None
-        if self.tokens > self._min_tokens:
-            text, late = self._cut_text(text)
-        if late is not None:
-            return text, late if ending.reason in ("stop", "length") else ending
-        return text + self._stop_strings.finish(), ending
+        rest = self._stream.finish()
+        text, late = self._certain(rest, may_stop=self.tokens > self._min_tokens)
+        if late is None:
+            held, late = self._allowed(self._stop_strings.finish())
+            text += held
+        is_natural = ending.reason in ("stop", "length", "loop")
+        return text, late if late is not None and is_natural else ending
 
-    def _cut_text(self, text: str) -> tuple[str, Ending | None]:
-        text, stop = self._stop_strings.push(text)
+    def _certain(self, text: str, *, may_stop: bool) -> tuple[str, Ending | None]:
+        """What of new text may be given out, and the ending that lies in it."""
+        stop = None
+        if may_stop:
+            text, stop = self._stop_strings.push(text)
         self._cut = stop is not None
-        return text, None if stop is None else Ending("stop", stop)
+        text, ending = self._allowed(text)
+        return text, Ending("stop", stop) if ending is None and stop is not None else ending
+
+    def _allowed(self, text: str) -> tuple[str, Ending | None]:
+        """Text up to the first letter of a script that is not allowed."""
+        if self._scripts is None:
+            return text, None
+        allowed = self._scripts.allowed(text)
+        if len(allowed) == len(text):
+            return text, None
+        self._cut = True
+        return allowed, Ending("language")

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from qwenkit.types.events import FinishReason, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A sampled token's natural log-probability, and the most likely alternatives (id, logprob)."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
+from qwenkit.types.events import FinishReason, TokenLogprob, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +31,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The whole answer to one request. `text` leaves out control tokens and the matched stop."""
+    """The whole answer to one request. `text` leaves out control tokens and the matched stop.
+
+    `logprobs` has an entry for each of `token_ids`, `prompt_logprobs` for each of
+    `prompt_token_ids` (None for the first one); both are None unless asked for.
+    """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -51,3 +47,26 @@ class Completion:
     matched_stop: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the output tokens' log-probabilities; None unless `logprobs` were asked."""
+        return None if self.logprobs is None else math.fsum(t.logprob for t in self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class BeamCompletion:
+    """One answer that a beam search found. `text` leaves out control tokens.
+
+    `token_ids` are the new ones, with the stop token if the answer ended in one (`matched_stop`).
+    `score` is `cumulative_logprob`, the sum of their log-probabilities, divided by their number to
+    the power of the length penalty.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    score: float
+    cumulative_logprob: float
+    finish_reason: FinishReason
+    matched_stop: str | int | None = None

@@ -1,4 +1,6 @@
-"""What an accepted request yields: token events, then exactly one finish event."""
+"""What an accepted request yields: what was asked of its prompt, token events, then exactly one
+finish event.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,18 @@ from typing import Literal
 
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
-FinishReason = Literal["stop", "length", "timeout", "abort", "error"]
+FinishReason = Literal["stop", "length", "language", "loop", "timeout", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log-probability under the model's raw distribution (before temperature,
+    filters and penalties), and the most likely alternatives (id, logprob).
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +33,19 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     extension: Extension = NO_EXTENSION
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Log-probabilities of the prompt's tokens at positions from `start` on, if they were asked
+    for. None is that of the first token of all: nothing stands before it.
+
+    The events of one prompt follow each other without a gap and come before its first token.
+    """
+
+    request_id: str
+    start: int
+    logprobs: tuple[TokenLogprob | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +70,7 @@ class FinishEvent:
     """The one terminal event. `text` is the rest of the text that was still held back.
 
     `matched_stop` is the stop string, or the token id, that ended the output; `error` says what
-    went wrong when `reason` is "error".
+    went wrong when `reason` is "error". "language" and "loop" are the guards of `SamplingParams`.
     """
 
     request_id: str
@@ -55,4 +81,4 @@ class FinishEvent:
     error: str | None = None
 
 
-Event = TokenEvent | FinishEvent
+Event = PromptEvent | TokenEvent | FinishEvent
