@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
 from typing import Self, overload
 
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
@@ -65,6 +67,17 @@ class AsyncLLM(Session):
         """The assistant's next turn; see `LLM.chat`."""
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return await self._complete(request)
+
+    async def load_adapter(
+        self, name: str, adapter: str | Path, *, revision: str | None = None, offline: bool = False
+    ) -> None:
+        """See `LLM.load_adapter`."""
+        load = partial(self._load_adapter, revision=revision, offline=offline)
+        await asyncio.to_thread(load, name, adapter)
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `LLM.unload_adapter`."""
+        await asyncio.to_thread(self._unload_adapter, name)
 
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""

@@ -24,7 +24,8 @@ _MOST_TOKENS = 16  # beyond, a step takes long enough for Python not to be notic
 _MOST_PROGRAMS = 32
 _REFILLED = ("ids", "positions", "slots", "query_lengths", "kv_lengths")
 
-Key = tuple[int, int, int]  # tokens, width of the block tables, threads
+# Tokens, width of the block tables, threads, each token's adapter.
+Key = tuple[int, int, int, tuple[int, ...]]
 
 
 class Replayer:
@@ -37,7 +38,7 @@ class Replayer:
         self._steps: dict[Key, _Step] = {}
         self._refused = False
 
-    def run(self, batch: Batch) -> torch.Tensor | None:
+    def run(self, batch: Batch, adapter_keys: tuple[int, ...] = ()) -> torch.Tensor | None:
         """Logits [tokens, vocab_size], overwritten by the next call; None where the step is not one
         that is repeated: then it must be computed as always.
         """
@@ -47,7 +48,7 @@ class Replayer:
         if tokens > _MOST_TOKENS:
             return None
         width = 1 << (batch.block_tables.shape[1] - 1).bit_length()
-        key = tokens, width, torch.get_num_threads()
+        key = tokens, width, torch.get_num_threads(), adapter_keys
         context = PagedAttention(self._cache, batch)
         if key in self._steps:
             return self._steps[key].run(batch, context)
