@@ -86,10 +86,11 @@ class AdapterBank:
         merged.
         """
         check_fits(adapter, self._plain)
-        if adapter.weights:
-            names = ", ".join(adapter.weights)
+        changed = [p for p, w in adapter.weights.items() if not self._has(p, w)]
+        if changed:
+            names = ", ".join(changed)
             raise UsageError(
-                f"{adapter.file}: modules_to_save replaces {names} as a whole, which cannot be "
+                f"{adapter.file}: replaces {names} as a whole (modules_to_save), which cannot be "
                 "chosen per request. Merge the adapter into the model (qwenkit merge)."
             )
         paths = dict.fromkeys((*adapter.low_ranks, *adapter.biases))
@@ -115,6 +116,12 @@ class AdapterBank:
         rows that the context selects.
         """
         self._choice.tokens, self._choice.sampled = tokens, sampled
+
+    def _has(self, path: str, weight: torch.Tensor) -> bool:
+        """Whether a module's weight is this one; PEFT writes a copy of a head that it adapts."""
+        own = cast(Linear | Embedding, self._plain.get_submodule(path)).weight
+        numbers = own.dequantize(weight.dtype) if isinstance(own, QuantWeight) else own.detach()
+        return torch.equal(numbers.to(weight), weight)
 
     def _wrap(self, path: str) -> AdaptedLinear:
         linear = cast(Linear, self._plain.get_submodule(path))

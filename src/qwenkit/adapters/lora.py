@@ -125,9 +125,11 @@ class Merging:
                 del module.weight
             else:
                 place, dtype = weight.device, weight.dtype
-            changed = merged_weight(weight, pair, dtype) if pair is not None else whole
-            assert changed is not None
-            module.weight = _frozen(changed.to(device=place, dtype=dtype))
+            base = weight if whole is None else whole.to(place)
+            if pair is not None:
+                base = merged_weight(base, pair, dtype)
+            assert isinstance(base, torch.Tensor)
+            module.weight = _frozen(base.to(dtype))
         bias = added_bias(self.adapter, path, module) if isinstance(module, Linear) else None
         if isinstance(module, Linear) and bias is not None:
             own = module.bias

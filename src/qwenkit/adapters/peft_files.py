@@ -2,7 +2,8 @@
 
 Below the prefix `base_model.model.` stands the module's published path, then `lora_A.weight` [rank,
 in_features] and `lora_B.weight` [out_features, rank]; a trained bias replaces the module's own, and
-a module of `modules_to_save` is there whole.
+a module of `modules_to_save` is
+there whole.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from qwenkit.layers.linear import Embedding, Linear
 PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias)")
 _BIAS = re.compile(r"(.+?)(?:\.base_layer)?\.bias")
-_WHOLE = re.compile(r"(.+)\.weight")
+_WHOLE = re.compile(r"(.+?)(?:\.base_layer)?\.weight")
+_EMBEDDINGS = ("embed_tokens", "wte", "lm_head")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -104,14 +106,18 @@ def to_tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
     for path, bias in adapter.biases.items():
         step = "base_layer.bias" if path in adapter.low_ranks else "bias"
         tensors[f"{PREFIX}{path}.{step}"] = bias
-    return tensors | {f"{PREFIX}{path}.weight": w for path, w in adapter.weights.items()}
+    for path, weight in adapter.weights.items():
+        step = "base_layer.weight" if path in adapter.low_ranks else "weight"
+        tensors[f"{PREFIX}{path}.{step}"] = weight
+    return tensors
 
 
 def _is_saved(config: AdapterConfig, path: str) -> bool:
-    """Whether a module is trained whole. An embedding that was given new rows is there unasked, and
-    so refused later, where its shape is known.
+    """Whether a module may be there whole: trained so, or an embedding or head, of which PEFT
+    writes copies when the head is adapted or rows were added.
     """
-    return any(path == m or path.endswith(f".{m}") for m in config.modules_to_save)
+    named = (*config.modules_to_save, *_EMBEDDINGS)
+    return any(path == m or path.endswith(f".{m}") for m in named)
 
 
 def _low_rank(
