@@ -127,6 +127,7 @@ class Session:
         self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
         if settings.kv_cache_tokens is None:
             settings = dataclasses.replace(settings, kv_cache_tokens=self.context_tokens)
+        self.default_adapter: str | None = None  # of requests that name none
         self._service = EngineService(self._engine(settings))
 
     @property
@@ -219,7 +220,10 @@ class Session:
         else:
             ids = prompt_ids(prompt)
         name, chosen = secrets.token_hex(8), self.sampling(sampling)
-        return Request(name, tuple(ids), chosen, request_options(options))
+        asked = request_options(options)
+        if asked.adapter is None and self.default_adapter is not None:
+            asked = dataclasses.replace(asked, adapter=self.default_adapter)
+        return Request(name, tuple(ids), chosen, asked)
 
     def _chat_request(
         self,
