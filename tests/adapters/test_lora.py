@@ -21,7 +21,7 @@ def layer(*, quantized: bool = False, seed: int = 0) -> Linear:
         weight = PackedWeight.round_to_nearest(linear.weight.detach(), "int4")
         del linear.weight
         linear.weight = weight
-    return linear
+    return linear.requires_grad_(False)
 
 
 def pair(rank: int = 4) -> LowRank:

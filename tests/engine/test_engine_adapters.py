@@ -220,7 +220,7 @@ def test_an_adapter_in_use_is_not_unloaded_and_an_unused_one_leaves_nothing(file
 def test_names_are_checked(files: Files, tmp_path: Path) -> None:
     path, adapters = files
     with LLM(path, adapters={"a": adapters["a"]}) as llm:
-        with pytest.raises(RequestError, match="adapter: 'A' is not loaded. Allowed: a") as caught:
+        with pytest.raises(RequestError, match=r"^adapter: 'A' is not loaded\. .* a") as caught:
             llm.generate("x", options={"adapter": "A"})
         assert caught.value.field == "adapter"
         with pytest.raises(UsageError, match="'a' is loaded already"):
