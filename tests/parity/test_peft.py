@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.oracle,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*lora_bias=True"),
-    pytest.mark.filterwarnings("ignore:.*have invalid shape: .*lora_B.bias"),
+    pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.* invalid shape"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:.*modules_to_save"),
 ]
