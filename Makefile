@@ -52,7 +52,7 @@ test: $(ENV)/.installed-for-tests
 
 # First what would otherwise only be skipped: the other implementations and the default model.
 oracles: $(ORACLE_ENV)/.installed
-	$(ORACLE_ENV)/bin/python -c "import gguf, llama_cpp, safetensors, tokenizers, transformers"
+	$(ORACLE_ENV)/bin/python -c "import gguf, llama_cpp, peft, safetensors, tokenizers, transformers"
 	$(ORACLE_ENV)/bin/qwenkit pull default
 	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null \
 	|| echo "ARM kernels are not tested: that takes Debian's g++-aarch64-linux-gnu and qemu-user."

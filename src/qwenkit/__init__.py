@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qwenkit.api import LLM as LLM
     from qwenkit.api import AsyncLLM as AsyncLLM
     from qwenkit.compat import AutoModelForCausalLM as AutoModelForCausalLM
+    from qwenkit.compat import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from qwenkit.compat import AutoTokenizer as AutoTokenizer
     from qwenkit.compat import GenerationConfig as GenerationConfig
     from qwenkit.compat import TextIteratorStreamer as TextIteratorStreamer
@@ -33,6 +34,7 @@ _PUBLIC = {
     "LLM": "qwenkit.api",
     "AsyncLLM": "qwenkit.api",
     "AutoModelForCausalLM": "qwenkit.compat",
+    "AutoPeftModelForCausalLM": "qwenkit.compat",
     "AutoTokenizer": "qwenkit.compat",
     "GenerationConfig": "qwenkit.compat",
     "TextIteratorStreamer": "qwenkit.compat",

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qwenkit.adapters.lora import Merging
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.layout import joined, reordered
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
@@ -55,6 +56,7 @@ def load(
     dtype: str = "auto",
     device: str | Mapping[str, str] = "cpu",
     plan: WeightPlan | None = None,
+    merging: Merging | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Loaded:
     """Build the model of a checkpoint (folder or .gguf file) and its tokenizer.
@@ -62,7 +64,8 @@ def load(
     `dtype` is that of the activations, chosen by `kernels/devices.py: choose_precision`. `device`
     is one for everything, or that of each part by its module path. Weights stay as they are stored
     where that can be: in their quantized format, memory-mapped; with a `plan` they become what
-    native kernels read. `progress` is called with the share done, 0 to 1.
+    native kernels read. `merging` puts an adapter into the weights, before they are packed or
+    rounded. `progress` is called with the share done, 0 to 1.
 
     Raises CheckpointError, ConfigError, TokenizerError or UsageError.
     """
@@ -82,7 +85,15 @@ def load(
     with torch.device("meta"):
         model = architecture.build(config)
     model.dtype = _compute_dtype(checkpoint, dtype, device, plan)
-    fill(model, architecture, checkpoint, device=device, plan=plan, progress=progress)
+    fill(
+        model,
+        architecture,
+        checkpoint,
+        device=device,
+        plan=plan,
+        merging=merging,
+        progress=progress,
+    )
     if plan is not None:
         give_back_freed_memory()  # of what was packed
     record = read_record(checkpoint, tokenizer, config)
@@ -138,6 +149,7 @@ def fill(
     *,
     device: str | Mapping[str, str] = "cpu",
     plan: WeightPlan | None = None,
+    merging: Merging | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> None:
     """Put every tensor of the checkpoint into its slot of a model built on the meta device.
@@ -148,6 +160,8 @@ def fill(
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
     _arrange_experts(slots, tensors, checkpoint)
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
+    if merging is not None:
+        merging.check(model, tied=tied)
     # A plan copies what it reads: without this a file would be in memory beside its copy.
     releases = {t.release for t in checkpoint.tensors.values() if plan is not None and t.release}
     for done, (path, module) in enumerate(slots):
@@ -156,6 +170,11 @@ def fill(
         below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
         place = device if isinstance(device, str) else _device_of(path, device)
         _fill_module(path, module, below, model, checkpoint, place, plan)
+        if merging is not None:
+            merging.into(path, module, model.dtype)
+        if plan is not None and isinstance(module, _MATRICES):
+            is_head = isinstance(module, Embedding) or path == "lm_head"
+            put(module, plan.apply(path, module.weight, is_head=is_head))
         for release in releases:
             release()
         if progress is not None:
@@ -279,9 +298,6 @@ def _fill_module(
         matrix = plan is not None and part == "weight" and isinstance(module, _MATRICES)
         value = value.to(device=device, dtype=None if matrix else model.dtype)
         setattr(module, part, nn.Parameter(value, requires_grad=False))
-    if plan is not None and isinstance(module, _MATRICES):
-        is_head = isinstance(module, Embedding) or path == "lm_head"
-        put(module, plan.apply(path, module.weight, is_head=is_head))
     if below:
         names = ", ".join(f"{path}.{part}" for part in sorted(below))
         raise CheckpointError(

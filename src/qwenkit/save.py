@@ -169,6 +169,16 @@ def write_model_folder(
     return weights
 
 
+def read_shard_size(given: str | int) -> int:
+    """Bytes of a size such as "2048MB", "5GB" or "512MiB". Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,15})\s*([KMGT]?)(i?)B?", str(given).strip(), re.IGNORECASE)
+    step = 1024 if match and match[3] else 1000
+    size = int(match[1]) * step ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not size or isinstance(given, bool):
+        raise UsageError(f"shard size: got {given!r}; expected a size such as '2048MB' or '5GB'.")
+    return size
+
+
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copy those of the files that are there."""
     for name in names:

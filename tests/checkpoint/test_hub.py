@@ -282,3 +282,19 @@ def test_an_address_that_is_no_hub_is_refused(tmp_path: Path) -> None:
 def test_a_name_unknown_to_the_hub_gets_a_suggestion(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"Did you mean 'Qwen/Qwen2-7B'"):
         fetch(hub, tmp_path, "qwen/qwen2-7b")
+
+
+def test_an_adapter_is_fetched_like_a_model(tmp_path: Path) -> None:
+    files = {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": WEIGHTS,
+        "adapter_model.bin": b"a pickle",
+        "README.md": b"",
+    }
+    with serving(FakeHub("Someone/Adapter", files)) as served:
+        folder = fetch(served, tmp_path, "Someone/Adapter")
+        names = {f.name for f in folder.iterdir()}
+        assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        asked = len(served.requests)
+        assert fetch(served, tmp_path, "Someone/Adapter") == folder  # cached whole
+        assert len(served.requests) == asked

@@ -75,6 +75,7 @@ def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path
             "kv_dtype": "auto",
             "context": 512,
             "rope": "as-config",
+            "adapter": None,
             "revision": None,
             "offline": True,
         }

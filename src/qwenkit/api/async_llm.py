@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Self, overload
 
 from qwenkit.api.beam import BeamSettings, likeliest, step_requests
@@ -110,6 +112,17 @@ class AsyncLLM(Session):
             done = await self._complete_all(step_requests(search, request))
             search.advance([likeliest(completion) for completion in done])
         return search.results(self.tokenizer)
+
+    async def load_adapter(
+        self, name: str, adapter: str | Path, *, revision: str | None = None, offline: bool = False
+    ) -> None:
+        """See `LLM.load_adapter`."""
+        load = partial(self._load_adapter, revision=revision, offline=offline)
+        await asyncio.to_thread(load, name, adapter)
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `LLM.unload_adapter`."""
+        await asyncio.to_thread(self._unload_adapter, name)
 
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""

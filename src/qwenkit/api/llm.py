@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Self, overload
 
 from qwenkit.api.beam import BeamSettings, likeliest, step_requests
@@ -124,6 +125,25 @@ class LLM(Session):
             done = self._complete(step_requests(search, request))
             search.advance([likeliest(completion) for completion in done])
         return search.results(self.tokenizer)
+
+    def load_adapter(
+        self, name: str, adapter: str | Path, *, revision: str | None = None, offline: bool = False
+    ) -> None:
+        """Serve the adapter in a folder of PEFT's layout, or on a hub, under a name from now on:
+        requests with the option `adapter` of that name use it, also while others run.
+
+        Raises UsageError for a name in use or an adapter that can only be merged, and as `LLM` and
+        `qwenkit.adapter_files.read_adapter`.
+        """
+        self._load_adapter(name, adapter, revision=revision, offline=offline)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises RequestError for an unknown name, UsageError while requests use it: they are neither
+        waited for nor ended.
+        """
+        self._unload_adapter(name)
 
     def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""

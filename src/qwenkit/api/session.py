@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from qwenkit.adapter_files import read_adapter
+from qwenkit.adapters.lora import Merging
 from qwenkit.api.beam import BeamSearch, BeamSettings
 from qwenkit.api.choices import Choices
 from qwenkit.api.inputs import (
@@ -62,6 +64,8 @@ class Session:
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
         kv_dtype: str = "auto",
+        adapters: Mapping[str, str | Path] | None = None,
+        merge: str | Path | None = None,
         offline: bool = False,
         revision: str | None = None,
         progress: Callable[[float], None] | None = None,
@@ -76,15 +80,16 @@ class Session:
         `device` is where everything is: "cpu", "cuda:1", or "auto", accelerators if there are any;
         `device_map`, instead, may split the model between layers (`parallel.plan_devices`).
         `pin_threads` gives helper threads a core each. `context_tokens` limits prompt and answer
-        together (default: the config's limit); more extends the model by YaRN, up to fourfold where
-        it can be. `rope` "per-request" extends a request only
-        as far as its prompt and `max_tokens` need, "as-config" as the config says, always.
-        `kv_cache_tokens` is the room for all requests, `kv_dtype` "fp32", "bf16" or "int8" what
-        keys and values are kept in ("auto": bf16 where products round activations, else as
-        computed). `offline` uses no network; `revision` names a branch, tag or commit.
+        together (default: the config's limit); more extends the model by YaRN, up to fourfold.
+        `rope` "per-request" extends a request only as far as its prompt and `max_tokens` need,
+        "as-config" as the config says, always. `kv_cache_tokens` is the room for all requests,
+        `kv_dtype` "fp32", "bf16" or "int8" what keys and values are kept in ("auto": bf16 where
+        products round activations, else as computed). `adapters` are served by name beside the
+        model (see `load_adapter`), `merge` is one to go into its weights: into quantized ones only
+        where `weights` says what they become. `offline` uses no network; `revision` is a branch or
+        tag.
 
-        Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
-        UsageError.
+        Raises UsageError, and as `resolve`, `load` and `qwenkit.adapter_files.read_adapter`.
         """
         _check_arguments(model, compute, threads, context_tokens)
         EngineSettings(kv_cache_tokens=kv_cache_tokens, kv_dtype=kv_dtype)  # known before loading
@@ -95,16 +100,25 @@ class Session:
         room = kv_cache_tokens or context_tokens
         self.devices = plan_devices(self.path, asked, dtype=dtype, kv_cache_tokens=room)
         native = kernels.variant is not None and self.devices == "cpu" and compute != "reference"
-        loaded = load(
-            self.path,
-            dtype=dtype,
-            device=self.devices if isinstance(self.devices, str) else self.devices.devices,
-            plan=plan if native or weights != "auto" else None,  # else run what is stored, as it is
-            progress=progress,
-        )
+        used = plan if native or weights != "auto" else None  # else run what is stored, as it is
+        merging = _merging(merge, offline=offline, dequantize=weights != "auto")
+        loaded = self._read(dtype, used, merging, progress)
         kv, plain = _kv_dtype(kv_dtype, loaded.model, native=native), compute == "reference"
         settings = EngineSettings(kv_cache_tokens=kv_cache_tokens, kv_dtype=kv, reference_ops=plain)
         self._serve(loaded, context_tokens, settings)
+        self._load_adapters(adapters or {}, offline=offline)
+
+    def _read(
+        self,
+        dtype: str,
+        plan: WeightPlan | None,
+        merging: Merging | None,
+        progress: Callable[[float], None] | None,
+    ) -> Loaded:
+        place = self.devices if isinstance(self.devices, str) else self.devices.devices
+        return load(
+            self.path, dtype=dtype, device=place, plan=plan, merging=merging, progress=progress
+        )
 
     def _serve(self, loaded: Loaded, context_tokens: int | None, settings: EngineSettings) -> None:
         """Keep what was loaded and start its engine."""
@@ -116,6 +130,7 @@ class Session:
         self.context_tokens = context_limit(self.record, self.config, context_tokens, self.rope)
         if settings.kv_cache_tokens is None:
             settings = replace(settings, kv_cache_tokens=self.context_tokens)
+        self.default_adapter: str | None = None  # of requests that name none
         engine = self._engine(settings)
         self._limits = engine.limits
         self._service = EngineService(engine)
@@ -125,6 +140,29 @@ class Session:
         """Where token ids go in: the device of everything, or of a split model's embedding."""
         placed = self.devices
         return torch.device(placed.first if isinstance(placed, DeviceMap) else placed)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+        return self._service.engine.adapters
+
+    def _load_adapters(self, adapters: Mapping[str, str | Path], *, offline: bool) -> None:
+        try:
+            for name, adapter in adapters.items():
+                self._load_adapter(name, adapter, offline=offline)
+        except BaseException:
+            self._service.close()
+            raise
+
+    def _load_adapter(
+        self, name: str, adapter: str | Path, *, revision: str | None = None, offline: bool = False
+    ) -> None:
+        read = read_adapter(resolve(str(adapter), offline=offline, revision=revision))
+        prepared = self._service.engine.prepare_adapter(read)
+        self._service.call(lambda engine: engine.load_adapter(name, prepared))
+
+    def _unload_adapter(self, name: str) -> None:
+        self._service.call(lambda engine: engine.unload_adapter(name))
 
     def _engine(self, settings: EngineSettings) -> Engine:
         layer_devices = None
@@ -187,7 +225,10 @@ class Session:
         else:
             ids = prompt_ids(prompt)
         name, chosen = secrets.token_hex(8), self.sampling(sampling)
-        return Request(name, tuple(ids), chosen, request_options(options))
+        asked = request_options(options)
+        if asked.adapter is None and self.default_adapter is not None:
+            asked = replace(asked, adapter=self.default_adapter)
+        return Request(name, tuple(ids), chosen, asked)
 
     def _chat_request(
         self,
@@ -220,6 +261,12 @@ class Session:
             most=self._limits.vocab_size,
         )
         return search, request
+
+
+def _merging(adapter: str | Path | None, *, offline: bool, dequantize: bool) -> Merging | None:
+    if adapter is None:
+        return None
+    return Merging(read_adapter(resolve(str(adapter), offline=offline)), dequantize=dequantize)
 
 
 def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, str]:

@@ -46,7 +46,7 @@ def cached_snapshot(name: HubName, revision: str, cache: Path) -> Path | None:
     if name.file is not None:
         file = snapshot / name.file
         return file if file.is_file() else None
-    if (snapshot / "config.json").is_file():
+    if any((snapshot / f).is_file() for f in ("config.json", "adapter_config.json")):
         return None if missing_files(snapshot) else snapshot
     files = list(snapshot.rglob("*.gguf"))
     return files[0] if len(files) == 1 else None

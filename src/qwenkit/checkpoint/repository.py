@@ -33,6 +33,8 @@ _WEIGHT_INDEX = re.compile(r"[\w.-]+\.(?:safetensors|bin)\.index\.json", re.ASCI
 _WEIGHTS = (  # the first kind that a repository has is the one that is fetched
     re.compile(r"model[\w.-]*\.safetensors(?:\.index\.json)?", re.ASCII),
     re.compile(r"pytorch_model[\w.-]*\.bin(?:\.index\.json)?", re.ASCII),
+    re.compile(r"adapter_model\.safetensors", re.ASCII),
+    re.compile(r"adapter_model\.bin", re.ASCII),
 )
 
 

@@ -44,8 +44,11 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
     device_map = _check(given)
     from qwenkit.checkpoint.hub import resolve  # a tenth of a second that --help does without
 
+    adapters = {} if given.adapter is None else read_adapter_option(given.adapter)
     with download.bars() as progress:
         resolve(name, offline=given.offline, revision=given.revision, progress=progress)
+        for adapter in adapters.values():
+            resolve(adapter, offline=given.offline, progress=progress)
     with console.progress(f"Loading {name} / 正在加载模型 …") as show, options_named():
         from qwenkit.api import LLM  # torch takes seconds; something moves already
 
@@ -63,13 +66,28 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
             context_tokens=given.context,
             kv_dtype=given.kv_dtype,
             rope=given.rope,
+            adapters=adapters,
             offline=given.offline,
             revision=given.revision,
             progress=show,
         )
+    llm.default_adapter = next(iter(adapters), None)
     if not isinstance(llm.devices, str):
         console.note(f"{llm.devices}.")
     return llm
+
+
+def read_adapter_option(given: str) -> dict[str, str]:
+    """The value of --adapter, NAME=PATH or a path alone, whose last step is then the name.
+
+    Raises UsageError.
+    """
+    name, equals, path = given.partition("=")
+    if not equals or "/" in name or options.is_local(given):
+        name, path = given.rstrip("/").rpartition("/")[2], given
+    if not name or not path:
+        raise UsageError(f"--adapter: got {given!r}; expected PATH or NAME=PATH.")
+    return {name: path}
 
 
 def _check(given: options.ModelOptions) -> GivenMap | None:

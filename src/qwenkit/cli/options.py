@@ -163,6 +163,13 @@ Offline = Annotated[
     bool, typer.Option("--offline", help="Use only models that are already on this machine.")
 ]
 
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[NAME=]PATH",
+        help="A LoRA adapter in PEFT's layout, a folder or a name on the hub, to answer with.",
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="REVISION", help="Branch, tag or commit on the hub. [default: main]"),
@@ -185,6 +192,7 @@ class ModelOptions:
     context: Context = None
     kv_dtype: KvDtype = "auto"
     rope: Rope = "per-request"
+    adapter: Adapter = None
     revision: Revision = None
     offline: Offline = False
 

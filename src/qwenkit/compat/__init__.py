@@ -10,16 +10,20 @@ from __future__ import annotations
 from qwenkit.compat.download import snapshot_download
 from qwenkit.compat.generation import GenerationConfig
 from qwenkit.compat.model import AutoModelForCausalLM, CompatModel, load_model_on_gpus
+from qwenkit.compat.peft import AutoPeftModelForCausalLM, CompatPeftModel, MergedModel
 from qwenkit.compat.prompts import decode_tokens, get_stop_words_ids, make_context
 from qwenkit.compat.streamers import TextIteratorStreamer, TextStreamer
 from qwenkit.compat.tokenizer import AutoTokenizer, CompatTokenizer
 
 __all__ = [
     "AutoModelForCausalLM",
+    "AutoPeftModelForCausalLM",
     "AutoTokenizer",
     "CompatModel",
+    "CompatPeftModel",
     "CompatTokenizer",
     "GenerationConfig",
+    "MergedModel",
     "TextIteratorStreamer",
     "TextStreamer",
     "decode_tokens",

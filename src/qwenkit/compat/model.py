@@ -93,6 +93,11 @@ class CompatModel:
         input_ids and attention_mask are [batch, length]; padding may stand on either side, and the
         logits at padded places are zeros. Positions count real tokens only.
         """
+        return self._logits(self.llm.model, input_ids, attention_mask)
+
+    def _logits(
+        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> CausalOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if input_ids.dim() != 2 or mask.shape != input_ids.shape:
             raise UsageError(
@@ -102,7 +107,7 @@ class CompatModel:
         real = mask.bool()
         lengths = [n for n in real.sum(1).tolist() if n]
         context = ByDevice(lambda device: PackedCausal(lengths, device=device))
-        flat = self.llm.model(input_ids[real].to(self.device), context)
+        flat: torch.Tensor = model(input_ids[real].to(self.device), context)
         logits = flat.new_zeros(*input_ids.shape, flat.shape[-1])  # [batch, length, vocab]
         logits[real.to(flat.device)] = flat
         return CausalOutput(logits)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from qwenkit.adapters.bank import Piece
+from qwenkit.adapters.peft_files import LoraAdapter
 from qwenkit.engine.blocks import BlockPool
-from qwenkit.engine.plan import Chunk, SchedulerStatus
+from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Sampler
@@ -114,9 +116,38 @@ class Engine:
         """How busy the engine is."""
         return self._scheduler.status()
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters. Any thread may ask."""
+        return self._runner.adapters.names
+
+    def adapter_key(self, name: str | None) -> int:
+        """A number for what is loaded under this name now, never used again; 0 for None. Raises
+        RequestError naming the loaded ones. Any thread may ask.
+        """
+        return self._runner.adapters.key(name)
+
+    def prepare_adapter(self, adapter: LoraAdapter) -> dict[str, Piece]:
+        """What `load_adapter` takes. Any thread may ask; raises CheckpointError or UsageError."""
+        return self._runner.adapters.prepare(adapter)
+
+    def load_adapter(self, name: str, prepared: dict[str, Piece]) -> None:
+        """Serve an adapter under this name from now on. Raises UsageError if the name is in use."""
+        self._runner.adapters.add(name, prepared)
+        self._runner.adapters_changed()
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses. Raises RequestError for an unknown name,
+        UsageError while a request that runs or waits needs it.
+        """
+        users = sum(a.request.options.adapter == name for a in self._active.values())
+        self._runner.adapters.remove(name, users=users)
+        self._runner.adapters_changed()
+
     def check(self, request: Request) -> None:
         """Raise RequestError if the request could never be served. Any thread may ask."""
         check_request(request, self.limits)
+        self.adapter_key(request.options.adapter)
         stops = stop_ids(request.sampling, self._model_stops, self._tokenizer.control_tokens)
         if request.sampling.min_tokens and len(stops) >= self.limits.vocab_size:
             raise RequestError(
@@ -159,7 +190,7 @@ class Engine:
             extension,
             client=options.client,
             priority=options.priority,
-            cache_key=(options.adapter, options.cache_salt),
+            cache_key=(self.adapter_key(options.adapter), options.cache_salt),
         )
         return request
 
@@ -173,7 +204,7 @@ class Engine:
         plan = self._scheduler.schedule(self._drafts())
         if not plan.chunks:
             return events
-        logits = self._runner.run(plan)  # [rows, vocab_size]
+        logits = self._runner.run(plan, self._adapter_keys(plan))  # [rows, vocab_size]
         sampled: dict[str, tuple[int, ...]] = {}
         endings: dict[str, Ending] = {}
         first = 0
@@ -242,6 +273,13 @@ class Engine:
             if active.deadline_s is not None and active.deadline_s <= now_s
         ]
         return [self._finish(name, Ending("timeout")) for name in overdue]
+
+    def _adapter_keys(self, plan: Plan) -> tuple[int, ...]:
+        """Each chunk's adapter; empty where none is loaded."""
+        if not self.adapters:
+            return ()
+        options = (self._active[chunk.request_id].request.options for chunk in plan.chunks)
+        return tuple(self.adapter_key(one.adapter) for one in options)
 
     def _fail(self, request_id: str, error: Exception) -> FinishEvent:
         return self._finish(request_id, Ending("error"), _describe(error))

@@ -25,7 +25,8 @@ _MOST_TOKENS = 16  # beyond, a step takes long enough for Python not to be notic
 _MOST_PROGRAMS = 64
 _REFILLED = ("ids", "positions", "slots", "query_lengths", "kv_lengths")
 
-Key = tuple[int, int, int, int]  # tokens, sequences, width of the block tables, threads
+# Tokens, sequences, width of the block tables, threads, each token's adapter.
+Key = tuple[int, int, int, int, tuple[int, ...]]
 
 
 class Replayer:
@@ -38,7 +39,7 @@ class Replayer:
         self._steps: dict[Key, _Step] = {}
         self._refused = False
 
-    def run(self, batch: Batch) -> torch.Tensor | None:
+    def run(self, batch: Batch, adapter_keys: tuple[int, ...] = ()) -> torch.Tensor | None:
         """Logits [tokens, vocab_size], overwritten by the next call; None where the step is not one
         that is repeated: then it must be computed as always.
         """
@@ -46,7 +47,7 @@ class Replayer:
         if self._refused or batch.rows is not None or tokens > _MOST_TOKENS:
             return None
         width = 1 << (batch.block_tables.shape[1] - 1).bit_length()
-        key = tokens, len(batch.query_lengths), width, torch.get_num_threads()
+        key = tokens, len(batch.query_lengths), width, torch.get_num_threads(), adapter_keys
         context = PagedAttention(self._cache, batch)
         if key in self._steps:
             return self._steps[key].run(batch, context)

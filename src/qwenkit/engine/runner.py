@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
+from qwenkit.engine.adapters import LoadedAdapters
 from qwenkit.engine.batch import Batch, build
 from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
@@ -56,19 +57,35 @@ class Runner:
             and "cpu" in packed_matmul.backends
         )
         self._replayer = Replayer(model, self._cache) if native else None
+        self._native = native
+        self._adapted_replayer: Replayer | None = None
+        self.adapters = LoadedAdapters(model, native=native)
+
+    def adapters_changed(self) -> None:
+        """Record anew the steps that need adapters: those recorded hold on to what is unloaded."""
+        replays = self._native and self.adapters.names
+        self._adapted_replayer = Replayer(self.adapters.model, self._cache) if replays else None
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> torch.Tensor:
+    def run(self, plan: Plan, adapter_keys: Sequence[int] = ()) -> torch.Tensor:
         """Compute the plan's tokens; return logits [rows, vocab_size], those that the chunks want
         one after another, in whatever dtype the model gives. The next run may overwrite them.
+        `adapter_keys` has the key of each chunk's adapter; empty: nobody has one.
         """
+        model, replayer = self._model, self._replayer
+        keys: tuple[int, ...] = ()  # of each token
+        if self.adapters.choose(adapter_keys, plan.chunks):
+            pairs = zip(adapter_keys, plan.chunks, strict=True)
+            keys = tuple(key for key, chunk in pairs for _ in chunk.token_ids)
+            model, replayer = self.adapters.model, self._adapted_replayer
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
-        if self._replayer is not None:
-            logits = self._replayer.run(batch)
+        if replayer is not None:
+            logits = replayer.run(batch, keys)
             if logits is not None:
                 return logits
         with reference_only() if self._reference_ops else nullcontext():
-            return self._model(batch.ids, self._context(batch))
+            logits = model(batch.ids, self._context(batch))
+            return logits
 
     def _context(self, batch: Batch) -> AttentionContext:
         if self._is_split:

@@ -13,9 +13,10 @@ import queue
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
@@ -25,7 +26,10 @@ from qwenkit.types.events import Event, FinishEvent, FinishReason, Usage
 _log = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S = 60.0  # a step that takes longer is left to end with the process
 
+_CLOSED = "this engine is closed; load the model again to go on."
+
 Sink = Callable[[Event], None]
+T = TypeVar("T")
 
 
 class EngineService:
@@ -71,6 +75,18 @@ class EngineService:
     def abort(self, request_id: str) -> None:
         """End a request; its stream still gets the finish event. Unknown ids are ignored."""
         self._worker.abort(request_id)
+
+    def call(self, work: Callable[[Engine], T]) -> T:
+        """Do `work` with the engine in its thread, between two steps; its result, or its error.
+
+        Raises UsageError after `close`. Not to be called in the engine's thread.
+        """
+        return self._worker.call(work).result()
+
+    @property
+    def engine(self) -> Engine:
+        """For what any thread may ask of it."""
+        return self._worker.engine
 
     def close(self) -> None:
         """Abort what runs, end the thread and wait for it. Closing twice does nothing."""
@@ -194,7 +210,8 @@ class _Worker:
         self.engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
-        self._lock = threading.Lock()  # of `_open` and of entries coming into `_sinks`
+        self._calls: set[Future[Any]] = set()  # that somebody waits for
+        self._lock = threading.Lock()  # of `_open` and of entries coming into `_sinks`, `_calls`
         self._open = True
         self._thread = threading.Thread(target=self._run, name="qwenkit-engine", daemon=True)
         self._thread.start()
@@ -207,7 +224,7 @@ class _Worker:
             self.engine.check(request)
         with self._lock:
             if not self._open:
-                raise UsageError("this engine is closed; load the model again to go on.")
+                raise UsageError(_CLOSED)
             names: set[str] = set()
             for request in requests:
                 if request.id in self._sinks or request.id in names:
@@ -222,6 +239,23 @@ class _Worker:
         have been taken by a later request.
         """
         self._inbox.put(partial(self._abort, request_id, sink))
+
+    def call(self, work: Callable[[Engine], T]) -> Future[T]:
+        """Ask for `work` to be done between two steps."""
+        future: Future[T] = Future()
+        with self._lock:
+            if not self._open:
+                raise UsageError(_CLOSED)
+            self._calls.add(future)
+            self._inbox.put(partial(self._answer, future, work))
+        return future
+
+    def _answer(self, future: Future[T], work: Callable[[Engine], T]) -> None:
+        self._calls.discard(future)
+        try:
+            future.set_result(work(self.engine))
+        except Exception as error:  # of whoever asked
+            future.set_exception(error)
 
     def stop(self) -> None:
         """Ask for the end of the thread and wait for it."""
@@ -293,6 +327,8 @@ class _Worker:
     def _shut(self, reason: FinishReason, error: str | None) -> None:
         with self._lock:
             self._open = False  # nothing is added to the inbox or the sinks from now on
+        for future in self._calls:  # asked for but not yet done
+            future.set_exception(UsageError(_CLOSED))
         with contextlib.suppress(Exception):  # the engine may be what failed
             self._deliver(self.engine.abort_all(error=error))
         for name in list(self._sinks):  # submitted but not yet added

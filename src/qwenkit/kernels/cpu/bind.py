@@ -23,6 +23,7 @@ from qwenkit.kernels import build
 from qwenkit.kernels.cpu.bind_attention import bind_kv_write, bind_paged_attention
 from qwenkit.kernels.cpu.bind_blocks import bind_block_dequantize, bind_block_matmul
 from qwenkit.kernels.cpu.bind_experts import bind_choose_experts, bind_mix_experts
+from qwenkit.kernels.cpu.bind_low_rank import bind_add_low_rank
 from qwenkit.kernels.cpu.bind_packed import (
     bind_packed_experts,
     bind_packed_gated,
@@ -150,6 +151,7 @@ def load_kernels(path: Path) -> dict[str, Kernel]:
 def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
     """One function per op that the library has."""
     return {
+        "add_low_rank": bind_add_low_rank(library),
         "block_dequantize": bind_block_dequantize(library),
         "block_matmul": bind_block_matmul(library),
         "choose_experts": bind_choose_experts(library),

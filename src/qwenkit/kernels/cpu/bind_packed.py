@@ -50,7 +50,7 @@ class _PackedRows(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class _Factors:
+class Factors:
     """Matrices that share all but their rows. Lists are empty where no matrix has such a thing."""
 
     kind: str
@@ -64,7 +64,7 @@ class _Factors:
     parts: int = 1
 
 
-class _Multiply:
+class Multiply:
     """Calls the native product once its arguments are known to fit together."""
 
     def __init__(self, library: ctypes.CDLL, op: str) -> None:
@@ -74,7 +74,7 @@ class _Multiply:
     def __call__(
         self,
         x: torch.Tensor,
-        factors: _Factors,
+        factors: Factors,
         *,
         norm: torch.Tensor | None = None,
         epsilon: float = 0.0,
@@ -82,9 +82,11 @@ class _Multiply:
         order: torch.Tensor | None = None,
         ends: torch.Tensor | None = None,
         gated: bool = False,
+        into: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """x float32 [tokens, columns], of which `order` int64 chooses and repeats rows, to a tensor
-        for each matrix; `gated` to one of two. Raises KernelError for what does not fit.
+        for each matrix; `gated` to one of two. `into` is memory for the result of one matrix, its
+        residual's own perhaps. Raises KernelError for what does not fit.
         """
         x, columns = x.contiguous(), x.shape[1]
         tokens = len(x if order is None else order)
@@ -102,7 +104,7 @@ class _Multiply:
                     f"{self._op}: bias and residual must be [{rows}] and [{tokens}, {rows}]."
                 )
             if not gated or i == 0:
-                results.append(empty_rows(tokens, rows))
+                results.append(empty_rows(tokens, rows) if into is None else into)
             tensors = *packed, bias, residual, results[-1]
             precise = bool(factors.precise and factors.precise[i])
             matrices.append(PackedMatrix(*map(_address, tensors), rows, precise))
@@ -128,7 +130,7 @@ class _Multiply:
 
 
 def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
-    multiply, reference = _Multiply(library, "packed_matmul"), packed_matmul.reference
+    multiply, reference = Multiply(library, "packed_matmul"), packed_matmul.reference
     float32 = torch.float32
 
     def run(
@@ -146,7 +148,7 @@ def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
         if not x.is_floating_point() or not x.numel() or not rows:
             given = data, scales, mins, bias, residual, kind, rows, zero_point, precise
             return reference(x, *given)  # type: ignore[no-any-return]
-        factors = _Factors(
+        factors = Factors(
             kind, (rows,), zero_point, (data,), _some(scales), _some(mins), _some(bias), (precise,)
         )
         if residual is not None:
@@ -158,7 +160,7 @@ def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
 
 
 def bind_packed_projections(library: ctypes.CDLL) -> Kernel:
-    multiply, reference = _Multiply(library, "packed_projections"), packed_projections.reference
+    multiply, reference = Multiply(library, "packed_projections"), packed_projections.reference
 
     def run(
         x: torch.Tensor,
@@ -177,14 +179,14 @@ def bind_packed_projections(library: ctypes.CDLL) -> Kernel:
             tensors = data, scales, mins, biases
             given = x, norm, epsilon, *tensors, kind, rows, zero_point, precise
             return reference(*given)  # type: ignore[no-any-return]
-        factors = _Factors(kind, rows, zero_point, data, scales, mins, biases, precise)
+        factors = Factors(kind, rows, zero_point, data, scales, mins, biases, precise)
         return multiply(x, factors, norm=norm, epsilon=epsilon)
 
     return run
 
 
 def bind_packed_gated(library: ctypes.CDLL) -> Kernel:
-    multiply, reference = _Multiply(library, "packed_gated"), packed_gated.reference
+    multiply, reference = Multiply(library, "packed_gated"), packed_gated.reference
 
     def run(
         x: torch.Tensor,
@@ -200,7 +202,7 @@ def bind_packed_gated(library: ctypes.CDLL) -> Kernel:
         if _unusual(x, norm):
             given = x, norm, epsilon, data, scales, mins, kind, rows, zero_point
             return reference(*given)  # type: ignore[no-any-return]
-        factors = _Factors(kind, (rows, rows), zero_point, data, scales, mins)
+        factors = Factors(kind, (rows, rows), zero_point, data, scales, mins)
         [y] = multiply(x, factors, norm=norm, epsilon=epsilon, gated=True)
         return y
 
@@ -208,7 +210,7 @@ def bind_packed_gated(library: ctypes.CDLL) -> Kernel:
 
 
 def bind_packed_experts(library: ctypes.CDLL) -> Kernel:
-    multiply, reference = _Multiply(library, "packed_experts"), packed_experts.reference
+    multiply, reference = Multiply(library, "packed_experts"), packed_experts.reference
 
     def run(
         x: torch.Tensor,
@@ -227,7 +229,7 @@ def bind_packed_experts(library: ctypes.CDLL) -> Kernel:
         if rows % PANEL_ROWS or len(data) > 2:
             raise KernelError(f"packed_experts: {len(data)} matrices of {rows} rows an expert.")
         each = len(data) * (rows,)
-        factors = _Factors(kind, each, zero_point, data, scales, mins, parts=len(ends))
+        factors = Factors(kind, each, zero_point, data, scales, mins, parts=len(ends))
         [y] = multiply(x, factors, order=order, ends=ends, gated=len(data) == 2)
         return y
 
