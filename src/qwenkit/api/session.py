@@ -76,9 +76,9 @@ class Session:
         together (default: the config's limit); more extends the model by YaRN, up to fourfold where
         it can be. `rope` "per-request" extends a request only
         as far as its prompt and `max_tokens` need, "as-config" as the config says, always.
-        `kv_cache_tokens` is the room for all requests, `kv_dtype` "fp32", "bf16" or "int8" what
-        keys and values are kept in ("auto": bf16 where products round activations, else as
-        computed). `offline` uses no network; `revision` names a branch, tag or commit.
+        `kv_cache_tokens` is the room for all requests, `kv_dtype` "fp32", "bf16", "int8" or
+        "int4" what keys and values are kept in ("auto": bf16 where products round activations, else
+        as computed). `offline` uses no network; `revision` names a branch, tag or commit.
 
         Raises ModelNotFoundError, NetworkError, CheckpointError, ConfigError, TokenizerError or
         UsageError.

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from qwenkit.engine.batch import Batch, build
+from qwenkit.engine.key_guard import key_guards
 from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.replay import Replayer
@@ -38,15 +39,17 @@ class Runner:
         self._model = model
         self._reference_ops = reference_ops
         self._device = device
+        kept = NAMED_DTYPES.get(kv_dtype, model.dtype)
         self._cache = KVCache(
             num_layers=model.config.num_hidden_layers,
             num_blocks=num_blocks,
             block_tokens=block_tokens,
             kv_heads=model.config.num_key_value_heads,
             head_dim=model.config.head_dim,
-            dtype=NAMED_DTYPES.get(kv_dtype, model.dtype),
+            dtype=kept,
             device=device,
             layer_devices=layer_devices,
+            guards=None if kept.is_floating_point else key_guards(model),
         )
         self._is_split = layer_devices is not None
         native = (
