@@ -38,8 +38,8 @@ class EngineSettings:
     shorter ones).
     `max_batch_tokens` bounds the tokens computed in one step, so a longer prompt is computed in
     chunks of that size; `max_sequences` bounds the requests that run at the same time.
-    `kv_dtype` "fp32", "bf16", "int8" or "int4" is what keys and values are kept in (int4: but for
-    layers whose keys have strong outliers, see `key_guard`); "auto" is what the model computes in.
+    `kv_dtype` "fp32", "bf16", "int8" or "int4" is what keys and values are kept in (int8 and int4:
+    but for layers whose keys have outliers, see `key_guard`); "auto" is what the model computes in.
     `reference_ops` runs every op's torch reference, whatever backends are registered.
 
     Raises UsageError naming the setting on construction.

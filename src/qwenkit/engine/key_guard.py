@@ -7,9 +7,10 @@ what they are, and all channels of a key are about equally large when they are r
 idea of arXiv 2211.10438, decided from weights alone). Divisors are powers of two, which round
 nothing.
 
-That takes the outliers' harm from the other channels, but not from themselves: four bits still say
+That takes the outliers' harm from the other channels, but not from themselves: few bits still say
 little about a number that is large and hardly varies. Layers with strong outliers are therefore
-kept in int8 where int4 is asked for; Qwen2.5-7B has them in its first and last layers.
+kept in int8 where int4 is asked for, those with extreme ones in bf16 whatever is asked for.
+Qwen2.5-7B has them in its first and last layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 
 from qwenkit.engine.served import ServedModel
 
-STRONG = 8.0  # a channel so many times larger than most is too much for four bits
+STRONG = 8.0  # a channel so many times larger than most is too much for four bits,
+EXTREME = 32.0  # for eight
 _MOST = 15  # powers of two
 
 
@@ -38,9 +40,10 @@ def _guard(sizes: torch.Tensor) -> torch.Tensor:
 
 
 def kept_dtype(dtype: torch.dtype, guard: torch.Tensor | None) -> torch.dtype:
-    """What a layer with these divisors is kept in where `dtype` is asked for: int8 in place of
-    uint8, four bits, where it has strong outliers.
-    """
-    if dtype is torch.uint8 and guard is not None and bool((guard >= STRONG).any()):
-        return torch.int8
-    return dtype
+    """What a layer with these divisors is kept in where `dtype` is asked for."""
+    if guard is None or dtype.is_floating_point:
+        return dtype
+    worst = float(guard.max())
+    if worst >= EXTREME:
+        return torch.bfloat16
+    return torch.int8 if worst >= STRONG else dtype

@@ -103,8 +103,8 @@ def kv_bytes(config: ModelConfig, weights: Weights, work: Workload) -> int:
 
 
 def kv_head_bytes(kind: str, head_dim: int) -> int:
-    """Bytes of one head of one token's keys or values. int4 is the least that it can be: layers
-    whose keys have strong outliers are int8.
+    """Bytes of one head of one token's keys or values. int8 and int4 are the least that it can
+    be: layers whose keys have outliers are kept in more bits.
     """
     if kind == "int4":
         return kv_int4.row_bytes(head_dim)

@@ -30,8 +30,7 @@ class _RotaryKvWrite(ctypes.Structure):
 
 def bind_rotary_kv_write(library: ctypes.CDLL) -> Kernel:
     call = kernel(library, "qk_rotary_kv_write", _RotaryKvWrite)
-    float32, get_num_threads = torch.float32, torch.get_num_threads
-    reference = rotary_kv_write.reference
+    float32, reference = torch.float32, rotary_kv_write.reference
 
     def run(
         q: torch.Tensor,
@@ -54,8 +53,7 @@ def bind_rotary_kv_write(library: ctypes.CDLL) -> Kernel:
             given = (q, k, v, cos, sin, *cache[:2], slots, *cache[2:], factors, guard)
             return reference(*given)  # type: ignore[no-any-return]
         _check(q, k, v, cos, sin, slots, factors, guard)
-        if not has_heads(key_cache, *k.shape[1:]) or not is_cache(*cache):
-            raise refuse("rotary_kv_write", k=k, keys=key_cache, values=value_cache)
+        _check_cache(k, *cache)
         q, k, v = with_whole_heads(q), with_whole_heads(k), with_whole_heads(v)
         cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
         y = q.new_empty(q.shape)
@@ -80,7 +78,7 @@ def bind_rotary_kv_write(library: ctypes.CDLL) -> Kernel:
             v.stride(0),
             key_cache.shape[0] * key_cache.shape[1],
             kind,
-            get_num_threads(),
+            torch.get_num_threads(),
         )
         if call(arguments):
             raise KernelError(
@@ -90,6 +88,18 @@ def bind_rotary_kv_write(library: ctypes.CDLL) -> Kernel:
         return y
 
     return run
+
+
+def _check_cache(
+    k: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> None:
+    """Raises KernelError unless this is a cache for such keys."""
+    if not has_heads(keys, *k.shape[1:]) or not is_cache(keys, values, key_scales, value_scales):
+        raise refuse("rotary_kv_write", k=k, keys=keys, values=values)
 
 
 def _check(
