@@ -124,7 +124,7 @@ def test_a_guard_changes_nothing_where_nothing_is_rounded() -> None:
     assert torch.equal(forced(made, "fp32", guards)[0], forced(made, "fp32")[0])
     rotary = made.config.position
     assert isinstance(rotary, Rotary)
-    spec = DualChunk(rotary, chunk_tokens=80, local_tokens=16)
+    spec = DualChunk(rotary=rotary, chunk_tokens=80, local_tokens=16)
     positions = [cast(Any, layer).self_attn for layer in made.model.layers]
     for attention in positions:
         attention.position = spec

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from typing import Self, overload
 
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
-from qwenkit.api.session import Session
+from qwenkit.api.session import Session, Vectors
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
 from qwenkit.types.completion import Completion
-from qwenkit.types.events import Event
+from qwenkit.types.events import Event, FinishEvent
 
 
 class AsyncLLM(Session):
@@ -66,6 +66,18 @@ class AsyncLLM(Session):
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return await self._complete(request)
 
+    async def embed(
+        self,
+        prompts: str | Prompts,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        options: Options = None,
+    ) -> Vectors:
+        """A vector for each text or id list; see `LLM.embed`."""
+        requests = self._embedding_requests(prompts, pooling, normalize, options)
+        return self._vectors(await asyncio.gather(*(self._end(request) for request in requests)))
+
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
         self._service.close()
@@ -75,6 +87,12 @@ class AsyncLLM(Session):
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+    async def _end(self, request: Request) -> FinishEvent:
+        async for event in self._service.astream(request):
+            if isinstance(event, FinishEvent):
+                return event
+        raise AssertionError("every accepted request ends in a FinishEvent")
 
     async def _complete(self, request: Request) -> Completion:
         collector = Collector(request)

@@ -5,37 +5,44 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
+import numpy
 import torch
 
 from qwenkit.api.inputs import (
     Messages,
     Options,
     Prompt,
+    Prompts,
     Sampling,
     Tools,
     prompt_ids,
     request_options,
     sampling_changes,
+    several_prompts,
 )
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.engine.engine import Engine, EngineSettings
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
-from qwenkit.errors import UsageError, suggest
+from qwenkit.errors import QwenkitError, UsageError, suggest
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import Loaded, load
 from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
+from qwenkit.types.embedding import EmbeddingParams, Pooling
+from qwenkit.types.events import FinishEvent
 from qwenkit.types.extension import rope_mode
 from qwenkit.types.messages import parse_messages, parse_tools
 from qwenkit.types.sampling import SamplingParams
 
+Vectors = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.float32]]
 COMPUTE = ("auto", "reference")
 
 
@@ -183,6 +190,24 @@ class Session:
             ids = prompt_ids(prompt)
         name, chosen = secrets.token_hex(8), self.sampling(sampling)
         return Request(name, tuple(ids), chosen, request_options(options))
+
+    def _embedding_requests(
+        self, prompts: str | Prompts, pooling: str, normalize: bool, options: Options
+    ) -> list[Request]:
+        """One request for each text or id list."""
+        wanted = EmbeddingParams(pooling=cast(Pooling, pooling), normalize=normalize)
+        several = [prompts] if isinstance(prompts, str) else several_prompts(prompts)
+        plain = SamplingParams(max_tokens=1, seed=0)  # nothing is sampled
+        requests = [self._request(prompt, plain, options) for prompt in several]
+        return [dataclasses.replace(request, embedding=wanted) for request in requests]
+
+    def _vectors(self, finished: Sequence[FinishEvent]) -> Vectors:
+        """fp32 [requests, hidden_size]. Raises QwenkitError for a request that did not end well."""
+        for finish in finished:
+            if finish.embedding is None:
+                raise QwenkitError(finish.error or f"a request ended early: {finish.reason}.")
+        rows = [finish.embedding for finish in finished]
+        return numpy.array(rows, numpy.float32).reshape(len(rows), self.config.hidden_size)
 
     def _chat_request(
         self,

@@ -15,10 +15,11 @@ import torch
 
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.kv import KV_DTYPES
+from qwenkit.engine.pooling import Pooler
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Choice, Sampler
-from qwenkit.engine.scheduler import Scheduler, SchedulerStatus
+from qwenkit.engine.scheduler import Chunk, Scheduler, SchedulerStatus
 from qwenkit.engine.served import ServedModel
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import QwenkitError, RequestError, UsageError, suggest
@@ -83,6 +84,7 @@ class _Active:
     sampler: Sampler
     output: Output
     extension: Extension
+    pooler: Pooler | None
 
 
 class Engine:
@@ -184,8 +186,11 @@ class Engine:
             max_tokens=self.limits.output_tokens(request),
         )
         extension = self.limits.extension(request)
-        self._active[request.id] = _Active(request, sampler, output, extension)
-        self._scheduler.add(request.id, request.prompt_ids, extension)
+        wanted = request.embedding
+        pooler = None if wanted is None else Pooler(wanted)
+        self._active[request.id] = _Active(request, sampler, output, extension, pooler)
+        pooling = None if wanted is None else wanted.pooling
+        self._scheduler.add(request.id, request.prompt_ids, extension, pooling)
         return request
 
     def step(self) -> list[Event]:
@@ -197,7 +202,12 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan.chunks:
             return []
-        logits = self._runner.run(plan)  # [rows, vocab_size]
+        pooled = [chunk for chunk in plan.chunks if chunk.hidden]
+        hidden: list[torch.Tensor] = []
+        if pooled:
+            logits, hidden = self._runner.run_pooled(plan)
+        else:
+            logits = self._runner.run(plan)  # [rows, vocab_size]
         events: list[Event] = []
         sampled: dict[str, Choice] = {}
         for request_id, row in zip(plan.sampled_ids, logits, strict=True):
@@ -211,6 +221,8 @@ class Engine:
                 events += self._emit(request_id, choice)
             except Exception as error:
                 events.append(self._fail(request_id, error))
+        for chunk, rows in zip(pooled, hidden, strict=True):
+            events += self._pool(chunk, rows)
         return events
 
     def abort(self, request_id: str) -> FinishEvent | None:
@@ -228,6 +240,20 @@ class Engine:
         text, ending = self._active[request_id].output.push(choice.token_id)
         token = TokenEvent(request_id, choice.token_id, text, choice.logprob, choice.top_logprobs)
         return [token] if ending is None else [token, self._finish(request_id, ending)]
+
+    def _pool(self, chunk: Chunk, rows: torch.Tensor) -> list[Event]:
+        """Take a chunk's hidden states; behind the last of them the request ends."""
+        active, end = self._active[chunk.request_id], chunk.start + len(chunk.token_ids)
+        assert active.pooler is not None
+        try:
+            active.pooler.add(end - len(rows), rows)
+            if end < len(active.request.prompt_ids):
+                return []
+            vector = active.pooler.result()
+        except Exception as error:
+            return [self._fail(chunk.request_id, error)]
+        finish = self._finish(chunk.request_id, Ending("stop"))
+        return [dataclasses.replace(finish, embedding=vector)]
 
     def _fail(self, request_id: str, error: Exception) -> FinishEvent:
         return self._finish(request_id, Ending("error"), _describe(error))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from qwenkit.errors import RequestError
 from qwenkit.layers.position import Position, choose_extension, covered_tokens
+from qwenkit.types.embedding import EmbeddingParams, Pooling
 from qwenkit.types.extension import NO_EXTENSION, Extension, RopeMode
 from qwenkit.types.options import RequestOptions
 from qwenkit.types.sampling import SamplingParams
@@ -18,13 +19,14 @@ from qwenkit.types.sampling import SamplingParams
 @dataclass(frozen=True, slots=True)
 class Request:
     """Prompt ids, how to continue them, and the request's place beside others. `id` names the
-    request in its events.
+    request in its events. With an `embedding` the prompt is pooled into a vector and not continued.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     options: RequestOptions = field(default_factory=RequestOptions)
+    embedding: EmbeddingParams | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +84,14 @@ class Sequence:
     """A request's place in the engine.
 
     `tokens` is the prompt and all output so far; the keys and values of the first `computed` of
-    them are in the cache, in `blocks`, made under `extension`.
+    them are in the cache, in `blocks`, made under `extension`. With a `pooling` there is no output:
+    hidden states are wanted, of the last token or of all.
     """
 
     request_id: str
     tokens: list[int]
     extension: Extension = NO_EXTENSION
+    pooling: Pooling | None = None
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
 

@@ -73,6 +73,20 @@ class Runner:
         with reference_only() if self._reference_ops else nullcontext():
             return self._model(batch.ids, self._context(batch))
 
+    @torch.inference_mode()
+    def run_pooled(self, plan: Plan) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The same for a plan that wants hidden states as well: logits as from `run`, and for each
+        chunk with `hidden` the rows [hidden, hidden_size] of its last tokens.
+        """
+        batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
+        with reference_only() if self._reference_ops else nullcontext():
+            rows = self._model.hidden(batch.ids, self._context(batch))  # [rows, hidden_size]
+            counts = [1 if chunk.sample else chunk.hidden for chunk in plan.chunks]
+            pieces = list(zip(plan.chunks, torch.split(rows, counts), strict=True))
+            sampled = [piece for chunk, piece in pieces if chunk.sample]
+            logits = self._model.logits(torch.cat(sampled) if sampled else rows[:0])
+        return logits, [piece for chunk, piece in pieces if chunk.hidden]
+
     def _context(self, batch: Batch) -> AttentionContext:
         if self._is_split:
             return ByDevice(lambda device: PagedAttention(self._cache, batch.to(device)))

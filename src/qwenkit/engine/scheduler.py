@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.request import Sequence
+from qwenkit.types.embedding import Pooling
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
 
@@ -27,6 +28,7 @@ class Chunk:
 
     `blocks` hold the sequence's keys and values from position 0. `sample`: the chunk ends at the
     sequence's last token, so its last row gives the next one. `extension` is its request's.
+    `hidden` is the number of its last tokens whose hidden states are wanted, in place of logits.
     """
 
     request_id: str
@@ -35,6 +37,7 @@ class Chunk:
     blocks: tuple[int, ...]
     sample: bool
     extension: Extension = NO_EXTENSION
+    hidden: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,14 @@ class Scheduler:
         )
 
     def add(
-        self, request_id: str, prompt_ids: tuple[int, ...], extension: Extension = NO_EXTENSION
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        extension: Extension = NO_EXTENSION,
+        pooling: Pooling | None = None,
     ) -> None:
         """Queue a new sequence behind all others."""
-        sequence = Sequence(request_id, list(prompt_ids), extension)
+        sequence = Sequence(request_id, list(prompt_ids), extension, pooling)
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
 
@@ -204,11 +211,14 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         start, stop = sequence.computed, sequence.computed + count
+        ends = stop == len(sequence.tokens)
+        wanted = {None: 0, "last": int(ends), "mean": count}
         return Chunk(
             request_id=sequence.request_id,
             token_ids=tuple(sequence.tokens[start:stop]),
             start=start,
             blocks=tuple(sequence.blocks),
-            sample=stop == len(sequence.tokens),
+            sample=ends and sequence.pooling is None,
             extension=sequence.extension,
+            hidden=wanted[sequence.pooling],
         )

@@ -44,7 +44,8 @@ class FinishEvent:
     """The one terminal event. `text` is the rest of the text that was still held back.
 
     `matched_stop` is the stop string, or the token id, that ended the output; `error` says what
-    went wrong when `reason` is "error".
+    went wrong when `reason` is "error". `embedding` has the numbers, hidden_size of them, of a
+    request that asked for an embedding and ended with the reason "stop".
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class FinishEvent:
     usage: Usage
     matched_stop: str | int | None = None
     error: str | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 Event = TokenEvent | FinishEvent
