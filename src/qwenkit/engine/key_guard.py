@@ -10,7 +10,6 @@ nothing.
 That takes the outliers' harm from the other channels, but not from themselves: few bits still say
 little about a number that is large and hardly varies. Layers with strong outliers are therefore
 kept in int8 where int4 is asked for, those with extreme ones in bf16 whatever is asked for.
-Qwen2.5-7B has them in its first and last layers.
 """
 
 from __future__ import annotations
