@@ -15,6 +15,7 @@ from qwenkit import LLM, AsyncLLM, SamplingParams
 from qwenkit.engine.kv import KVCache
 from qwenkit.errors import ModelNotFoundError, RequestError, UsageError
 from qwenkit.kernels.ops.kv_write import kv_write
+from qwenkit.layers.attention import PackedCausal
 from qwenkit.types.events import FinishEvent, TokenEvent
 from qwenkit.types.extension import NO_EXTENSION, Extension
 from tiny import IM_END, write_tiny_checkpoint
@@ -205,6 +206,8 @@ def test_arguments_of_the_wrong_kind_are_our_errors(
         ({"dtype": "bfloat16"}, torch.bfloat16),
         ({"kv_dtype": "bf16"}, torch.bfloat16),
         ({"kv_dtype": "int8"}, torch.int8),
+        ({"kv_dtype": "int4"}, torch.uint8),
+        ({"kv_dtype": "int4", "weights": "int4"}, torch.uint8),
     ],
 )
 def test_keys_and_values_are_kept_as_asked_or_as_the_weights_allow(
@@ -255,6 +258,41 @@ def test_async_answers_run_together(folder: Path, llm: LLM) -> None:
             assert chat.text == llm.chat(HELLO, GREEDY).text
             streamed = [event.text async for event in model.stream_chat(HELLO, GREEDY)]
             assert "".join(streamed) == chat.text
+
+    asyncio.run(run())
+
+
+def test_texts_become_vectors(llm: LLM) -> None:
+    prompts = ["first", "a second text that is longer", "3"]
+    for pooling in ("last", "mean"):
+        together = llm.embed(prompts, pooling=pooling)
+        assert together.shape == (3, llm.config.hidden_size)
+        assert together.dtype == numpy.float32
+        assert numpy.linalg.norm(together, axis=1) == pytest.approx([1, 1, 1], abs=1e-6)
+        for prompt, vector in zip(prompts, together, strict=True):
+            assert numpy.array_equal(llm.embed(prompt, pooling=pooling)[0], vector)
+            assert numpy.array_equal(llm.embed([list(prompt.encode())], pooling=pooling)[0], vector)
+    context = PackedCausal([5])
+    with torch.inference_mode():
+        hidden = llm.model.hidden(torch.tensor(list(b"first")), context)
+    plain = llm.embed("first", pooling="mean", normalize=False)
+    assert plain[0] == pytest.approx(hidden.mean(0).numpy(), abs=1e-4)
+    assert llm.embed([]).shape == (0, llm.config.hidden_size)
+    with pytest.raises(RequestError, match=r"pooling: got 'max'"):
+        llm.embed("a", pooling="max")
+    with pytest.raises(RequestError, match="prompt_ids: the prompt is empty"):
+        llm.embed("")
+
+
+def test_async_vectors_are_the_same(folder: Path, llm: LLM) -> None:
+    async def run() -> None:
+        async with AsyncLLM(folder) as model:
+            prompts = ["abc", "another"]
+            vectors, answer = await asyncio.gather(
+                model.embed(prompts, options={"client": "a"}), model.generate("abc", GREEDY)
+            )
+            assert numpy.array_equal(vectors, llm.embed(prompts))
+            assert answer.token_ids == llm.generate("abc", GREEDY).token_ids
 
     asyncio.run(run())
 

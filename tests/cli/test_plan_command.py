@@ -96,7 +96,7 @@ def test_longer_than_the_config_allows_is_said(run: CliRunner) -> None:
         (["--weights", "nf4"], "--weights: got 'nf4'"),
         (["--group-size", "64"], "--group-size: says something only together with --weights"),
         (["--head-weights", "int8"], "--head-weights: says something only together"),
-        (["--kv-dtype", "int4"], "--kv-dtype: got 'int4'. Did you mean 'int8'"),
+        (["--kv-dtype", "int3"], "--kv-dtype: got 'int3'"),
         (["--users", "65"], "--users: got 65; one engine runs at most 64"),
         (["--tokens", "999999"], "--tokens: got 999999;"),
         (["--weights", "int8", "--devices", "60"], "--devices: got 60; a model of 28 layers"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from first_generation import write_first_generation
 from qwenkit import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,6 +23,7 @@ from qwenkit import (
     snapshot_download,
 )
 from qwenkit.compat import CompatModel, CompatTokenizer
+from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import QwenkitError, TokenizerError, UsageError
 from qwenkit.layers.attention import PackedCausal
 from tiny import CONFIG, ENDOFTEXT, IM_END, IM_START, tiny_tensors, write_tiny_checkpoint
@@ -336,3 +338,39 @@ def test_arguments_of_the_wrong_kind_are_our_errors(
 ) -> None:
     with pytest.raises(QwenkitError):
         call(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "kept"),
+    [
+        ({}, None, "auto"),
+        ({"use_cache_quantization": True}, None, "int8"),
+        ({"use_cache_quantization": True}, False, "auto"),
+        ({"use_cache_quantization": False}, True, "int8"),
+    ],
+)
+def test_cache_quantization_is_int8(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    asked: bool | None,
+    kept: str,
+) -> None:
+    folder = write_first_generation(tmp_path, config=config)
+    seen: list[str] = []
+    original = EngineSettings
+
+    def settings(**given: Any) -> EngineSettings:
+        seen.append(given["kv_dtype"])
+        return original(**given)
+
+    monkeypatch.setattr("qwenkit.api.session.EngineSettings", settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, use_cache_quantization=asked, use_cache_kernel=True, use_flash_attn=False
+    )
+    assert seen[0] == kept
+    ids = torch.tensor([[1, 2, 3]])
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > 3
+    model.llm.close()
+    with pytest.raises(UsageError, match=r"^use_cache_quantization: expected True or False"):
+        AutoModelForCausalLM.from_pretrained(folder, use_cache_quantization="yes")  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.runner import Runner
 from qwenkit.errors import UsageError
+from qwenkit.kernels import kv_int4
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
 from qwenkit.kernels.registry import reference_only
@@ -166,9 +167,17 @@ def test_a_cache_that_cannot_be_had_names_the_setting(blocks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.int8, 0.02)]
+    ("dtype", "error", "head_bytes"),
+    [
+        (torch.float32, 1e-6, 32),
+        (torch.bfloat16, 0.02, 16),
+        (torch.int8, 0.02, 8 + 4),
+        (torch.uint8, 0.3, 20),
+    ],
 )
-def test_attention_over_a_narrow_cache_stays_near(dtype: torch.dtype, error: float) -> None:
+def test_attention_over_a_narrow_cache_stays_near(
+    dtype: torch.dtype, error: float, head_bytes: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     cache = KVCache(
         num_layers=2,
@@ -185,8 +194,8 @@ def test_attention_over_a_narrow_cache_stays_near(dtype: torch.dtype, error: flo
     context = PagedAttention(cache, build(plan, block_tokens=4, device=CPU))
     expected = PackedCausal([9]).attend(0, q, k, v, None)
     torch.testing.assert_close(context.attend(1, q, k, v, None), expected, rtol=0, atol=error)
-    scale_bytes = 4 if dtype is torch.int8 else 0
-    assert cache.size_bytes == 2 * 2 * 3 * 4 * 2 * (8 * dtype.itemsize + scale_bytes)
+    assert cache.bytes_per_token == 2 * 2 * 2 * head_bytes
+    assert cache.size_bytes == 3 * 4 * cache.bytes_per_token
 
 
 def test_a_cache_of_another_type_is_refused() -> None:
@@ -229,9 +238,14 @@ def softmax_attention(
     return torch.stack(rows)
 
 
-def stands_for(cache: torch.Tensor, scales: torch.Tensor | None, slots: list[int]) -> torch.Tensor:
+def stands_for(
+    cache: torch.Tensor, scales: torch.Tensor | None, slots: list[int], head_dim: int
+) -> torch.Tensor:
     """What the cache's slots hold, in float64: [slots, kv_heads, head_dim]."""
-    rows = cache.flatten(0, 1)[slots].double()
+    stored = cache.flatten(0, 1)[slots]
+    if cache.dtype is torch.uint8:
+        stored = kv_int4.dequantize(stored, head_dim)
+    rows = stored.double()
     return rows if scales is None else rows * scales.flatten(0, 1)[slots, :, None].double()
 
 
@@ -254,8 +268,8 @@ def test_paged_attention_is_attention_written_out(case: tuple[Any, ...]) -> None
         slots = [
             table[p // block_tokens] * block_tokens + p % block_tokens for p in range(kv_length)
         ]
-        keys = stands_for(key_cache, key_scales, slots)
-        values = stands_for(value_cache, value_scales, slots)
+        keys = stands_for(key_cache, key_scales, slots, q.shape[2])
+        values = stands_for(value_cache, value_scales, slots, q.shape[2])
         for position in range(kv_length - length, kv_length):
             seen = range(max(0, position + 1 - window) if window else 0, position + 1)
             distance = torch.tensor(seen).double() - position
@@ -288,6 +302,8 @@ def test_kv_write_changes_its_slots_and_nothing_else() -> None:
                 error = (got.float() * factors[..., None] - new)[finite]
                 assert (error.abs() <= factors[finite][..., None] * 0.5001 + 1e-43).all()
                 assert got.abs().max() <= 127
+            elif cache.dtype is torch.uint8:  # what the bytes mean: tests/kernels/test_kv_int4.py
+                assert torch.equal(got, kv_int4.quantize(new.float()))
             else:
                 want = new.to(cache.dtype)
                 torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from qwenkit.errors import KernelError
-from qwenkit.kernels import build
+from qwenkit.kernels import build, kv_int4
 from qwenkit.kernels.cpu.bind import cpu_features, load_kernels
 from qwenkit.kernels.cpu.library import Kernel
 from qwenkit.kernels.ops.paged_attention import paged_attention
 
 BLOCK_TOKENS = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 
 @cache
@@ -66,7 +67,10 @@ class Story:
         shape = (self.count + 2, BLOCK_TOKENS, kv_heads, head_dim)
         empty = torch.full(shape, torch.nan)
         self.scales: tuple[torch.Tensor | None, ...] = None, None
-        if dtype is torch.int8:
+        if dtype is torch.uint8:
+            shape = *shape[:3], kv_int4.row_bytes(head_dim)
+            self.keys, self.values = torch.full((2, *shape), 255, dtype=dtype).unbind()
+        elif dtype is torch.int8:
             self.keys, self.values = torch.zeros(2, *shape, dtype=dtype).unbind()
             self.scales = empty[..., 0].clone(), empty[..., 0].clone()
         else:
@@ -112,7 +116,7 @@ def test_chunks_of_a_prompt_give_the_same_bits(
     assert torch.equal(story.attend(kernels, 0, 75), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False), (300, True)])
 def test_chunks_give_the_same_bits_over_any_cache(
     request: pytest.FixtureRequest,

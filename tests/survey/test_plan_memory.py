@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from first_generation import write_first_generation
-from qwenkit.engine.kv import KVCache
+from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import UsageError
 from qwenkit.formats.packed import PackedWeight
@@ -113,18 +113,17 @@ def test_a_matrix_of_many_slabs_is_rounded_as_in_one(monkeypatch: pytest.MonkeyP
             assert torch.equal(dict(slabs.named_buffers())[name], tensor), (kind, name)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 def test_keys_and_values_take_what_the_cache_takes(kind: str) -> None:
     config, weights = of("Qwen/Qwen2-0.5B", WeightPlan("int8"))
     work = Workload(users=3, tokens=50, kv_dtype=kind)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
     cache = KVCache(
         num_layers=config.num_hidden_layers,
         num_blocks=3 * 4,
         block_tokens=16,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        dtype=dtype,
+        dtype=NAMED_DTYPES[kind],
         device=torch.device("meta"),
     )
     assert kv_bytes(config, weights, work) == cache.size_bytes

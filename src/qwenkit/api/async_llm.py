@@ -11,11 +11,11 @@ from typing import Self, overload
 from qwenkit.api.beam import BeamSettings, likeliest, step_requests
 from qwenkit.api.choices import Choices
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
-from qwenkit.api.session import Session
+from qwenkit.api.session import Session, Vectors
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
 from qwenkit.types.completion import BeamCompletion, Completion
-from qwenkit.types.events import Event
+from qwenkit.types.events import Event, FinishEvent
 from qwenkit.types.sampling import SamplingParams
 
 
@@ -124,6 +124,18 @@ class AsyncLLM(Session):
         """See `LLM.unload_adapter`."""
         await asyncio.to_thread(self._unload_adapter, name)
 
+    async def embed(
+        self,
+        prompts: str | Prompts,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        options: Options = None,
+    ) -> Vectors:
+        """A vector for each text or id list; see `LLM.embed`."""
+        requests = self._embedding_requests(prompts, pooling, normalize, options)
+        return self._vectors(await asyncio.gather(*(self._end(request) for request in requests)))
+
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
         self._service.close()
@@ -136,6 +148,12 @@ class AsyncLLM(Session):
 
     async def _complete_all(self, requests: Sequence[Request]) -> list[Completion]:
         return list(await asyncio.gather(*(self._complete(request) for request in requests)))
+
+    async def _end(self, request: Request) -> FinishEvent:
+        async for event in self._service.astream(request):
+            if isinstance(event, FinishEvent):
+                return event
+        raise AssertionError("every accepted request ends in a FinishEvent")
 
     async def _complete(self, request: Request) -> Completion:
         collector = Collector(request)

@@ -9,11 +9,11 @@ from typing import Self, overload
 from qwenkit.api.beam import BeamSettings, likeliest, step_requests
 from qwenkit.api.choices import Choices
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
-from qwenkit.api.session import Session
+from qwenkit.api.session import Session, Vectors
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
 from qwenkit.types.completion import BeamCompletion, Completion
-from qwenkit.types.events import Event
+from qwenkit.types.events import Event, FinishEvent
 from qwenkit.types.sampling import SamplingParams
 
 
@@ -144,6 +144,25 @@ class LLM(Session):
         waited for nor ended.
         """
         self._unload_adapter(name)
+
+    def embed(
+        self,
+        prompts: str | Prompts,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        options: Options = None,
+    ) -> Vectors:
+        """A vector for each text or id list, in order: fp32 [prompts, hidden_size].
+
+        `pooling` "last" takes the normalised hidden state of the last token, "mean" the mean of all
+        tokens'; `normalize` gives every vector length one. They run beside whatever else the engine
+        serves. Raises RequestError, or QwenkitError when one cannot be computed.
+        """
+        requests = self._embedding_requests(prompts, pooling, normalize, options)
+        events = {event.request_id: event for event in self._service.stream_many(requests)}
+        ends = [events[request.id] for request in requests]
+        return self._vectors([end for end in ends if isinstance(end, FinishEvent)])
 
     def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
+import numpy
 import torch
 
 from qwenkit.adapter_files import read_adapter
@@ -18,11 +20,13 @@ from qwenkit.api.inputs import (
     Messages,
     Options,
     Prompt,
+    Prompts,
     Sampling,
     Tools,
     prompt_ids,
     request_options,
     sampling_changes,
+    several_prompts,
 )
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
@@ -30,17 +34,20 @@ from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request, check_request, stop_ids
 from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
-from qwenkit.errors import UsageError, suggest
+from qwenkit.errors import QwenkitError, UsageError, suggest
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import Loaded, load
 from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
+from qwenkit.types.embedding import EmbeddingParams, Pooling
+from qwenkit.types.events import FinishEvent
 from qwenkit.types.extension import rope_mode
 from qwenkit.types.messages import parse_messages, parse_tools
 from qwenkit.types.sampling import SamplingParams
 
+Vectors = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.float32]]
 COMPUTE = ("auto", "reference")
 
 
@@ -83,11 +90,11 @@ class Session:
         together (default: the config's limit); more extends the model by YaRN, up to fourfold.
         `rope` "per-request" extends a request only as far as its prompt and `max_tokens` need,
         "as-config" as the config says, always. `kv_cache_tokens` is the room for all requests,
-        `kv_dtype` "fp32", "bf16" or "int8" what keys and values are kept in ("auto": bf16 where
-        products round activations, else as computed). `adapters` are served by name beside the
-        model (see `load_adapter`), `merge` is one to go into its weights: into quantized ones only
-        where `weights` says what they become. `offline` uses no network; `revision` is a branch or
-        tag.
+        `kv_dtype` "fp32", "bf16", "int8" or "int4" what keys and values are kept in ("auto": bf16
+        where products round activations, else as computed). `adapters` are served by name beside
+        the model (see `load_adapter`), `merge` is one to go into its weights: into quantized ones
+        only where `weights` says what they become. `offline` uses no network; `revision` is a
+        branch or tag.
 
         Raises UsageError, and as `resolve`, `load` and `qwenkit.adapter_files.read_adapter`.
         """
@@ -229,6 +236,24 @@ class Session:
         if asked.adapter is None and self.default_adapter is not None:
             asked = replace(asked, adapter=self.default_adapter)
         return Request(name, tuple(ids), chosen, asked)
+
+    def _embedding_requests(
+        self, prompts: str | Prompts, pooling: str, normalize: bool, options: Options
+    ) -> list[Request]:
+        """One request for each text or id list."""
+        wanted = EmbeddingParams(pooling=cast(Pooling, pooling), normalize=normalize)
+        several = [prompts] if isinstance(prompts, str) else several_prompts(prompts)
+        plain = SamplingParams(max_tokens=1, seed=0)  # nothing is sampled
+        requests = [self._request(prompt, plain, options) for prompt in several]
+        return [replace(request, embedding=wanted) for request in requests]
+
+    def _vectors(self, finished: Sequence[FinishEvent]) -> Vectors:
+        """fp32 [requests, hidden_size]. Raises QwenkitError for a request that did not end well."""
+        for finish in finished:
+            if finish.embedding is None:
+                raise QwenkitError(finish.error or f"a request ended early: {finish.reason}.")
+        rows = [finish.embedding for finish in finished]
+        return numpy.array(rows, numpy.float32).reshape(len(rows), self.config.hidden_size)
 
     def _chat_request(
         self,

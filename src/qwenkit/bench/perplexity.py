@@ -9,29 +9,23 @@ that an interrupted measurement goes on where it was.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from qwenkit.bench.forced import ForcedPass
 from qwenkit.bench.methods import METHODS, check_methods, own_rotary, positioned
 from qwenkit.bench.plot import lines_svg
 from qwenkit.bench.recorded import read_cells, write_files
-from qwenkit.engine.batch import build
-from qwenkit.engine.kv import KVCache
-from qwenkit.engine.paged import PagedAttention
-from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.errors import UsageError
 from qwenkit.layers.position import Position, Rotary, choose_extension, extended
 from qwenkit.load import Loaded
+from qwenkit.score import perplexity, token_logprobs
 from qwenkit.types.extension import Extension
 
-BLOCK_TOKENS = 16
-CHUNK_TOKENS = 256  # rows of logits at a time: they are as wide as the vocabulary
 Progress = Callable[[str, float], None]
 
 
@@ -71,7 +65,7 @@ class PerplexityTable:
     def perplexity(self, method: str, length: int) -> float | None:
         """e to the mean of a cell; None while it is not measured."""
         mean = self.cells.get(method, {}).get(length)
-        return None if mean is None else math.exp(min(mean, 700.0))
+        return None if mean is None else perplexity(-mean)
 
     @property
     def lengths(self) -> list[int]:
@@ -205,34 +199,10 @@ def _passes(
     return [_Pass(name, position, extension, tuple(n)) for extension, n in decided.values()]
 
 
-class _EveryRow(PagedAttention):
-    """A context that wants the logits of every token."""
-
-    def select(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All of it."""
-        return hidden
-
-
 def _losses(loaded: Loaded, ids: Sequence[int], job: _Pass) -> Iterator[torch.Tensor]:
     """Yields the negative log-likelihoods of the tokens after the first, fp64, piece by piece."""
-    model, config, device = loaded.model, loaded.config, torch.device("cpu")
-    cache = KVCache(
-        num_layers=config.num_hidden_layers,
-        num_blocks=-(-len(ids) // BLOCK_TOKENS),
-        block_tokens=BLOCK_TOKENS,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        dtype=model.dtype,
-        device=device,
-    )
-    blocks = tuple(range(-(-len(ids) // BLOCK_TOKENS)))
-    for start in range(0, len(ids) - 1, CHUNK_TOKENS):
-        part = tuple(ids[start : start + CHUNK_TOKENS])
-        plan = Plan((Chunk("window", part, start, blocks, 1, job.extension),))
-        batch = build(plan, block_tokens=BLOCK_TOKENS, device=device)
-        context = _EveryRow(cache, batch)
-        targets = torch.tensor(ids[start + 1 : start + 1 + len(part)])
-        with torch.inference_mode(), positioned(model, job.position):
-            logits = model(batch.ids, context)[: len(targets)]  # [tokens, vocab_size]
-            losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-        yield losses.double()
+    forced = ForcedPass(loaded, ids, job.extension)
+    for start in forced.starts:
+        with positioned(loaded.model, job.position):
+            logits, targets = forced.piece(start)
+        yield -token_logprobs(logits, targets)

@@ -15,6 +15,7 @@ from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console
+from qwenkit.cli.bench_kv import kv
 from qwenkit.cli.bench_memory import memory
 from qwenkit.cli.bench_needle import needle
 from qwenkit.cli.bench_options import (
@@ -50,6 +51,7 @@ app = typer.Typer(
 
 app.command()(perplexity)
 app.command()(needle)
+app.command()(kv)
 app.command()(memory)
 app.command()(compression)
 app.command()(tokenizer)

@@ -19,7 +19,7 @@ from qwenkit.types.sampling import SamplingParams
 DEFAULT_MODEL = "default"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPUTE = ("auto", "reference")
-KV_DTYPES = ("auto", "fp32", "bf16", "int8")
+KV_DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
 _KINDS = "int4, int8, bf16 or fp32"
 _SAMPLING = "[default: the model's own]"
 
@@ -148,8 +148,8 @@ KvDtype = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="What keys and values are kept in: fp32, bf16 or int8; auto: bf16 where weights are "
-        "int4, int8 or bf16, else as activations.",
+        help="What keys and values are kept in: fp32, bf16, int8 or int4; auto: bf16 where "
+        "weights are int4, int8 or bf16, else as activations.",
     ),
 ]
 Rope = Annotated[

@@ -29,7 +29,7 @@ Weights = Annotated[
     ),
 ]
 KvDtype = Annotated[
-    str, typer.Option(metavar="NAME", help="Keys and values: auto, fp32, bf16 or int8.")
+    str, typer.Option(metavar="NAME", help="Keys and values: auto, fp32, bf16, int8 or int4.")
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from qwenkit.api import LLM
 from qwenkit.chat.render import render
+from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.compat.generation import GenerationConfig
 from qwenkit.compat.prompts import History, conversation
@@ -281,6 +282,9 @@ class AutoModelForCausalLM:
         low_cpu_mem_usage: bool | None = None,
         use_safetensors: bool | None = None,
         attn_implementation: str | None = None,
+        use_cache_quantization: bool | None = None,
+        use_cache_kernel: bool | None = None,
+        use_flash_attn: bool | str | None = None,
     ) -> CompatModel:
         """Load a model with its published switches.
 
@@ -288,15 +292,24 @@ class AutoModelForCausalLM:
         `qwenkit.parallel.plan_devices`. One of `torch_dtype`/`dtype`, `bf16`, `fp16`, `fp32` may
         choose the precision; float16 on a processor becomes what suits it, and that is said, since
         Qwen's activations go beyond it. Remote code is never run; weights are always memory-mapped;
-        the switches `low_cpu_mem_usage`, `use_safetensors` and `attn_implementation` are accepted
-        without effect. Raises UsageError for a contradiction.
+        the switches `low_cpu_mem_usage`, `use_safetensors`, `attn_implementation`,
+        `use_cache_kernel` and `use_flash_attn` are accepted without effect.
+        `use_cache_quantization` keeps keys and values in int8, as it does where the config of a
+        first-generation model says so (None); False keeps them as computed. Raises UsageError for
+        a contradiction.
         """
         chosen = _dtype(torch_dtype if torch_dtype is not None else dtype, bf16, fp16, fp32)
         places = read_places("cpu" if device_map is None else device_map)
         if chosen == "float16" and _on_a_processor(places):
             _log.warning("%s", _NO_HALF)
             chosen = "auto"
-        llm = LLM(pretrained_model_name_or_path, dtype=chosen, device_map=places, revision=revision)
+        llm = LLM(
+            pretrained_model_name_or_path,
+            dtype=chosen,
+            device_map=places,
+            kv_dtype=_kv_dtype(use_cache_quantization, pretrained_model_name_or_path, revision),
+            revision=revision,
+        )
         model = CompatModel(llm)
         if pad_token_id is not None:
             model.generation_config.pad_token_id = pad_token_id
@@ -314,6 +327,18 @@ def _dtype(given: torch.dtype | str | None, bf16: bool, fp16: bool, fp32: bool) 
     if len(set(names)) > 1:
         raise UsageError(f"dtype: choose one precision; got {', '.join(sorted(set(names)))}.")
     return names[0] if names else "auto"
+
+
+def _kv_dtype(quantized: bool | None, model: str | Path, revision: str | None) -> str:
+    """What keys and values are kept in: int8 where that is asked for, or where nothing is and the
+    model's config does.
+    """
+    if quantized is None and isinstance(model, str | Path):
+        config = open_checkpoint(resolve(str(model), revision=revision)).config
+        quantized = config.get("use_cache_quantization")
+    if quantized is not None and not isinstance(quantized, bool):
+        raise UsageError(f"use_cache_quantization: expected True or False, got {quantized!r}.")
+    return "int8" if quantized else "auto"
 
 
 def _on_a_processor(places: str | Mapping[str, str]) -> bool:

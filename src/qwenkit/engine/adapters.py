@@ -98,7 +98,8 @@ class LoadedAdapters:
         if not any(keys):
             return False
         tokens = segments(keys, (len(chunk.token_ids) for chunk in chunks))
-        sampled: tuple[Segment, ...] = segments(keys, (chunk.rows for chunk in chunks))
+        rows = (0 if chunk.hidden else chunk.rows for chunk in chunks)
+        sampled: tuple[Segment, ...] = segments(keys, rows)
         assert self._bank is not None
         self._bank.choose(tokens, sampled)
         return True

@@ -22,9 +22,9 @@ class Batch:
     block_tokens + offset, that takes the token's key and value. `block_tables` is [sequences,
     most_blocks], short ones filled up with 0. `query_lengths` and `kv_lengths` are [sequences]:
     tokens in the chunk, and tokens in the cache once they are written. `rows` are the indices
-    [rows] of the tokens whose logits are wanted; None: all. `extensions` are the different ones of
-    all tokens, `extension_index` [tokens] says whose each is (None: there is one only);
-    `sequence_extensions` are those of the sequences.
+    [rows] of the tokens whose logits or hidden states are wanted; None: all. `extensions` are the
+    different ones of all tokens, `extension_index` [tokens] says whose each is (None: there is one
+    only); `sequence_extensions` are those of the sequences.
     """
 
     ids: torch.Tensor

@@ -10,39 +10,27 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from qwenkit.adapters.bank import Piece
 from qwenkit.adapters.peft_files import LoraAdapter
+from qwenkit.engine.active import Active, describe
 from qwenkit.engine.blocks import BlockPool
-from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
+from qwenkit.engine.plan import Plan, SchedulerStatus
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
-from qwenkit.engine.sampler import Sampler
 from qwenkit.engine.scheduler import Scheduler
 from qwenkit.engine.served import ServedModel
 from qwenkit.engine.settings import EngineSettings
 from qwenkit.engine.speculative import Drafter, PromptLookup
-from qwenkit.engine.text import Ending, Output
-from qwenkit.errors import QwenkitError, RequestError
-from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage
-from qwenkit.types.extension import Extension, RopeMode
+from qwenkit.engine.text import Ending
+from qwenkit.errors import RequestError
+from qwenkit.types.events import Event, FinishEvent
+from qwenkit.types.extension import RopeMode
 from qwenkit.types.protocols import Tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Active:
-    """What the engine keeps of an accepted request beside its sequence."""
-
-    request: Request
-    sampler: Sampler
-    output: Output
-    extension: Extension
-    deadline_s: float | None  # by the engine's clock
 
 
 class Engine:
@@ -105,7 +93,7 @@ class Engine:
         if drafter is None and settings.speculation == "prompt-lookup":
             self._drafter = PromptLookup()
         self._clock = clock
-        self._active: dict[str, _Active] = {}
+        self._active: dict[str, Active] = {}
 
     @property
     def has_work(self) -> bool:
@@ -148,7 +136,7 @@ class Engine:
         """Raise RequestError if the request could never be served. Any thread may ask."""
         check_request(request, self.limits)
         self.adapter_key(request.options.adapter)
-        stops = stop_ids(request.sampling, self._model_stops, self._tokenizer.control_tokens)
+        stops = self._stop_ids(request)
         if request.sampling.min_tokens and len(stops) >= self.limits.vocab_size:
             raise RequestError(
                 "min_tokens", "every token of the vocabulary is a stop token, so none could start."
@@ -162,34 +150,26 @@ class Engine:
         self.check(request)
         if request.id in self._active:
             raise RequestError("id", f"request {request.id!r} is already being served.")
-        seed = request.sampling.seed
-        if seed is None:
-            seed = secrets.randbits(63)
-            request = dataclasses.replace(request, sampling=request.sampling.replace(seed=seed))
-        stops = stop_ids(request.sampling, self._model_stops, self._tokenizer.control_tokens)
-        sampler = Sampler(
-            request.sampling,
-            prompt_ids=request.prompt_ids,
-            seed=seed,
-            vocab_size=self.limits.vocab_size,
-            stop_ids=stops,
-        )
-        output = Output(
-            self._tokenizer.stream(),
-            request.sampling,
-            stop_ids=stops,
-            max_tokens=self.limits.output_tokens(request),
-        )
-        extension = self.limits.extension(request)
+        if request.sampling.seed is None:
+            sampling = request.sampling.replace(seed=secrets.randbits(63))
+            request = dataclasses.replace(request, sampling=sampling)
         options = request.options
-        deadline_s = None if options.timeout_s is None else self._clock() + options.timeout_s
-        self._active[request.id] = _Active(request, sampler, output, extension, deadline_s)
+        active = Active(
+            request,
+            self.limits,
+            self._tokenizer,
+            stop_ids=self._stop_ids(request),
+            deadline_s=None if options.timeout_s is None else self._clock() + options.timeout_s,
+        )
+        self._active[request.id] = active
         self._scheduler.add(
             request.id,
-            request.prompt_ids,
-            extension,
+            active.computed_ids,
+            active.extension,
             client=options.client,
             priority=options.priority,
+            rows_from=active.rows_from,
+            hidden=request.embedding is not None,
             cache_key=(self.adapter_key(options.adapter), options.cache_salt),
         )
         return request
@@ -204,24 +184,21 @@ class Engine:
         plan = self._scheduler.schedule(self._drafts())
         if not plan.chunks:
             return events
-        logits = self._runner.run(plan, self._adapter_keys(plan))  # [rows, vocab_size]
+        pieces = self._runner.rows(plan, self._adapter_keys(plan))
         sampled: dict[str, tuple[int, ...]] = {}
         endings: dict[str, Ending] = {}
-        first = 0
-        for chunk in plan.chunks:
-            rows = logits[first : first + chunk.rows]  # [chunk.rows, vocab_size]
-            first += chunk.rows
+        for chunk, rows in zip(plan.chunks, pieces, strict=True):
             try:
-                tokens, ending = self._choose(chunk, rows)
+                taken = self._active[chunk.request_id].take(chunk, rows)
             except Exception as error:
                 events.append(self._fail(chunk.request_id, error))
                 continue
-            events += tokens
-            sampled[chunk.request_id] = tuple(token.token_id for token in tokens)
+            events += taken.events
+            sampled[chunk.request_id] = taken.token_ids
             if chunk.drafted and self._drafter is not None:
-                self._drafter.observe(chunk.request_id, chunk.drafted, len(tokens) - 1)
-            if ending is not None:
-                endings[chunk.request_id] = ending
+                self._drafter.observe(chunk.request_id, chunk.drafted, len(taken.token_ids) - 1)
+            if taken.ending is not None:
+                endings[chunk.request_id] = taken.ending
         self._scheduler.apply(plan, sampled)
         return events + [self._finish(name, ending) for name, ending in endings.items()]
 
@@ -235,27 +212,6 @@ class Engine:
         """End every request, with reason "error" if `error` says what happened."""
         ending = Ending("abort" if error is None else "error")
         return [self._finish(name, ending, error) for name in self._scheduler.request_ids]
-
-    def _choose(self, chunk: Chunk, rows: torch.Tensor) -> tuple[list[TokenEvent], Ending | None]:
-        """The tokens that the rows [chunk.rows, vocab_size] of a chunk give, up to the first that
-        is not what was drafted, or ends the output.
-        """
-        active = self._active[chunk.request_id]
-        tokens: list[TokenEvent] = []
-        drafted = chunk.token_ids[len(chunk.token_ids) - chunk.drafted :]
-        for row, guess in zip(rows, (*drafted, None), strict=True) if chunk.sample else ():
-            choice = active.sampler.choose(row)
-            text, ending = active.output.push(choice.token_id)
-            tokens.append(
-                TokenEvent(
-                    chunk.request_id, choice.token_id, text, choice.logprob, choice.top_logprobs
-                )
-            )
-            if ending is not None:
-                return tokens, ending
-            if choice.token_id != guess:
-                break
-        return tokens, None
 
     def _drafts(self) -> dict[str, tuple[int, ...]]:
         """Guesses of what decoding sequences go on with; the last token needs none behind it."""
@@ -281,34 +237,15 @@ class Engine:
         options = (self._active[chunk.request_id].request.options for chunk in plan.chunks)
         return tuple(self.adapter_key(one.adapter) for one in options)
 
+    def _stop_ids(self, request: Request) -> dict[int, str | int]:
+        return stop_ids(request.sampling, self._model_stops, self._tokenizer.control_tokens)
+
     def _fail(self, request_id: str, error: Exception) -> FinishEvent:
-        return self._finish(request_id, Ending("error"), _describe(error))
+        return self._finish(request_id, Ending("error"), describe(error))
 
     def _finish(self, request_id: str, ending: Ending, error: str | None = None) -> FinishEvent:
         active = self._active.pop(request_id)
         if self._drafter is not None:
             self._drafter.forget(request_id)
         sequence = self._scheduler.remove(request_id, spoiled=ending.reason == "error")
-        try:
-            text, ending = active.output.finish(ending)
-        except Exception as failure:  # of the tokenizer's stream
-            text, ending, error = "", Ending("error"), error or _describe(failure)
-        return FinishEvent(
-            request_id=request_id,
-            reason=ending.reason,
-            text=text,
-            usage=Usage(
-                prompt_tokens=len(active.request.prompt_ids),
-                completion_tokens=active.output.tokens,
-                cached_tokens=sequence.cached or 0,
-                extension=active.extension,
-            ),
-            matched_stop=ending.matched_stop,
-            error=error,
-        )
-
-
-def _describe(error: Exception) -> str:
-    if not isinstance(error, QwenkitError):  # a fault of the program: keep the trace
-        _log.error("a request failed", exc_info=error)
-    return f"{type(error).__name__}: {error}"
+        return active.finish(ending, error=error, cached_tokens=sequence.cached or 0)

@@ -65,7 +65,10 @@ class PagedAttention:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         scales = self._cache.key_scales[layer], self._cache.value_scales[layer]
         rotated: torch.Tensor = rotary_kv_write(
-            q, k, v, *self.rotation(spec), keys, values, self._batch.slots, *scales, factors
+            *(q, k, v, *self.rotation(spec)),
+            *(keys, values, self._batch.slots, *scales),
+            factors,
+            self._cache.guards[layer],
         )
         return rotated
 
@@ -105,6 +108,7 @@ class PagedAttention:
         if self._chunks is None:
             self._chunks = _Chunks(spec, self._batch)
         chunks = self._chunks
+        q, k = _guarded(q, k, self._cache.guards[layer])
         own = rotary(q, *chunks.tables[0])  # [tokens, heads, head_dim]
         self._keep(layer, rotary(k, *chunks.tables[0]), v)
         if chunks.long_rows is None:
@@ -139,6 +143,18 @@ class PagedAttention:
             specs = [extended(spec, extension) for extension in batch.extensions]
             self.tables[spec] = rotary_tables(specs, batch.positions, batch.extension_index)
         return self.tables[spec]
+
+
+def _guarded(
+    q: torch.Tensor, k: torch.Tensor, guard: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries times and keys divided by a layer's guard, before they are rotated: rotation mixes
+    only what has the same divisor.
+    """
+    if guard is None:
+        return q, k
+    divisors = torch.cat((guard, guard), 1).to(k.dtype)  # [kv_heads, head_dim]
+    return q * divisors.repeat_interleave(q.shape[1] // k.shape[1], 0), k / divisors
 
 
 class _Chunks:

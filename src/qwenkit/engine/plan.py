@@ -12,9 +12,9 @@ class Chunk:
     """Consecutive tokens of one sequence: `token_ids` at positions from `start`.
 
     `blocks` hold the sequence's keys and values from position 0. The rows of the last `rows` tokens
-    are wanted. `sample`: the sequence's last token is in the chunk, so its row gives the next one;
-    the `drafted` tokens behind it are guesses, which stand if the rows before them say the same.
-    `extension` is its request's.
+    are wanted, as logits, or `hidden`: as hidden states. `sample`: the sequence's last token is in
+    the chunk, so its row gives the next one; the `drafted` tokens behind it are guesses, which
+    stand if the rows before them say the same. `extension` is its request's.
     """
 
     request_id: str
@@ -25,6 +25,7 @@ class Chunk:
     extension: Extension = NO_EXTENSION
     sample: bool = True
     drafted: int = 0
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from qwenkit.errors import RequestError
 from qwenkit.layers.position import Position, choose_extension, covered_tokens
+from qwenkit.types.embedding import EmbeddingParams
 from qwenkit.types.extension import NO_EXTENSION, Extension, RopeMode
 from qwenkit.types.options import RequestOptions
 from qwenkit.types.sampling import SamplingParams
@@ -18,13 +19,16 @@ from qwenkit.types.sampling import SamplingParams
 @dataclass(frozen=True, slots=True)
 class Request:
     """Prompt ids, how to continue them, and the request's place beside others. `id` names the
-    request in its events.
+    request in its events. With an `embedding` the prompt is pooled into a vector and not continued;
+    with `scored_from` neither: the log-probabilities of its tokens from this one on are wanted.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     options: RequestOptions = field(default_factory=RequestOptions)
+    embedding: EmbeddingParams | None = None
+    scored_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +88,8 @@ class Sequence:
     `tokens` is the prompt and all output so far; the keys and values of the first `computed` of
     them are in the cache, in `blocks`, made under `extension`. `names` are those of its full
     blocks, as far as they were asked for, behind `root`, which stands for all that keys and values
-    depend on beside the tokens. Rows of logits (or of hidden states) are wanted from token
-    `rows_from` on, or None: only that of the last token.
+    depend on beside the tokens. Rows of logits, or `hidden`: of hidden states, are wanted from
+    token `rows_from` on, or None: only that of the last token.
 
     `arrival` counts the sequences of an engine; `reached` is the most that was ever computed,
     `charged` the tokens that its client has paid for, `cached` those that the first start found in
@@ -99,6 +103,7 @@ class Sequence:
     client: str = ""
     priority: int = 0
     rows_from: int | None = None
+    hidden: bool = False
     root: bytes = b""
     names: list[bytes] = field(default_factory=list)
     computed: int = 0
@@ -142,6 +147,13 @@ def check_request(request: Request, limits: Limits) -> None:
     if not request.prompt_ids:
         raise RequestError("prompt_ids", "the prompt is empty; give at least one token.")
     _check_length(len(request.prompt_ids), limits)
+    scored_from = request.scored_from
+    if scored_from is not None and not 0 < scored_from < len(request.prompt_ids):
+        raise RequestError(
+            "scored_from",
+            f"got {scored_from} for a prompt of {len(request.prompt_ids)} tokens: there must be a "
+            "token before it, and one to score.",
+        )
     sampling = request.sampling
     _check_ids("stop_token_ids", sampling.stop_token_ids, limits.vocab_size)
     for index, sequence in enumerate(sampling.stop_token_sequences):

@@ -9,6 +9,7 @@ import torch
 
 from qwenkit.engine.adapters import LoadedAdapters
 from qwenkit.engine.batch import Batch, build
+from qwenkit.engine.key_guard import key_guards
 from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.plan import Plan
@@ -39,15 +40,17 @@ class Runner:
         self._model = model
         self._reference_ops = reference_ops
         self._device = device
+        kept = NAMED_DTYPES.get(kv_dtype, model.dtype)
         self._cache = KVCache(
             num_layers=model.config.num_hidden_layers,
             num_blocks=num_blocks,
             block_tokens=block_tokens,
             kv_heads=model.config.num_key_value_heads,
             head_dim=model.config.head_dim,
-            dtype=NAMED_DTYPES.get(kv_dtype, model.dtype),
+            dtype=kept,
             device=device,
             layer_devices=layer_devices,
+            guards=None if kept.is_floating_point else key_guards(model),
         )
         self._is_split = layer_devices is not None
         native = (
@@ -72,20 +75,42 @@ class Runner:
         one after another, in whatever dtype the model gives. The next run may overwrite them.
         `adapter_keys` has the key of each chunk's adapter; empty: nobody has one.
         """
-        model, replayer = self._model, self._replayer
-        keys: tuple[int, ...] = ()  # of each token
-        if self.adapters.choose(adapter_keys, plan.chunks):
-            pairs = zip(adapter_keys, plan.chunks, strict=True)
-            keys = tuple(key for key, chunk in pairs for _ in chunk.token_ids)
-            model, replayer = self.adapters.model, self._adapted_replayer
+        model, keys = self._choose_model(plan, adapter_keys)
+        replayer = self._adapted_replayer if keys else self._replayer
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
         if replayer is not None:
             logits = replayer.run(batch, keys)
             if logits is not None:
                 return logits
         with reference_only() if self._reference_ops else nullcontext():
-            logits = model(batch.ids, self._context(batch))
-            return logits
+            return model(batch.ids, self._context(batch))
+
+    @torch.inference_mode()
+    def rows(self, plan: Plan, adapter_keys: Sequence[int] = ()) -> Sequence[torch.Tensor]:
+        """The same, each chunk's rows by themselves: [chunk.rows, vocab_size], or of a chunk that
+        wants hidden states [chunk.rows, hidden_size].
+        """
+        counts = [chunk.rows for chunk in plan.chunks]
+        if not any(chunk.hidden for chunk in plan.chunks):
+            return torch.split(self.run(plan, adapter_keys), counts)
+        model, _ = self._choose_model(plan, adapter_keys)
+        batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
+        with reference_only() if self._reference_ops else nullcontext():
+            hidden = model.hidden(batch.ids, self._context(batch))  # [rows, hidden_size]
+            pieces = list(zip(plan.chunks, torch.split(hidden, counts), strict=True))
+            wanted = [piece for chunk, piece in pieces if not chunk.hidden]
+            logits = model.logits(torch.cat(wanted)) if wanted else hidden[:0]
+        split = iter(torch.split(logits, [len(piece) for piece in wanted]))
+        return [piece if chunk.hidden else next(split) for chunk, piece in pieces]
+
+    def _choose_model(
+        self, plan: Plan, adapter_keys: Sequence[int]
+    ) -> tuple[ServedModel, tuple[int, ...]]:
+        """What computes a plan, and the key of each token's adapter (empty: nobody has one)."""
+        if not self.adapters.choose(adapter_keys, plan.chunks):
+            return self._model, ()
+        pairs = zip(adapter_keys, plan.chunks, strict=True)
+        return self.adapters.model, tuple(k for k, chunk in pairs for _ in chunk.token_ids)
 
     def _context(self, batch: Batch) -> AttentionContext:
         if self._is_split:

@@ -97,6 +97,7 @@ class Scheduler:
         client: str = "",
         priority: int = 0,
         rows_from: int | None = None,
+        hidden: bool = False,
         cache_key: object = None,
     ) -> None:
         """Queue a new sequence. Its keys and values are those of any other with the same tokens,
@@ -110,6 +111,7 @@ class Scheduler:
             client=client,
             priority=priority,
             rows_from=rows_from,
+            hidden=hidden,
             root=first_name(extension, cache_key),
         )
         self._arrivals += 1
@@ -153,7 +155,7 @@ class Scheduler:
             stop = chunk.start + len(chunk.token_ids) - chunk.drafted
             if chunk.sample:
                 sequence.tokens += new
-                stop = len(sequence.tokens) - 1  # whatever was drafted beyond that was wrong
+                stop += max(0, len(new) - 1)  # whatever was drafted beyond that was wrong
                 self._counts.drafted_tokens += chunk.drafted
                 self._counts.accepted_tokens += max(0, len(new) - 1)
             if sequence.rows_from is not None:
@@ -279,7 +281,9 @@ class Scheduler:
 
 
 def _most_tokens(sequence: Sequence, max_rows: int) -> int:
-    """As many of a prompt's tokens as one step may take: rows are large."""
+    """As many of a prompt's tokens as one step may take: rows of logits are large."""
+    if sequence.hidden:
+        return sequence.remaining
     before_rows = max(0, sequence.first_row - sequence.computed)
     return min(sequence.remaining, before_rows + max_rows)
 
@@ -295,4 +299,5 @@ def _chunk(sequence: Sequence, count: int, draft: tuple[int, ...] = ()) -> Chunk
         sample=stop == len(sequence.tokens),
         drafted=len(draft),
         extension=sequence.extension,
+        hidden=sequence.hidden,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -28,7 +29,8 @@ class ServedConfig(Protocol):
 class ServedModel(Protocol):
     """A built model: flat ids [tokens] and a context in, logits [rows, vocab_size] out.
 
-    `dtype` is what it computes in, and so what keys and values are kept in.
+    A call is `logits` of `hidden`, which is [rows, hidden_size]. `dtype` is what it computes in,
+    and so what keys and values are kept in; `key_sizes` is `CausalModel`'s.
     """
 
     @property
@@ -36,3 +38,6 @@ class ServedModel(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def __call__(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor: ...
+    def hidden(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor: ...
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def key_sizes(self) -> Sequence[torch.Tensor | None]: ...

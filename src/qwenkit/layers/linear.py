@@ -55,6 +55,22 @@ def project(
     return [each(x) for each in linears]
 
 
+def expected_sizes(linear: Linear, norm: RMSNorm, part: slice = slice(None)) -> torch.Tensor:
+    """Root mean squares, fp32 [rows], of what the `part` of a linear layer's rows makes of numbers
+    that `norm` made, were these independent and equally large before its weights.
+    """
+    weight = linear.weight
+    if isinstance(weight, QuantWeight):
+        first, last, _ = part.indices(linear.out_features)
+        rows = weight.row_range(first, last).dequantize(torch.float32)
+    else:
+        rows = weight.detach()[part].float()
+    sizes = (rows * norm.weight.detach().float()).square().sum(1)  # [rows]
+    if linear.bias is not None:
+        sizes = sizes + linear.bias.detach()[part].float().square()
+    return sizes.sqrt()
+
+
 class Embedding(nn.Module):
     """Rows of W [num_embeddings, embedding_dim], W being a parameter or a `QuantWeight`."""
 

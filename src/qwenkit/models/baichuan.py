@@ -210,9 +210,14 @@ class Model(CausalModel):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """ids [tokens] to logits [rows, vocab_size]."""
-        logits: torch.Tensor = self.lm_head(self.model(ids, context, self.dtype))
+    def hidden(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """See `CausalModel.hidden`."""
+        hidden: torch.Tensor = self.model(ids, context, self.dtype)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `CausalModel.logits`."""
+        logits: torch.Tensor = self.lm_head(hidden)
         return logits
 
 

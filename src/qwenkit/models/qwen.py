@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from qwenkit.errors import ConfigError
 from qwenkit.layers.attention import AttentionContext
-from qwenkit.layers.linear import Embedding, Linear, project
+from qwenkit.layers.linear import Embedding, Linear, expected_sizes, project
 from qwenkit.layers.mlp import gated
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import QwenNtk, Rotary
@@ -181,6 +181,12 @@ class Attention(nn.Module):
         y: torch.Tensor = self.c_proj(output.flatten(-2), residual)
         return y
 
+    def key_sizes(self, norm: RMSNorm) -> torch.Tensor:
+        """Root mean squares of keys that are to be expected after `norm`: [heads, head_dim]."""
+        size = self.c_attn.out_features // 3
+        sizes = expected_sizes(self.c_attn, norm, slice(size, 2 * size))
+        return sizes.view(-1, self.head_dim)
+
 
 class MLP(nn.Module):
     """c_proj(silu(w2(x)) · w1(x)): the gate is w2, where later models call it `gate_proj`."""
@@ -255,10 +261,20 @@ class Model(CausalModel):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """ids [tokens] to logits [rows, vocab_size]."""
-        logits: torch.Tensor = self.lm_head(self.transformer(ids, context, self.dtype))
+    def hidden(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """See `CausalModel.hidden`."""
+        hidden: torch.Tensor = self.transformer(ids, context, self.dtype)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `CausalModel.logits`."""
+        logits: torch.Tensor = self.lm_head(hidden)
         return logits
+
+    def key_sizes(self) -> list[torch.Tensor]:
+        """See `CausalModel.key_sizes`."""
+        blocks = cast(list[Block], list(self.transformer.h))
+        return [block.attn.key_sizes(block.ln_1) for block in blocks]
 
 
 GGUF_NAMES = {

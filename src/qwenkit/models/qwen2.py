@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from qwenkit.errors import ConfigError
 from qwenkit.layers.attention import AttentionContext
-from qwenkit.layers.linear import Embedding, Linear, project
+from qwenkit.layers.linear import Embedding, Linear, expected_sizes, project
 from qwenkit.layers.mlp import SwiGLU
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import DualChunk, Rotary
@@ -123,6 +123,13 @@ class Attention(nn.Module):
         y: torch.Tensor = self.o_proj(output.flatten(-2), residual)
         return y
 
+    def key_sizes(self, norm: RMSNorm) -> torch.Tensor:
+        """Root mean squares of keys that are to be expected after `norm`: [kv_heads, head_dim]."""
+        sizes = expected_sizes(self.k_proj, norm).view(-1, self.head_dim)
+        if self.k_norm is None:
+            return sizes
+        return self.k_norm.weight.detach().abs().expand_as(sizes)
+
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -183,10 +190,20 @@ class Model(CausalModel):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """ids [tokens] to logits [rows, vocab_size]."""
-        logits: torch.Tensor = self.lm_head(self.model(ids, context, self.dtype))
+    def hidden(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """See `CausalModel.hidden`."""
+        hidden: torch.Tensor = self.model(ids, context, self.dtype)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `CausalModel.logits`."""
+        logits: torch.Tensor = self.lm_head(hidden)
         return logits
+
+    def key_sizes(self) -> list[torch.Tensor]:
+        """See `CausalModel.key_sizes`."""
+        layers = cast(list[DecoderLayer], list(self.model.layers))
+        return [layer.self_attn.key_sizes(layer.input_layernorm) for layer in layers]
 
 
 GGUF_NAMES = {

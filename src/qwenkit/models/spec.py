@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, cast
@@ -48,7 +48,8 @@ class ModelConfig(Protocol):
 class CausalModel(nn.Module):
     """Base of every model: flat tokens and a context in, logits out.
 
-    `dtype` is what activations are computed in; weights may be stored otherwise.
+    A subclass has `hidden` and `logits`. `dtype` is what activations are computed in; weights may
+    be stored otherwise.
     """
 
     config: ModelConfig
@@ -56,7 +57,21 @@ class CausalModel(nn.Module):
 
     def forward(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """ids [tokens] int64 to logits [rows, vocab_size] of the rows that the context selects."""
-        raise AssertionError(f"{type(self).__name__} has no forward")
+        return self.logits(self.hidden(ids, context))
+
+    def hidden(self, ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """ids [tokens] int64 to the normalised rows that the head is given: [rows, hidden_size]."""
+        raise AssertionError(f"{type(self).__name__} has no hidden")
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `hidden` gives, [rows, hidden_size], to logits [rows, vocab_size]."""
+        raise AssertionError(f"{type(self).__name__} has no logits")
+
+    def key_sizes(self) -> Sequence[torch.Tensor | None]:
+        """Of each layer how large its unrotated keys are to be expected from weights alone, root
+        mean squares [kv_heads, head_dim]; None where that cannot be said.
+        """
+        return [None] * self.config.num_hidden_layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwenkit.errors import UsageError, suggest
+from qwenkit.kernels import kv_int4
 from qwenkit.models.spec import ModelConfig
 from qwenkit.survey.plan_weights import Weights
 
 BLOCK_TOKENS = 16
 STEP_TOKENS = 512  # the most that one step computes of a prompt
 MOST_USERS = 64  # that run at the same time; more wait
-KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-KV_KINDS = ("auto", *KV_BYTES)
+KV_KINDS = ("auto", "fp32", "bf16", "int8", "int4")
 # What the engine keeps them in by itself, where products round activations and where they do not.
 AUTO_KV = {True: "bf16", False: "fp32"}
 
@@ -97,10 +97,20 @@ def estimate(
 def kv_bytes(config: ModelConfig, weights: Weights, work: Workload) -> int:
     """Keys and values of all users' tokens in all layers, in whole blocks."""
     kind = AUTO_KV[weights.rounds] if work.kv_dtype == "auto" else work.kv_dtype
-    # int8 has a scale for each head of a token.
-    per_head = config.head_dim * KV_BYTES[kind] + (_FLOAT_BYTES if kind == "int8" else 0)
+    per_head = kv_head_bytes(kind, config.head_dim)
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
     return work.users * -(-work.tokens // BLOCK_TOKENS) * BLOCK_TOKENS * per_token
+
+
+def kv_head_bytes(kind: str, head_dim: int) -> int:
+    """Bytes of one head of one token's keys or values. int8 and int4 are the least that it can
+    be: layers whose keys have outliers are kept in more bits.
+    """
+    if kind == "int4":
+        return kv_int4.row_bytes(head_dim)
+    if kind == "int8":
+        return head_dim + _FLOAT_BYTES  # a scale for each head of a token
+    return head_dim * {"fp32": 4, "bf16": 2}[kind]
 
 
 def activation_bytes(config: ModelConfig, weights: Weights, work: Workload) -> int:

@@ -71,6 +71,8 @@ class FinishEvent:
 
     `matched_stop` is the stop string, or the token id, that ended the output; `error` says what
     went wrong when `reason` is "error". "language" and "loop" are the guards of `SamplingParams`.
+    `embedding` has the numbers, hidden_size of them, of a request that asked for an embedding and
+    ended with the reason "stop".
     """
 
     request_id: str
@@ -79,6 +81,7 @@ class FinishEvent:
     usage: Usage
     matched_stop: str | int | None = None
     error: str | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 Event = PromptEvent | TokenEvent | FinishEvent

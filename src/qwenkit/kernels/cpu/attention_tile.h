@@ -286,9 +286,7 @@ void pack_values(const Segment<T>& segment, const Workplace& place, int64_t* off
     for (int64_t j = segment.first; j < segment.last; j++) {
         const T* value = segment.values + segment.rows[j];
         offsets[j] = j * place.width;
-        for (int64_t d = 0; d < segment.head_dim; d += lanes) {
-            store(place.values + offsets[j] + d, widened_some(value + d, segment.head_dim - d));
-        }
+        widen_row(value, segment.head_dim, place.values + offsets[j]);
     }
 }
 
@@ -309,13 +307,15 @@ void attend_segment(const Segment<T>& segment, const Rows& rows, float scale,
         int64_t begin = tile * rows.count / tiles, end = (tile + 1) * rows.count / tiles;
         find_weights(segment, rows, begin, end, place, partial);
     }
-    if (tiles <= 2) {  // too few queries for a copy to be worth it
-        weigh_values(segment.values, segment.rows, segment, rows, tiles, place, partial.sums);
-    } else {
-        int64_t offsets[segment_tokens];
-        pack_values(segment, place, offsets);
-        weigh_values<T, float>(place.values, offsets, segment, rows, tiles, place, partial.sums);
+    if constexpr (!std::is_same_v<T, uint8_t>) {
+        if (tiles <= 2) {  // too few queries for a copy to be worth it
+            weigh_values(segment.values, segment.rows, segment, rows, tiles, place, partial.sums);
+            return;
+        }
     }
+    int64_t offsets[segment_tokens];
+    pack_values(segment, place, offsets);
+    weigh_values<T, float>(place.values, offsets, segment, rows, tiles, place, partial.sums);
 }
 
 }  // namespace qk

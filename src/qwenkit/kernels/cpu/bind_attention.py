@@ -8,11 +8,13 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 
 from qwenkit.errors import KernelError
+from qwenkit.kernels import kv_int4
 from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.ops.paged_attention import paged_attention
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of a cache, as the kernels say it
+# Of a cache, as the kernels say it.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 class _KvWrite(ctypes.Structure):
@@ -56,7 +58,7 @@ def bind_kv_write(library: ctypes.CDLL) -> Kernel:
         tokens, heads, head_dim = k.shape
         if (
             v.shape != k.shape
-            or key_cache.shape[2:] != k.shape[1:]
+            or not has_heads(key_cache, heads, head_dim)
             or slots.shape != (tokens,)
             or slots.dtype is not torch.int64
             or not (v.is_cpu and slots.is_cpu)
@@ -94,6 +96,14 @@ def with_whole_heads(x: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, head_dim], each token's numbers contiguous; tokens may lie apart."""
     whole = x.stride(2) == 1 and x.stride(1) == x.shape[2]
     return x if whole else x.contiguous()
+
+
+def has_heads(cache: torch.Tensor, kv_heads: int, head_dim: int) -> bool:
+    """Whether a token's place in a cache [blocks, block_tokens, kv_heads, numbers or bytes] is for
+    such heads.
+    """
+    width = kv_int4.row_bytes(head_dim) if cache.dtype is torch.uint8 else head_dim
+    return cache.shape[2:] == (kv_heads, width)
 
 
 def is_cache(
@@ -172,7 +182,8 @@ def bind_paged_attention(library: ctypes.CDLL) -> Kernel:
             heads,
             q.stride(0),
             q.stride(1),
-            *key_cache.shape,
+            *key_cache.shape[:3],
+            head_dim,
             window,
             kind,
             get_num_threads(),
@@ -202,7 +213,7 @@ def _check_attention(
     if not (
         q.dim() == 3
         and is_cache(key_cache, value_cache, key_scales, value_scales)
-        and q.shape[2] == key_cache.shape[3]
+        and has_heads(key_cache, key_cache.shape[2], q.shape[2])
         and q.shape[1] % key_cache.shape[2] == 0
         and block_tables.dim() == 2
         and query_lengths.shape == kv_lengths.shape == block_tables.shape[:1]

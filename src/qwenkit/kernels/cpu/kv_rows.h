@@ -1,11 +1,23 @@
-// Rows of a KV cache, kept as fp32, bf16 (uint16_t) or int8, as vectors of fp32.
+// Rows of a KV cache, kept as fp32, bf16 (uint16_t), int8 or groups of four bits (uint8_t), as
+// vectors of fp32.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
 namespace qk {
+
+// A group of four bits a number: scale and minimum in bf16, then the codes (kernels/kv_int4.py).
+constexpr int64_t group_numbers = 32, group_bytes = 20, group_head = 4;
+
+// How many T a cache has for a head of `head_dim` numbers.
+template <class T>
+constexpr int64_t row_size(int64_t head_dim) {
+    if constexpr (!std::is_same_v<T, uint8_t>) return head_dim;
+    return (head_dim + group_numbers - 1) / group_numbers * group_bytes;
+}
 
 using lane_words = int32_t __attribute__((vector_size(sizeof(vec))));
 using lane_halves = uint16_t __attribute__((vector_size(sizeof(vec) / 2)));
@@ -123,6 +135,54 @@ inline void transpose_rows(const T* const* rows, int64_t width, float* out, int6
     }
     for (; d < width; d++) {
         for (int i = 0; i < lanes; i++) out[d * step + i] = widened_one(rows[i][d]);
+    }
+}
+
+// The same for rows of four bits.
+inline void transpose_rows(const uint8_t* const* rows, int64_t width, float* out, int64_t step) {
+    using floats = float __attribute__((vector_size(sizeof(vec))));
+    for (int64_t first = 0; first < width; first += group_numbers) {
+        const uint8_t* codes[lanes];
+        int32_t heads[lanes];
+        for (int i = 0; i < lanes; i++) {
+            const uint8_t* group = rows[i] + first / group_numbers * group_bytes;
+            std::memcpy(heads + i, group, group_head);
+            codes[i] = group + group_head;
+        }
+        lane_words head, words[4];
+        std::memcpy(&head, heads, sizeof head);
+        transpose(codes, words);
+        vec scale = (vec)(head << 16), minimum = (vec)(head >> 16 << 16);
+        auto put = [&](lane_words code, int64_t d) {
+            vec whole = (vec)__builtin_convertvector(code & 15, floats);
+            if (d < width) store(out + d * step, fma(whole, scale, minimum));
+        };
+        QK_UNROLL for (int t = 0; t < 4; t++) {
+            QK_UNROLL for (int i = 0; i < 4; i++) {
+                put(words[t] >> (8 * i), first + 4 * t + i);
+                put(words[t] >> (8 * i + 4), first + group_numbers / 2 + 4 * t + i);
+            }
+        }
+    }
+}
+
+// `width` numbers of a row, up to whole vectors of them.
+template <class T>
+inline void widen_row(const T* row, int64_t width, float* out) {
+    for (int64_t d = 0; d < width; d += lanes) {
+        store(out + d, widened_some(row + d, width - d));
+    }
+}
+
+inline void widen_row(const uint8_t* row, int64_t width, float* out) {
+    for (int64_t d = 0; d < width; row += group_bytes) {
+        uint16_t head[2];
+        std::memcpy(head, row, sizeof head);
+        vec scale = splat(widened_one(head[0])), minimum = splat(widened_one(head[1]));
+        Group codes = widen(nibbles(row + group_head));
+        for (int i = 0; i < 32 / lanes && d < width; i++, d += lanes) {
+            store(out + d, fma(codes.v[i], scale, minimum));
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 // Causal attention over a paged cache (arXiv 2309.06180, 2305.13245) of keys and values kept as
-// fp32, bf16 or int8; blocked, with a running maximum (arXiv 2205.14135). In fp32; over bf16 the
+// fp32, bf16, int8 or four bits; blocked, with a running maximum (arXiv 2205.14135). In fp32; over bf16 the
 // queries are rounded to bf16 too, and where there is a tile unit, products are its own.
 //
 // The keys of a sequence are cut into segments at fixed positions. A query's result of each is
@@ -13,7 +13,7 @@
 
 // Caches, scales and out are contiguous; rows of q and its heads lie `token_stride` and
 // `head_stride` numbers apart. Scales and slopes may be null; `kind` is 0 for fp32, 1 for bf16, 2
-// for int8. `table_width` is the number of blocks that a table has room for.
+// for int8, 3 for four bits. `table_width` is the number of blocks that a table has room for.
 struct PagedAttentionArguments {
     const float* q;
     const void *keys, *values;
@@ -136,16 +136,16 @@ template <class T>
 Segment<T> find_segment(const Arguments& a, const Item& item, int64_t start, int64_t* offsets) {
     int64_t first = std::max(item.rows.lowest(0) - start, int64_t{0});
     int64_t last = std::min(item.rows.limit(item.rows.count - 1) - start, segment_tokens);
-    int64_t step = a.kv_heads * a.head_dim;
+    int64_t size = row_size<T>(a.head_dim), step = a.kv_heads * size;
     for (int64_t j = first; j < last;) {  // a block at a time
         int64_t block = item.table[(start + j) / a.block_tokens];
         int64_t within = (start + j) % a.block_tokens;
-        int64_t row = (block * a.block_tokens + within) * step + item.kv_head * a.head_dim;
+        int64_t row = (block * a.block_tokens + within) * step + item.kv_head * size;
         int64_t end = std::min(last, j + a.block_tokens - within);
         for (; j < end; j++, row += step) offsets[j] = row;
     }
     return {static_cast<const T*>(a.keys), static_cast<const T*>(a.values),
-            a.key_scales, a.value_scales, offsets, a.head_dim, start, first, last, a.head_dim};
+            a.key_scales, a.value_scales, offsets, size, start, first, last, a.head_dim};
 }
 
 template <class T>
@@ -178,7 +178,8 @@ void attend_segment_as(const Arguments& a, const Plan& plan, const Item& item, i
     if (plan.in_tiles) return attend_tiles(a, plan, item, start, memory, partial);
     auto* go = a.kind == 0   ? attend_segment_of<float>
                : a.kind == 1 ? attend_segment_of<uint16_t>
-                             : attend_segment_of<int8_t>;
+               : a.kind == 2 ? attend_segment_of<int8_t>
+                             : attend_segment_of<uint8_t>;
     go(a, item, start, memory, partial);
 }
 

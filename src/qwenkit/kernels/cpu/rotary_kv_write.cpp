@@ -5,10 +5,11 @@
 
 // Rows of q, k and v lie `q_stride`, `k_stride` and `v_stride` numbers apart, a token's heads one
 // after another; cos and sin [tokens, head_dim / 2] and out [tokens, heads, head_dim] are
-// contiguous, and head_dim is at most 512. factors [tokens] multiply the queries; null: none. The
-// rest is as for kv_write.
+// contiguous, and head_dim is at most 512. factors [tokens] multiply the queries; null: none.
+// guard [kv_heads, head_dim / 2] divides the keys and multiplies the queries; null: none. The rest
+// is as for kv_write.
 struct RotaryKvWriteArguments {
-    const float *q, *k, *v, *cos, *sin, *factors;
+    const float *q, *k, *v, *cos, *sin, *factors, *guard;
     void *keys, *values;
     float *key_scales, *value_scales;
     const int64_t* slots;
@@ -30,19 +31,36 @@ void rotate_query(const Arguments& a, int64_t token) {
         rotate(a.q + token * a.q_stride + d, a.cos + token * half, a.sin + token * half, out + d,
                half);
     }
-    if (!a.factors) return;
-    for (int64_t i = 0; i < width; i++) out[i] *= a.factors[token];
+    if (a.factors) {
+        for (int64_t i = 0; i < width; i++) out[i] *= a.factors[token];
+    }
+    if (!a.guard) return;
+    int64_t group = a.heads / a.kv_heads;
+    for (int64_t head = 0; head < a.heads; head++, out += a.head_dim) {
+        const float* guard = a.guard + head / group * half;
+        for (int64_t i = 0; i < half; i++) {
+            out[i] *= guard[i];
+            out[half + i] *= guard[i];
+        }
+    }
 }
 
 template <class T>
 void write_token(const Arguments& a, int64_t token) {
     int64_t half = a.head_dim / 2, row = a.slots[token] * a.kv_heads;
+    int64_t size = row_size<T>(a.head_dim);
     for (int64_t head = 0; head < a.kv_heads; head++) {
         float rotated[most_numbers];
-        int64_t from = head * a.head_dim, to = (row + head) * a.head_dim;
+        int64_t from = head * a.head_dim, to = (row + head) * size;
         int64_t scale = a.key_scales ? row + head : 0;
         rotate(a.k + token * a.k_stride + from, a.cos + token * half, a.sin + token * half,
                rotated, half);
+        if (a.guard) {
+            for (int64_t i = 0; i < half; i++) {
+                rotated[i] /= a.guard[head * half + i];
+                rotated[half + i] /= a.guard[head * half + i];
+            }
+        }
         write_row(rotated, static_cast<T*>(a.keys) + to, a.key_scales + scale, 1, a.head_dim);
         write_row(a.v + token * a.v_stride + from, static_cast<T*>(a.values) + to,
                   a.value_scales + scale, 1, a.head_dim);
@@ -74,7 +92,8 @@ QK_EXPORT int qk_rotary_kv_write(const RotaryKvWriteArguments* a) {
     }
     auto* go = a->kind == 0   ? qk::write<float>
                : a->kind == 1 ? qk::write<uint16_t>
-                              : qk::write<int8_t>;
+               : a->kind == 2 ? qk::write<int8_t>
+                              : qk::write<uint8_t>;
     go(*a);
     return 0;
 }

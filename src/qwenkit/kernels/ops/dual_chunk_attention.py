@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from qwenkit.kernels import kv_int4
+from qwenkit.kernels.ops.paged_attention import gather
 from qwenkit.kernels.registry import Arguments, Op
 
 
@@ -38,8 +40,8 @@ def _reference(
         query_lengths.tolist(), kv_lengths.tolist(), block_tables, scales, strict=True
     ):
         blocks = table[: -(-kv_length // key_cache.shape[1])]  # [used]
-        k = _gather(key_cache, key_scales, blocks, q.dtype)[:kv_length]
-        v = _gather(value_cache, value_scales, blocks, q.dtype)[:kv_length]
+        k = gather(key_cache, key_scales, blocks, q)[:kv_length]
+        v = gather(value_cache, value_scales, blocks, q)[:kv_length]
         row, last = first, first + length
         while row < last:  # the queries of one chunk see the same three parts of the keys
             position = kv_length - (last - row)
@@ -50,16 +52,6 @@ def _reference(
             row = rows.stop
         first = last
     return torch.cat(outputs)
-
-
-def _gather(
-    cache: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """What the blocks stand for, one after another: [used * block_tokens, kv_heads, head_dim]."""
-    rows = cache.index_select(0, blocks)
-    if scales is not None:
-        rows = rows.to(scales.dtype) * scales.index_select(0, blocks)[..., None]
-    return rows.flatten(0, 1).to(dtype)
 
 
 def _attend(
@@ -122,6 +114,8 @@ def _cases() -> Iterator[Arguments]:
         scales = torch.linspace(0.1, 0.5, len(sequences))
         assert longest <= shape[0] * block_tokens
         yield *queries, keys, values, tables, *lengths, scales, period
+        small = [kv_int4.quantize(each) for each in (keys, values)]
+        yield *queries, *small, tables, *lengths, scales, period
 
 
 dual_chunk_attention = Op(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from qwenkit.kernels import kv_int4
 from qwenkit.kernels.registry import Arguments, Op
 
 
@@ -25,9 +26,14 @@ def _reference(
     int8 caches have `key_scales` and `value_scales` [blocks, block_tokens, kv_heads] fp32: one for
     each token and head, its largest magnitude / 127, so that a row is its integers times its scale.
     A row that is not finite has a scale that is not finite either.
+
+    uint8 caches are [blocks, block_tokens, kv_heads, row bytes] and keep four bits of a number, as
+    `kernels.kv_int4` lays them out.
     """
     for rows, cache, scales in ((k, key_cache, key_scales), (v, value_cache, value_scales)):
-        if scales is None:
+        if cache.dtype is torch.uint8:
+            cache.flatten(0, 1).index_copy_(0, slots, kv_int4.quantize(rows.float()))
+        elif scales is None:
             cache.flatten(0, 1).index_copy_(0, slots, rows.to(cache.dtype))
         else:
             quants, factors = _quantize(rows.float())
@@ -76,6 +82,20 @@ def _cases() -> Iterator[Arguments]:
         for rows in (v, _awkward(v)):
             pair = scales[0].clone(), scales[1].clone()
             yield wide, rows, small[0].clone(), small[1].clone(), slots, *pair
+            yield wide, rows, *_bytes(caches).unbind(), slots
+        yield _offset(v), _awkward(_offset(k)), *_bytes(caches).unbind(), slots
+
+
+def _bytes(caches: torch.Tensor) -> torch.Tensor:
+    """Both caches for four bits a number, full of something."""
+    shape = *caches.shape[:-1], kv_int4.row_bytes(caches.shape[-1])
+    return torch.full(shape, 99, dtype=torch.uint8)
+
+
+def _offset(rows: torch.Tensor) -> torch.Tensor:
+    """Rows far from zero, on either side, whose minimum must be rounded."""
+    signs = 1 - 2 * (torch.arange(rows.shape[2]) // 40 % 2)  # [head_dim]
+    return rows + signs * 100.3
 
 
 def _awkward(rows: torch.Tensor) -> torch.Tensor:

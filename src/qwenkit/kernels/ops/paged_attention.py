@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional
 
+from qwenkit.kernels import kv_int4
 from qwenkit.kernels.ops.kv_write import kv_write
 from qwenkit.kernels.registry import Arguments, Op
 
@@ -32,7 +33,8 @@ def _reference(
 
     The caches are [blocks, block_tokens, kv_heads, head_dim], fp32, bf16 or int8, and hold the
     chunks' own keys and values already; int8 caches stand for themselves times `key_scales` and
-    `value_scales` [blocks, block_tokens, kv_heads] fp32, which the others do not have.
+    `value_scales` [blocks, block_tokens, kv_heads] fp32, which the others do not have. uint8 caches
+    have the bytes of `kernels.kv_int4` in place of a head's numbers.
     `block_tables` [sequences, most_blocks], `query_lengths` and `kv_lengths` [sequences] are
     int64; a chunk's queries are the last of its sequence's `kv_length` tokens.
 
@@ -52,18 +54,20 @@ def _reference(
         query_lengths.tolist(), kv_lengths.tolist(), block_tables, strict=True
     ):
         blocks = table[: -(-kv_length // block_tokens)]  # [used]
-        k = _gather(key_cache, key_scales, blocks, q.dtype)[:kv_length]
-        v = _gather(value_cache, value_scales, blocks, q.dtype)[:kv_length]
+        k = gather(key_cache, key_scales, blocks, q)[:kv_length]
+        v = gather(value_cache, value_scales, blocks, q)[:kv_length]
         bias = _bias(length, kv_length, window, alibi_slopes, q)
         outputs.append(_attend(q[first : first + length], k, v, bias, scale))
         first += length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _gather(
-    cache: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype
+def gather(
+    cache: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, q: torch.Tensor
 ) -> torch.Tensor:
-    """What the blocks stand for, one after another: [used * block_tokens, kv_heads, head_dim]."""
+    """What the blocks stand for, one after another: [used * block_tokens, kv_heads, head_dim], in
+    the dtype of the queries.
+    """
     first, used = int(blocks[0]), blocks.shape[0]
     if blocks.tolist() == list(range(first, first + used)):  # in a row: nothing to copy
         blocks_slice = slice(first, first + used)
@@ -73,7 +77,9 @@ def _gather(
         factors = None if scales is None else scales.index_select(0, blocks)
     if factors is not None:
         rows = rows.to(factors.dtype) * factors[..., None]
-    return rows.flatten(0, 1).to(dtype)
+    if rows.dtype is torch.uint8:
+        rows = kv_int4.dequantize(rows, q.shape[2])
+    return rows.flatten(0, 1).to(q.dtype)
 
 
 def _bias(
@@ -170,7 +176,7 @@ def _cases() -> Iterator[Arguments]:
         k, v = _adversarial(sum(n for _, n in sequences), kv_heads, head_dim, generator)
         q[..., 1] *= 2**-8  # where the keys are large: softmax still has a choice to make
         slopes = torch.linspace(0.5, 0.001, heads)
-        for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.uint8):
             caches, scales = _filled(k, v, sequences, block_tokens, dtype, True)
             for window, alibi in ((0, None), (13, None), (0, slopes), (256, slopes)):
                 yield q, *caches, *lengths, 0.1, window, alibi, *scales
@@ -209,7 +215,10 @@ def _filled(
         slots.append(table[places // block_tokens] * block_tokens + places % block_tokens)
     empty = torch.full((count, block_tokens, *k.shape[1:]), torch.nan)
     scales: tuple[torch.Tensor | None, ...] = None, None
-    if dtype is torch.int8:
+    if dtype is torch.uint8:
+        shape = *empty.shape[:3], kv_int4.row_bytes(k.shape[2])
+        keys, values = (torch.full(shape, 255, dtype=dtype) for _ in "kv")  # scales of NaN
+    elif dtype is torch.int8:
         keys, values = (torch.full(empty.shape, 99, dtype=dtype) for _ in "kv")
         scales = empty[..., 0].clone(), empty[..., 0].clone()
     else:

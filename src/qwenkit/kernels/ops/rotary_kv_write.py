@@ -25,16 +25,26 @@ def _reference(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
+    guard: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [tokens, heads, head_dim] rotated and then, where there are `factors` [tokens] fp32, times
     the token's; k [tokens, kv_heads, head_dim] rotated and v as it is are written as `kv_write`
     does. cos and sin are [tokens, head_dim / 2].
+
+    A `guard` [kv_heads, head_dim / 2] fp32 divides the rotated keys and multiplies the queries of
+    its head's group, number i and number i + head_dim / 2 alike: scores stay what they are, while
+    keys that a narrow cache rounds together become equally large.
     """
-    kv_write.reference(
-        rotary.reference(k, cos, sin), v, key_cache, value_cache, slots, key_scales, value_scales
-    )
+    keys: torch.Tensor = rotary.reference(k, cos, sin)
     rotated: torch.Tensor = rotary.reference(q, cos, sin)
-    return rotated if factors is None else rotated * factors[:, None, None].to(q.dtype)
+    if factors is not None:
+        rotated = rotated * factors[:, None, None].to(q.dtype)
+    if guard is not None:
+        divisors = torch.cat((guard, guard), 1).to(k.dtype)  # [kv_heads, head_dim]
+        keys = keys / divisors
+        rotated = rotated * divisors.repeat_interleave(q.shape[1] // k.shape[1], 0)
+    kv_write.reference(keys, v, key_cache, value_cache, slots, key_scales, value_scales)
+    return rotated
 
 
 def _shape(
@@ -49,6 +59,7 @@ def _shape(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
+    guard: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return q.new_empty(q.shape)
 
@@ -68,7 +79,11 @@ def _cases() -> Iterator[Arguments]:
         yield q, k, v, *tables, keys, values, slots, *scales
         wide = torch.cat((q, k, v), 1)  # q as a part of something wider
         factors = torch.rand(tokens, generator=generator) + 1
-        yield wide[:, : 2 * kv_heads], k, v, *tables, keys, values, slots, *scales, factors
+        parts = wide[:, : 2 * kv_heads], k, v, *tables, keys, values, slots, *scales
+        yield *parts, factors
+        guard = torch.arange(kv_heads * head_dim // 2).view(kv_heads, -1) % 5 + 1.25
+        yield *parts, None, guard
+        yield *parts, factors, guard
 
 
 rotary_kv_write = Op(
@@ -76,7 +91,7 @@ rotary_kv_write = Op(
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
         "Tensor(b!) value_cache, Tensor slots, Tensor(c!)? key_scales=None, "
-        "Tensor(d!)? value_scales=None, Tensor? factors=None) -> Tensor"
+        "Tensor(d!)? value_scales=None, Tensor? factors=None, Tensor? guard=None) -> Tensor"
     ),
     reference=_reference,
     shape=_shape,
