@@ -17,6 +17,7 @@ NEVER = {"file": 600, "function": 100, "class": 600}
 # Over the budget, below what is never allowed, each with its reason. Nothing else may be.
 EXCEPTIONS: dict[str, str] = {
     "src/qwenkit/chat/guard.py:Guarded": "every method of str that templates use must be covered",
+    "src/qwenkit/api/session.py:__init__": "an argument, and its words, for each choice of a model",
 }
 
 

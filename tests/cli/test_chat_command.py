@@ -57,6 +57,7 @@ def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path
     more = "--repetition-penalty 1.1 --stop A --stop B --threads 2 --dtype float32 --context 512"
     last = f"--compute reference --offline --greedy --system-file {tmp_path / 'system.txt'}"
     rest = ("--pin-threads", "--rope", "as-config", "--prompt", "q")
+    rest += ("--speculation", "prompt-lookup")
     kinds = ("--weights", "int4", "--group-size", "64", "--head-weights", "bf16")
     result = run(*kinds, *f"{flags} {more} {last}".split(), *rest)
     assert result.exit_code == 0, result.stderr
@@ -76,6 +77,8 @@ def test_options_of_the_original_demo_and_ours(loaded: Any, model: Any, tmp_path
             "context": 512,
             "rope": "as-config",
             "adapter": None,
+            "speculation": "prompt-lookup",
+            "draft": None,
             "revision": None,
             "offline": True,
         }

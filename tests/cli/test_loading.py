@@ -25,6 +25,17 @@ def test_names_of_settings_are_checked_before_any_download() -> None:
         loading.load_model("no/model", ModelOptions(compute="fast", offline=True))
     with pytest.raises(UsageError, match=r"^--kv-dtype: got 'fp8'.*int8"):
         loading.load_model("no/model", ModelOptions(kv_dtype="fp8", offline=True))
+    with pytest.raises(UsageError, match=r"^--speculation: got 'lookup'.*prompt-lookup"):
+        loading.load_model("no/model", ModelOptions(speculation="lookup", offline=True))
+
+
+def test_a_draft_model_guesses_and_is_refused_beside_another_guesser(tmp_path: Path) -> None:
+    model = str(write_tiny_checkpoint(tmp_path / "m"))
+    draft = str(write_tiny_checkpoint(tmp_path / "d", config={"num_hidden_layers": 1}))
+    with loading.load_model(model, ModelOptions(draft=draft)) as llm:
+        assert len(llm.generate([[1, 2, 3]], {"max_tokens": 4, "seed": 0})[0].token_ids) == 4
+    with pytest.raises(UsageError, match=r"^--draft: .* drop one"):
+        loading.load_model(model, ModelOptions(draft=draft, speculation="prompt-lookup"))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,13 @@ from typing import Self, overload
 
 from qwenkit.api.beam import BeamSettings, likeliest, step_requests
 from qwenkit.api.choices import Choices
+from qwenkit.api.embeddings import Vectors, embedding_requests, vectors
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
-from qwenkit.api.session import Session, Vectors
+from qwenkit.api.scores import Pairs, collect, score_requests
+from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
+from qwenkit.score import Score
 from qwenkit.types.completion import BeamCompletion, Completion
 from qwenkit.types.events import Event, FinishEvent
 from qwenkit.types.sampling import SamplingParams
@@ -82,7 +85,7 @@ class AsyncLLM(Session):
     ) -> list[Completion]:
         """`n` answers to one prompt, or the best of more; see `LLM.choices`."""
         choices = Choices(self.sampling(sampling), n, best_of)
-        requests = self._choice_requests(prompt, choices, options)
+        requests = choices.requests(self._request, prompt, options)
         return choices.chosen(await self._complete_all(requests))
 
     async def beam_search(
@@ -133,8 +136,9 @@ class AsyncLLM(Session):
         options: Options = None,
     ) -> Vectors:
         """A vector for each text or id list; see `LLM.embed`."""
-        requests = self._embedding_requests(prompts, pooling, normalize, options)
-        return self._vectors(await asyncio.gather(*(self._end(request) for request in requests)))
+        requests = embedding_requests(self._request, prompts, pooling, normalize, options)
+        ends = await asyncio.gather(*(self._end(request) for request in requests))
+        return vectors(ends, self.config.hidden_size)
 
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
@@ -148,6 +152,18 @@ class AsyncLLM(Session):
 
     async def _complete_all(self, requests: Sequence[Request]) -> list[Completion]:
         return list(await asyncio.gather(*(self._complete(request) for request in requests)))
+
+    async def score(self, pairs: Pairs, *, options: Options = None) -> list[Score]:
+        """The log-likelihood of each continuation; see `LLM.score`."""
+        requests = score_requests(self._request, pairs, self.tokenizer, self.record, options)
+        several = await asyncio.gather(*(self._events(request) for request in requests))
+        return [
+            collect(events, one.prompt_ids[one.scored_from :])
+            for one, events in zip(requests, several, strict=True)
+        ]
+
+    async def _events(self, request: Request) -> list[Event]:
+        return [event async for event in self._service.astream(request)]
 
     async def _end(self, request: Request) -> FinishEvent:
         async for event in self._service.astream(request):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qwenkit.api.inputs import MakeRequest, Options, Prompt
+from qwenkit.engine.request import Request
 from qwenkit.errors import RequestError
 from qwenkit.types.completion import Completion
 from qwenkit.types.sampling import SamplingParams, whole_number
@@ -44,6 +47,15 @@ class Choices:
         return [
             self.sampling.replace(seed=(seed + number) % _SEEDS, logprobs=logprobs)
             for number in range(self.best_of or self.n)
+        ]
+
+    def requests(self, make: MakeRequest, prompt: Prompt, options: Options) -> list[Request]:
+        """A request for each candidate."""
+        first, *others = self.candidates()
+        request = make(prompt, first, options)
+        return [
+            request,
+            *(replace(request, id=secrets.token_hex(8), sampling=other) for other in others),
         ]
 
     def chosen(self, done: Sequence[Completion]) -> list[Completion]:

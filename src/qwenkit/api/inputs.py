@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 
+from qwenkit.engine.request import Request
 from qwenkit.errors import RequestError
 from qwenkit.types.messages import Message, Tool
 from qwenkit.types.options import RequestOptions
@@ -18,6 +19,7 @@ Options = RequestOptions | Mapping[str, Any] | None
 Messages = Iterable[Message | Mapping[str, Any]]
 Tools = Iterable[Tool | Mapping[str, Any]]
 Prompt = str | Sequence[int]
+MakeRequest = Callable[[Prompt, Sampling, Options], Request]
 Prompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
 
 

@@ -6,12 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self, overload
 
+from qwenkit.api.bar import bar
 from qwenkit.api.beam import BeamSettings, likeliest, step_requests
 from qwenkit.api.choices import Choices
+from qwenkit.api.embeddings import Vectors, embedding_requests, vectors
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
-from qwenkit.api.session import Session, Vectors
+from qwenkit.api.scores import Pairs, collect, score_requests
+from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
+from qwenkit.score import Score
 from qwenkit.types.completion import BeamCompletion, Completion
 from qwenkit.types.events import Event, FinishEvent
 from qwenkit.types.sampling import SamplingParams
@@ -44,20 +48,40 @@ class LLM(Session):
 
     @overload
     def generate(
-        self, prompts: str, sampling: Sampling = None, *, options: Options = None
+        self,
+        prompts: str,
+        sampling: Sampling = None,
+        *,
+        options: Options = None,
+        progress: bool | None = None,
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Prompts, sampling: Sampling = None, *, options: Options = None
+        self,
+        prompts: Prompts,
+        sampling: Sampling = None,
+        *,
+        options: Options = None,
+        progress: bool | None = None,
     ) -> list[Completion]: ...
     def generate(
-        self, prompts: str | Prompts, sampling: Sampling = None, *, options: Options = None
+        self,
+        prompts: str | Prompts,
+        sampling: Sampling = None,
+        *,
+        options: Options = None,
+        progress: bool | None = None,
     ) -> Completion | list[Completion]:
-        """Complete one text, or a list of texts or id lists in one batch (answers in order)."""
+        """Complete one text, or a list of texts or id lists in one batch (answers in order).
+
+        `progress` shows a bar on standard error; by default where a list is given and a person
+        looks on.
+        """
         if isinstance(prompts, str):
             return self._complete([self._request(prompts, sampling, options)])[0]
         several = several_prompts(prompts)
-        return self._complete([self._request(prompt, sampling, options) for prompt in several])
+        requests = [self._request(prompt, sampling, options) for prompt in several]
+        return self._complete(requests, progress)
 
     def chat(
         self,
@@ -88,7 +112,7 @@ class LLM(Session):
         it is asked alone. Raises RequestError naming the field; at most 128 run together.
         """
         choices = Choices(self.sampling(sampling), n, best_of)
-        requests = self._choice_requests(prompt, choices, options)
+        requests = choices.requests(self._request, prompt, options)
         return choices.chosen(self._complete(requests))
 
     def beam_search(
@@ -159,10 +183,11 @@ class LLM(Session):
         tokens'; `normalize` gives every vector length one. They run beside whatever else the engine
         serves. Raises RequestError, or QwenkitError when one cannot be computed.
         """
-        requests = self._embedding_requests(prompts, pooling, normalize, options)
+        requests = embedding_requests(self._request, prompts, pooling, normalize, options)
         events = {event.request_id: event for event in self._service.stream_many(requests)}
         ends = [events[request.id] for request in requests]
-        return self._vectors([end for end in ends if isinstance(end, FinishEvent)])
+        finished = [end for end in ends if isinstance(end, FinishEvent)]
+        return vectors(finished, self.config.hidden_size)
 
     def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
@@ -174,8 +199,26 @@ class LLM(Session):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
-        collectors = {request.id: Collector(request) for request in requests}
+    def score(self, pairs: Pairs, *, options: Options = None) -> list[Score]:
+        """The log-likelihood of each continuation, given its context: pairs of texts or id lists.
+
+        A context that several pairs share is computed once. Two texts are encoded together, spaces
+        at the context's end with the continuation. Raises RequestError, or QwenkitError when one
+        cannot be computed.
+        """
+        requests = score_requests(self._request, pairs, self.tokenizer, self.record, options)
+        events: dict[str, list[Event]] = {request.id: [] for request in requests}
         for event in self._service.stream_many(requests):
-            collectors[event.request_id].add(event)
+            events[event.request_id].append(event)
+        return [collect(events[one.id], one.prompt_ids[one.scored_from :]) for one in requests]
+
+    def _complete(
+        self, requests: Sequence[Request], progress: bool | None = False
+    ) -> list[Completion]:
+        collectors = {request.id: Collector(request) for request in requests}
+        with bar(len(requests), progress) as advance:
+            for event in self._service.stream_many(requests):
+                collectors[event.request_id].add(event)
+                if isinstance(event, FinishEvent):
+                    advance(event.usage.completion_tokens)
         return [collectors[request.id].completion() for request in requests]

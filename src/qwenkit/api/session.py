@@ -4,50 +4,44 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
-import numpy
 import torch
 
 from qwenkit.adapter_files import read_adapter
 from qwenkit.adapters.lora import Merging
 from qwenkit.api.beam import BeamSearch, BeamSettings
-from qwenkit.api.choices import Choices
+from qwenkit.api.draft import make_drafter
 from qwenkit.api.inputs import (
     Messages,
     Options,
     Prompt,
-    Prompts,
     Sampling,
     Tools,
     prompt_ids,
     request_options,
     sampling_changes,
-    several_prompts,
 )
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
+from qwenkit.engine.draft_model import DraftModel
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request, check_request, stop_ids
 from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
-from qwenkit.errors import QwenkitError, UsageError, suggest
+from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.load import Loaded, load
 from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
-from qwenkit.types.embedding import EmbeddingParams, Pooling
-from qwenkit.types.events import FinishEvent
 from qwenkit.types.extension import rope_mode
 from qwenkit.types.messages import parse_messages, parse_tools
 from qwenkit.types.sampling import SamplingParams
 
-Vectors = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.float32]]
 COMPUTE = ("auto", "reference")
 
 
@@ -71,6 +65,9 @@ class Session:
         context_tokens: int | None = None,
         kv_cache_tokens: int | None = None,
         kv_dtype: str = "auto",
+        prefix_cache: bool = True,
+        speculation: str = "none",
+        draft: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         merge: str | Path | None = None,
         offline: bool = False,
@@ -91,7 +88,10 @@ class Session:
         `rope` "per-request" extends a request only as far as its prompt and `max_tokens` need,
         "as-config" as the config says, always. `kv_cache_tokens` is the room for all requests,
         `kv_dtype` "fp32", "bf16", "int8" or "int4" what keys and values are kept in ("auto": bf16
-        where products round activations, else as computed). `adapters` are served by name beside
+        where products round activations, else as computed). `prefix_cache` keeps what prompts begin
+        with. `speculation` "prompt-lookup" guesses tokens from what was said before, `draft` names
+        a smaller model of the same vocabulary that guesses them: the output stays the same.
+        `adapters` are served by name beside
         the model (see `load_adapter`), `merge` is one to go into its weights: into quantized ones
         only where `weights` says what they become. `offline` uses no network; `revision` is a
         branch or tag.
@@ -99,7 +99,13 @@ class Session:
         Raises UsageError, and as `resolve`, `load` and `qwenkit.adapter_files.read_adapter`.
         """
         _check_arguments(model, compute, threads, context_tokens)
-        EngineSettings(kv_cache_tokens=kv_cache_tokens, kv_dtype=kv_dtype)  # known before loading
+        settings = EngineSettings(  # what is wrong there is known before anything is loaded
+            kv_cache_tokens=kv_cache_tokens,
+            kv_dtype=kv_dtype,
+            prefix_cache=prefix_cache,
+            speculation=speculation,
+            reference_ops=compute == "reference",
+        )
         asked = _asked_places(device, device_map)
         plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
@@ -109,25 +115,47 @@ class Session:
         native = kernels.variant is not None and self.devices == "cpu" and compute != "reference"
         used = plan if native or weights != "auto" else None  # else run what is stored, as it is
         merging = _merging(merge, offline=offline, dequantize=weights != "auto")
-        loaded = self._read(dtype, used, merging, progress)
-        kv, plain = _kv_dtype(kv_dtype, loaded.model, native=native), compute == "reference"
-        settings = EngineSettings(kv_cache_tokens=kv_cache_tokens, kv_dtype=kv, reference_ops=plain)
-        self._serve(loaded, context_tokens, settings)
+        loaded = self._read(self.path, dtype, used, merging, progress)
+        drafting = self._read_draft(draft, dtype, used, settings, offline=offline)
+        kv = _kv_dtype(kv_dtype, loaded.model, native=native)
+        self._serve(loaded, context_tokens, replace(settings, kv_dtype=kv), drafting)
         self._load_adapters(adapters or {}, offline=offline)
 
     def _read(
         self,
+        path: Path,
         dtype: str,
         plan: WeightPlan | None,
         merging: Merging | None,
         progress: Callable[[float], None] | None,
     ) -> Loaded:
         place = self.devices if isinstance(self.devices, str) else self.devices.devices
-        return load(
-            self.path, dtype=dtype, device=place, plan=plan, merging=merging, progress=progress
-        )
+        return load(path, dtype=dtype, device=place, plan=plan, merging=merging, progress=progress)
 
-    def _serve(self, loaded: Loaded, context_tokens: int | None, settings: EngineSettings) -> None:
+    def _read_draft(
+        self,
+        draft: str | Path | None,
+        dtype: str,
+        plan: WeightPlan | None,
+        settings: EngineSettings,
+        *,
+        offline: bool,
+    ) -> Loaded | None:
+        if draft is None:
+            return None
+        if settings.speculation != "none":
+            raise UsageError(f"draft: {draft} was given beside {settings.speculation!r}; drop one.")
+        if not isinstance(self.devices, str):
+            raise UsageError("draft: a draft model does not work with a model on several devices.")
+        return self._read(resolve(str(draft), offline=offline), dtype, plan, None, None)
+
+    def _serve(
+        self,
+        loaded: Loaded,
+        context_tokens: int | None,
+        settings: EngineSettings,
+        drafting: Loaded | None,
+    ) -> None:
         """Keep what was loaded and start its engine."""
         self.model = loaded.model
         self.config = loaded.config
@@ -138,7 +166,10 @@ class Session:
         if settings.kv_cache_tokens is None:
             settings = replace(settings, kv_cache_tokens=self.context_tokens)
         self.default_adapter: str | None = None  # of requests that name none
-        engine = self._engine(settings)
+        drafter = None
+        if drafting is not None:
+            drafter = make_drafter(drafting, loaded, settings, self.device)
+        engine = self._engine(settings, drafter)
         self._limits = engine.limits
         self._service = EngineService(engine)
 
@@ -171,7 +202,7 @@ class Session:
     def _unload_adapter(self, name: str) -> None:
         self._service.call(lambda engine: engine.unload_adapter(name))
 
-    def _engine(self, settings: EngineSettings) -> Engine:
+    def _engine(self, settings: EngineSettings, drafter: DraftModel | None) -> Engine:
         layer_devices = None
         if isinstance(self.devices, DeviceMap):
             connect(self.model, self.devices)
@@ -186,6 +217,7 @@ class Session:
             rope=self.rope,
             device=self.device,
             layer_devices=layer_devices,
+            drafter=drafter,
         )
 
     def __repr__(self) -> str:
@@ -237,24 +269,6 @@ class Session:
             asked = replace(asked, adapter=self.default_adapter)
         return Request(name, tuple(ids), chosen, asked)
 
-    def _embedding_requests(
-        self, prompts: str | Prompts, pooling: str, normalize: bool, options: Options
-    ) -> list[Request]:
-        """One request for each text or id list."""
-        wanted = EmbeddingParams(pooling=cast(Pooling, pooling), normalize=normalize)
-        several = [prompts] if isinstance(prompts, str) else several_prompts(prompts)
-        plain = SamplingParams(max_tokens=1, seed=0)  # nothing is sampled
-        requests = [self._request(prompt, plain, options) for prompt in several]
-        return [replace(request, embedding=wanted) for request in requests]
-
-    def _vectors(self, finished: Sequence[FinishEvent]) -> Vectors:
-        """fp32 [requests, hidden_size]. Raises QwenkitError for a request that did not end well."""
-        for finish in finished:
-            if finish.embedding is None:
-                raise QwenkitError(finish.error or f"a request ended early: {finish.reason}.")
-        rows = [finish.embedding for finish in finished]
-        return numpy.array(rows, numpy.float32).reshape(len(rows), self.config.hidden_size)
-
     def _chat_request(
         self,
         messages: Messages,
@@ -265,14 +279,6 @@ class Session:
     ) -> Request:
         rendered = self.render(messages, tools=tools, continue_final_message=continue_final)
         return self._request(rendered.ids, sampling, options)
-
-    def _choice_requests(self, prompt: Prompt, choices: Choices, options: Options) -> list[Request]:
-        first, *others = choices.candidates()
-        request = self._request(prompt, first, options)
-        return [
-            request,
-            *(replace(request, id=secrets.token_hex(8), sampling=other) for other in others),
-        ]
 
     def _start_beam_search(
         self, prompt: Prompt, settings: BeamSettings, stops: SamplingParams, options: Options

@@ -28,6 +28,8 @@ _OPTIONS = {
     "compute": "--compute",
     "device": "--device",
     "device_map": "--device-map",
+    "speculation": "--speculation",
+    "draft": "--draft",
     "users": "--users",
     "tokens": "--tokens",
     "devices": "--devices",
@@ -47,8 +49,8 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
     adapters = {} if given.adapter is None else read_adapter_option(given.adapter)
     with download.bars() as progress:
         resolve(name, offline=given.offline, revision=given.revision, progress=progress)
-        for adapter in adapters.values():
-            resolve(adapter, offline=given.offline, progress=progress)
+        for other in (*adapters.values(), *([given.draft] if given.draft else [])):
+            resolve(other, offline=given.offline, progress=progress)
     with console.progress(f"Loading {name} / 正在加载模型 …") as show, options_named():
         from qwenkit.api import LLM  # torch takes seconds; something moves already
 
@@ -67,6 +69,8 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
             kv_dtype=given.kv_dtype,
             rope=given.rope,
             adapters=adapters,
+            speculation=given.speculation,
+            draft=given.draft,
             offline=given.offline,
             revision=given.revision,
             progress=show,
@@ -102,6 +106,7 @@ def _check(given: options.ModelOptions) -> GivenMap | None:
     options.check_name("--dtype", given.dtype, dtypes)
     options.check_name("--compute", given.compute, options.COMPUTE)
     options.check_name("--kv-dtype", given.kv_dtype, options.KV_DTYPES)
+    options.check_name("--speculation", given.speculation, options.SPECULATIONS)
     options.check_name("--rope", given.rope, ROPE_MODES)
     if (given.weights, given.group_size, given.head_weights) != ("auto", None, None):
         from qwenkit.formats.plan import WeightPlan  # imports torch

@@ -19,6 +19,7 @@ from qwenkit.types.sampling import SamplingParams
 DEFAULT_MODEL = "default"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPUTE = ("auto", "reference")
+SPECULATIONS = ("none", "prompt-lookup")
 KV_DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
 _KINDS = "int4, int8, bf16 or fp32"
 _SAMPLING = "[default: the model's own]"
@@ -170,6 +171,21 @@ Adapter = Annotated[
         help="A LoRA adapter in PEFT's layout, a folder or a name on the hub, to answer with.",
     ),
 ]
+Speculation = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="prompt-lookup: guess what comes next from what was said before; the answer stays "
+        "the same, copied passages come faster. [none, prompt-lookup]",
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary that guesses; the answer stays the same.",
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="REVISION", help="Branch, tag or commit on the hub. [default: main]"),
@@ -193,6 +209,8 @@ class ModelOptions:
     kv_dtype: KvDtype = "auto"
     rope: Rope = "per-request"
     adapter: Adapter = None
+    speculation: Speculation = "none"
+    draft: Draft = None
     revision: Revision = None
     offline: Offline = False
 
