@@ -18,6 +18,7 @@ from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
 from qwenkit.engine.speculative import Drafter
+from qwenkit.errors import RequestError
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
 from qwenkit.kernels.ops.silu_mul import silu_mul
@@ -220,3 +221,63 @@ def test_an_overdue_request_ends_with_what_it_has(loaded: Loaded) -> None:
     assert ends["runs"].usage.completion_tokens == 2
     assert ends["waits"].usage.completion_tokens == 0
     assert served.status().running == 1
+
+
+def attack(generator: random.Random, name: str) -> Request:
+    """A request that is refused, or strange."""
+    prompt = tuple(generator.choices(range(-3, 470), k=generator.randint(0, 80)))
+    extremes = {
+        "temperature": generator.choice((0, 1e-6, 100.0)),
+        "repetition_penalty": generator.choice((1e-6, 1.0, 100.0)),
+        "presence_penalty": generator.choice((-100.0, 0.0, 100.0)),
+        "frequency_penalty": generator.choice((-100.0, 0.0, 100.0)),
+        "top_p": generator.choice((0.0, 1.0)),
+        "min_p": generator.choice((0.0, 1.0)),
+        "logit_bias": {generator.randint(0, 600): generator.choice((-100, 100, 1e308))},
+        "logprobs": generator.choice((None, 0, 500)),
+        "stop_token_ids": (generator.randint(0, 600),),
+        "stop": ("", "a", "\x00")[generator.randint(0, 2)],
+        "min_tokens": generator.randint(0, 30),
+        "max_tokens": generator.randint(1, 60),
+    }
+    keys = generator.sample(sorted(extremes), generator.randint(1, 6))
+    sampling = SamplingParams.from_mapping(
+        {"seed": 1, "max_tokens": 60} | {key: extremes[key] for key in keys}
+    )
+    options = RequestOptions(
+        client=generator.choice(("attacker", "a")), priority=generator.randint(-1, 1)
+    )
+    return Request(name, prompt, sampling, options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_three_hundred_attackers_change_no_bit_of_eight_victims(
+    loaded: Loaded, alone: dict[str, list[Any]], seed: int
+) -> None:
+    generator = random.Random(seed)
+    victims = requests()[seed * 8 : seed * 8 + 8]
+    served = serve(loaded, kv_cache_tokens=2048, max_batch_tokens=64, max_sequences=16)
+    said: dict[str, list[Any]] = {one.id: [] for one in victims}
+    refused = aborted = 0
+    for number in range(300):
+        if number % 36 == 0 and number < 288:
+            served.add(victims[number // 36])
+        try:
+            served.add(attack(generator, f"attacker {number}"))
+        except RequestError:
+            refused += 1
+        if number % 3 == 0:
+            aborted += served.abort(f"attacker {generator.randint(0, number)}") is not None
+        for event in served.step():
+            if event.request_id in said:
+                said[event.request_id].append(facts(event))
+    for _ in range(20_000):
+        if not served.has_work:
+            break
+        for event in served.step():
+            if event.request_id in said:
+                said[event.request_id].append(facts(event))
+    assert said == {name: alone[name] for name in said}
+    assert refused > 30
+    assert aborted > 10
+    assert served.status().free_blocks == served.status().total_blocks
