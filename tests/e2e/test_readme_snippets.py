@@ -1,4 +1,4 @@
-"""The Python that the README shows runs as it stands, with the model that it names."""
+"""The Python that the README and the engine's page show runs, with the model that they name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(file: str) -> list[str]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+
+
+BLOCKS = [*blocks("README.md"), "\n".join(blocks("docs/engine.md"))]  # the page's go on
 HANG_S = 300
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) >= 2
+    assert len(BLOCKS) >= 3
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
