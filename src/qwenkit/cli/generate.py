@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenkit.cli import console, loading, options
+from qwenkit.cli.constraint_options import ConstraintOptions
 from qwenkit.cli.grouped import grouped
 from qwenkit.cli.reply import Reply, show_reply
 from qwenkit.errors import QwenkitError, UsageError
@@ -85,6 +86,7 @@ def command(
     echo: Echo = False,
     *,
     sampling: options.SamplingOptions,
+    constrained: ConstraintOptions,
     loaded_as: options.ModelOptions,
 ) -> None:
     """Continue a text with a model, without a chat template and without control tokens in it.
@@ -100,10 +102,14 @@ def command(
       qwenkit generate --model_name_or_path Qwen/Qwen2-0.5B --max_new_tokens 32 \\
           --prompt $'Q: What is the biggest animal?\\nA:'
       qwenkit generate --prompt-file story.txt --json --logprobs 5
+      qwenkit generate --prompt "Is water wet? " --choice yes --choice no
     """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs has nowhere to go without --json; add it.")
     changes = sampling.changes(max_tokens=max_tokens, seed=seed, logprobs=logprobs)
+    constraint = constrained.constraint()
+    if constraint is not None:
+        changes["constraint"] = constraint
     name = options.one_of({"MODEL": model, "--model_name_or_path": model_name_or_path})
     name = options.check_model_name(name, takes_prompt=True)
     text = _prompt(prompt, prompt_file)

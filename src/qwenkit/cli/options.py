@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from qwenkit.errors import RequestError, UsageError, suggest
+from qwenkit.types.constraint import Constraint
 from qwenkit.types.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
@@ -231,10 +232,12 @@ def parse_setting(name: str, text: str) -> Any:
     if name not in names:
         raise RequestError(name, f"unknown sampling option. {suggest(name, names)}")
     kind = kinds[name]
-    if kind == int | None and text.lower() == "none":
+    if kind in (int | None, Constraint | None) and text.lower() == "none":
         return None
     try:
         return _READERS[kind](text)
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(name, f"expected {_EXPECTED[kind]}, got {text!r}.") from error
 
@@ -284,6 +287,7 @@ _READERS: dict[Any, Any] = {
     tuple[str, ...]: _read_strings,
     tuple[int, ...]: _read_ids,
     tuple[tuple[int, ...], ...]: _read_sequences,
+    Constraint | None: Constraint.from_json,
 }
 _EXPECTED: dict[Any, str] = {
     int: "a whole number",
@@ -293,6 +297,7 @@ _EXPECTED: dict[Any, str] = {
     tuple[str, ...]: 'one text or a JSON list of texts, like ["\\n", "User:"]',
     tuple[int, ...]: "token ids, like 13,198",
     tuple[tuple[int, ...], ...]: "a JSON list of id lists, like [[13, 198]]",
+    Constraint | None: 'a constraint as JSON, like {"choice": ["yes", "no"]}, or none',
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qwenkit.engine.blocks import BlockPool
+from qwenkit.engine.constrain import Grammars, Matcher
 from qwenkit.engine.kv import KV_DTYPES
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
@@ -83,6 +84,15 @@ class _Active:
     sampler: Sampler
     output: Output
     extension: Extension
+    matcher: Matcher | None = None
+
+    def choose(self, logits: torch.Tensor) -> Choice:
+        """The next token, from logits [vocab_rows], as sampling and constraint have it."""
+        if self.matcher is None:
+            return self.sampler.choose(logits)
+        choice = self.sampler.choose(logits, self.matcher.mask())
+        self.matcher.consume(choice.token_id)
+        return choice
 
 
 class Engine:
@@ -138,6 +148,7 @@ class Engine:
             max_sequences=settings.max_sequences,
         )
         self._active: dict[str, _Active] = {}
+        self._grammars = Grammars(tokenizer, self.limits.vocab_size)
 
     @property
     def has_work(self) -> bool:
@@ -156,13 +167,30 @@ class Engine:
             raise RequestError(
                 "min_tokens", "every token of the vocabulary is a stop token, so none could start."
             )
+        if request.sampling.constraint is not None and not stops:
+            raise RequestError(
+                "constraint", "there is no stop token to end with; drop ignore_eos or name one."
+            )
 
-    def add(self, request: Request) -> Request:
-        """Queue a request; return it as accepted, with the seed it got if it named none.
+    def prepare(self, request: Request) -> Matcher | None:
+        """Check a request and compile its constraint, if it has one, which may take a moment: any
+        thread but the engine's should. Raises RequestError, MissingDependencyError.
+        """
+        self.check(request)
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        stops = stop_ids(request.sampling, self._model_stops, self._tokenizer.control_tokens)
+        return self._grammars.matcher(constraint, stops)
+
+    def add(self, request: Request, matcher: Matcher | None = None) -> Request:
+        """Queue a request; return it as accepted, with the seed it got if it named none. `matcher`
+        is what `prepare` gave for it; None: it is prepared here.
 
         Raises RequestError when it cannot be served or its id is in use.
         """
-        self.check(request)
+        if matcher is None:
+            matcher = self.prepare(request)
         if request.id in self._active:
             raise RequestError("id", f"request {request.id!r} is already being served.")
         seed = request.sampling.seed
@@ -184,7 +212,7 @@ class Engine:
             max_tokens=self.limits.output_tokens(request),
         )
         extension = self.limits.extension(request)
-        self._active[request.id] = _Active(request, sampler, output, extension)
+        self._active[request.id] = _Active(request, sampler, output, extension, matcher)
         self._scheduler.add(request.id, request.prompt_ids, extension)
         return request
 
@@ -202,7 +230,7 @@ class Engine:
         sampled: dict[str, Choice] = {}
         for request_id, row in zip(plan.sampled_ids, logits, strict=True):
             try:
-                sampled[request_id] = self._active[request_id].sampler.choose(row)
+                sampled[request_id] = self._active[request_id].choose(row)
             except Exception as error:
                 events.append(self._fail(request_id, error))
         self._scheduler.apply(plan, {name: choice.token_id for name, choice in sampled.items()})

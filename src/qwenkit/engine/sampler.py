@@ -25,11 +25,12 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from qwenkit.errors import NonFiniteError
+from qwenkit.errors import NonFiniteError, RequestError
 from qwenkit.types.sampling import SamplingParams
 
 Floats = NDArray[numpy.float32]
 Indices = NDArray[numpy.int64]
+Bools = NDArray[numpy.bool_]
 
 _LARGEST = numpy.finfo(numpy.float32).max  # so that no penalty makes a score infinite
 _COLDEST = 1e-6  # this is greedy but for exact ties, and differences stay far from fp32's end
@@ -72,10 +73,12 @@ class Sampler:
         early_stops = sorted(stop_ids) if sampling.min_tokens else []
         self._early_stops = numpy.array(early_stops, numpy.int64)
 
-    def choose(self, logits: torch.Tensor) -> Choice:
-        """The next token, from logits [vocab_rows] of any float dtype on any device.
+    def choose(self, logits: torch.Tensor, allowed: Bools | None = None) -> Choice:
+        """The next token, from logits [vocab_rows] of any float dtype on any device; one of those
+        that are `allowed` [vocab_size], if that is given.
 
         Raises NonFiniteError when one of them is no finite number: nothing sensible can be chosen.
+        Raises RequestError when only stop tokens are allowed and `min_tokens` puts them off.
         """
         row = _in_fp32(logits)  # [vocab_rows]
         finite = numpy.isfinite(row)
@@ -87,6 +90,14 @@ class Sampler:
                 "do this: try float32."
             )
         scores = self._adjust(row[: self._vocab_size])  # [vocab_size]
+        if allowed is not None:
+            scores = numpy.where(allowed, scores, numpy.float32(-numpy.inf))  # [vocab_size]
+            if numpy.isneginf(scores.max()):
+                raise RequestError(
+                    "min_tokens",
+                    f"nothing can follow {self._length} tokens under this constraint, and "
+                    f"{self._sampling.min_tokens} are asked for.",
+                )
         if self._sampling.greedy:
             token_id = int(scores.argmax())
         else:

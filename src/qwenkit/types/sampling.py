@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from qwenkit.errors import RequestError, suggest
+from qwenkit.types.constraint import Constraint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class SamplingParams:
     frequency penalties follow OpenAI's formula over the output. `max_tokens` None means: to the end
     of the context. `stop_token_sequences` are id sequences whose completion ends the output (the
     original's `stop_words_ids`). `logprobs` None reports none, k reports the chosen token and the k
-    most likely ones.
+    most likely ones. `constraint` is what the whole text must be, a `Constraint` or a mapping of
+    its one field.
 
     Numbers of any kind are taken, `stop` as one text or a list, and kept as plain Python values.
     Raises RequestError naming the field on construction.
@@ -42,6 +44,7 @@ class SamplingParams:
     stop_token_sequences: tuple[tuple[int, ...], ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         for field, low, high in _NUMBERS:
@@ -58,6 +61,7 @@ class SamplingParams:
         )
         if not isinstance(self.ignore_eos, bool):
             raise RequestError("ignore_eos", f"expected true or false, got {self.ignore_eos!r}.")
+        self._set("constraint", _constraint(self.constraint))
         if self.repetition_penalty == 0:
             raise RequestError("repetition_penalty", "must be above 0 (1.0 switches it off).")
         if any(not sequence for sequence in self.stop_token_sequences):
@@ -130,6 +134,15 @@ def whole_number(field: str, value: object, low: int, high: int = 2**63 - 1) -> 
         end = "2^63 - 1" if high == 2**63 - 1 else high
         raise RequestError(field, f"got {number}; allowed: {low} to {end}.")
     return number
+
+
+def _constraint(given: object) -> Constraint | None:
+    if given is None or isinstance(given, Constraint):
+        return given
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise RequestError("constraint", f"expected a Constraint or a mapping, got {kind}.")
+    return Constraint.from_mapping(given)
 
 
 def _items(field: str, value: object) -> tuple[Any, ...]:
