@@ -34,7 +34,8 @@ _MOST_AT_ONCE = 2
 _LONGEST_REASON = 300
 _PIECE = 1_000
 _STACK_BYTES = 64 << 20  # address space, several times what MOST_LEVELS take
-_SPACES = r"[\x20\x0A\x0D\x09]{1,64}"  # of JSON between its signs: a model must not run on in them
+# Between the signs of JSON a space, or a line break and an indent: a model must not run on there.
+_SPACES = r"( |\n( {0,32}|\t{0,8}))"
 _STACK_LOCK = threading.Lock()  # Python has one stack size for all threads that start
 # llguidance's own defaults are ten times as large; these keep memory and a step's time small.
 _LIMITS = {

@@ -91,23 +91,32 @@ class Sampler:
             )
         scores = self._adjust(row[: self._vocab_size])  # [vocab_size]
         if allowed is not None:
-            scores = numpy.where(allowed, scores, numpy.float32(-numpy.inf))  # [vocab_size]
-            if numpy.isneginf(scores.max()):
-                raise RequestError(
-                    "min_tokens",
-                    f"nothing can follow {self._length} tokens under this constraint, and "
-                    f"{self._sampling.min_tokens} are asked for.",
-                )
-        if self._sampling.greedy:
-            token_id = int(scores.argmax())
+            allowed_ids = numpy.flatnonzero(allowed)  # [n]
+            place = self._draw(self._possible(scores[allowed_ids]))
+            token_id = int(allowed_ids[place])
         else:
-            ids, weights = candidates(scores, self._sampling)
-            place = draw(weights, uniform(self._seed, self._length))
-            token_id = place if ids is None else int(ids[place])
+            token_id = self._draw(scores)
         self._remember(token_id)
         if self._sampling.logprobs is None:
             return Choice(token_id)
         return self._report(row, token_id, self._sampling.logprobs)
+
+    def _draw(self, scores: Floats) -> int:
+        """The place of the next token among scores [n]."""
+        if self._sampling.greedy:
+            return int(scores.argmax())
+        places, weights = candidates(scores, self._sampling)
+        place = draw(weights, uniform(self._seed, self._length))
+        return place if places is None else int(places[place])
+
+    def _possible(self, scores: Floats) -> Floats:
+        if numpy.isneginf(scores.max()):
+            raise RequestError(
+                "min_tokens",
+                f"nothing can follow {self._length} tokens under this constraint, and "
+                f"{self._sampling.min_tokens} are asked for.",
+            )
+        return scores
 
     def _adjust(self, scores: Floats) -> Floats:
         sampling = self._sampling
