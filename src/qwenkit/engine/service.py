@@ -1,7 +1,8 @@
 """A thread for an engine: submit from any thread, a notebook or a coroutine, and iterate events.
 
-The only place of the room that knows asyncio and, beside `constrain`, threads. All work on the engine happens in its one
-thread; the rest puts calls into its inbox and takes events from queues of its own.
+The only place of the room that knows asyncio and, beside `constrain`, threads. All work on the
+engine happens in its one thread; the rest puts calls into its inbox and takes events from queues of
+its own.
 """
 
 from __future__ import annotations
