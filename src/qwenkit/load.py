@@ -7,7 +7,8 @@ linear layer's tensors into a weight in the slot. A tensor left over or missing 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,14 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.layout import joined, reordered
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
-from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
-from qwenkit.formats.plan import WeightPlan, put
+from qwenkit.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    TokenizerError,
+    UsageError,
+)
+from qwenkit.formats.plan import WeightPlan, check_finite, put
 from qwenkit.formats.spec import Format, claim
 from qwenkit.kernels.cpu import give_back_freed_memory
 from qwenkit.kernels.devices import choose_precision, find_device
@@ -64,7 +71,7 @@ def load(
     where that can be: in their quantized format, memory-mapped; with a `plan` they become what
     native kernels read. `progress` is called with the share done, 0 to 1.
 
-    Raises CheckpointError, ConfigError, TokenizerError or UsageError.
+    Raises CheckpointError, ConfigError, NonFiniteError, TokenizerError or UsageError.
     """
     if not isinstance(device, str | Mapping):
         raise UsageError(f"device: expected a name, or one for each module path, got {device!r}.")
@@ -142,7 +149,8 @@ def fill(
 ) -> None:
     """Put every tensor of the checkpoint into its slot of a model built on the meta device.
 
-    Raises CheckpointError naming a tensor that is missing, left over or of another shape.
+    Raises CheckpointError naming a tensor that is missing, left over or of another shape,
+    NonFiniteError naming one with NaN or infinity in it.
     """
     tensors = tensors_by_our_names(architecture, checkpoint, model.config.head_dim)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
@@ -257,6 +265,7 @@ def _fill_module(
     plan: WeightPlan | None,
 ) -> None:
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    matrix = below.get("weight") or next(iter(below.values()), None)
     if isinstance(module, _MATRICES):
         storage = {part: t.storage for part, t in below.items() if part != "bias"}
         chosen = claim(storage, checkpoint.config.get("quantization_config") or {})
@@ -266,6 +275,9 @@ def _fill_module(
             weight = _quantized(path, chosen, below, storage, (rows, columns))
             del module.weight
             module.weight = weight.to(device)
+            if plan is None and matrix is not None:
+                with _blaming(matrix):
+                    check_finite(module.weight)
     for part, shape in expected.items():
         name = f"{path}.{part}"
         stored = below.pop(part, None)
@@ -276,17 +288,32 @@ def _fill_module(
                 stored.file, name, f"no known format reads tensors stored as {stored.storage}."
             )
         value = stored.read()
-        matrix = plan is not None and part == "weight" and isinstance(module, _MATRICES)
-        value = value.to(device=device, dtype=None if matrix else model.dtype)
+        planned = plan is not None and part == "weight" and isinstance(module, _MATRICES)
+        value = value.to(device=device, dtype=None if planned else model.dtype)
+        if not planned:
+            with _blaming(stored):
+                check_finite(value)
         setattr(module, part, nn.Parameter(value, requires_grad=False))
     if plan is not None and isinstance(module, _MATRICES):
         is_head = isinstance(module, Embedding) or path == "lm_head"
-        put(module, plan.apply(path, module.weight, is_head=is_head))
+        assert matrix is not None
+        with _blaming(matrix):
+            put(module, plan.apply(path, module.weight, is_head=is_head))
     if below:
         names = ", ".join(f"{path}.{part}" for part in sorted(below))
         raise CheckpointError(
             checkpoint.path, "tensors", f"belong to no part of the model: {names}."
         )
+
+
+@contextmanager
+def _blaming(stored: StoredTensor) -> Iterator[None]:
+    """Say of numbers that are not finite which file and tensor they come from."""
+    try:
+        yield
+    except NonFiniteError as error:
+        told = str(error).removeprefix(f"{stored.name}: ")
+        raise NonFiniteError(f"{stored.file}: {stored.name}: {told}") from error
 
 
 def _quantized(
