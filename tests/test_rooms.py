@@ -98,6 +98,7 @@ EFFECTS = {
         {"threading", "_thread", "concurrent.futures", "concurrent"},
         {
             "engine/service.py",
+            "engine/constrain.py",  # compiles in a thread, within a time
             "kernels/build.py",  # one build at a time
             "kernels/cpu/bind.py",
             "compat/streamers.py",  # the published iterator is filled from a thread of the user's

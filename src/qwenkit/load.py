@@ -7,9 +7,9 @@ linear layer's tensors into a weight in the slot. A tensor left over or missing 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,20 +17,25 @@ from torch import nn
 
 from qwenkit.adapters.lora import Merging
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.checkpoint.layout import joined, reordered
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
-from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
-from qwenkit.formats.plan import WeightPlan, put
+from qwenkit.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    TokenizerError,
+    UsageError,
+)
+from qwenkit.formats.plan import WeightPlan, check_finite, put
 from qwenkit.formats.spec import Format, claim
 from qwenkit.kernels.cpu import give_back_freed_memory
 from qwenkit.kernels.devices import choose_precision, find_device
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
-from qwenkit.models.published import is_interleaved
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
 from qwenkit.record import read_record
+from qwenkit.tensor_names import tensors_by_our_names
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf
 from qwenkit.types.record import ModelRecord
 
@@ -67,7 +72,7 @@ def load(
     native kernels read. `merging` puts an adapter into the weights, before they are packed or
     rounded. `progress` is called with the share done, 0 to 1.
 
-    Raises CheckpointError, ConfigError, TokenizerError or UsageError.
+    Raises CheckpointError, ConfigError, NonFiniteError, TokenizerError or UsageError.
     """
     if not isinstance(device, str | Mapping):
         raise UsageError(f"device: expected a name, or one for each module path, got {device!r}.")
@@ -154,7 +159,8 @@ def fill(
 ) -> None:
     """Put every tensor of the checkpoint into its slot of a model built on the meta device.
 
-    Raises CheckpointError naming a tensor that is missing, left over or of another shape.
+    Raises CheckpointError naming a tensor that is missing, left over or of another shape,
+    NonFiniteError naming one with NaN or infinity in it.
     """
     tensors = tensors_by_our_names(architecture, checkpoint, model.config.head_dim)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
@@ -169,12 +175,15 @@ def fill(
             continue
         below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
         place = device if isinstance(device, str) else _device_of(path, device)
+        matrix = below.get("weight") or next(iter(below.values()), None)
         _fill_module(path, module, below, model, checkpoint, place, plan)
         if merging is not None:
             merging.into(path, module, model.dtype)
         if plan is not None and isinstance(module, _MATRICES):
             is_head = isinstance(module, Embedding) or path == "lm_head"
-            put(module, plan.apply(path, module.weight, is_head=is_head))
+            assert matrix is not None, "a missing matrix is refused"
+            with _blaming(matrix):
+                put(module, plan.apply(path, module.weight, is_head=is_head))
         for release in releases:
             release()
         if progress is not None:
@@ -236,31 +245,6 @@ def matrix_storages(checkpoint: Checkpoint) -> set[str]:
     return {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
 
 
-def tensors_by_our_names(
-    architecture: Architecture, checkpoint: Checkpoint, head_dim: int
-) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors by the names, and in the order of rows, that they have in the
-    published weights.
-
-    Raises CheckpointError for parts of one tensor that do not fit each other.
-    """
-    if checkpoint.container != "gguf":
-        return joined(checkpoint.tensors, architecture.qwen2_names)
-    order = partial(_halves_from_pairs, head_dim=head_dim)
-    stored = {
-        name: reordered(tensor, order) if is_interleaved(name, architecture) else tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
-    renamed: dict[str, StoredTensor] = {}
-    for name, tensor in joined(stored, architecture.gguf_parts).items():
-        pieces = name.split(".", 2)
-        number = pieces[1] if pieces[0] == "blk" and len(pieces) == 3 else ""
-        pattern = f"blk.{{}}.{pieces[2]}" if number else name
-        ours = architecture.gguf_names.get(pattern)
-        renamed[name if ours is None else ours.replace("{}", number)] = tensor
-    return renamed
-
-
 def _parts(tensors: Mapping[str, StoredTensor], path: str) -> list[str]:
     prefix = f"{path}."
     return [n[len(prefix) :] for n in tensors if n.startswith(prefix)]
@@ -276,6 +260,7 @@ def _fill_module(
     plan: WeightPlan | None,
 ) -> None:
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    matrix = below.get("weight") or next(iter(below.values()), None)
     if isinstance(module, _MATRICES):
         storage = {part: t.storage for part, t in below.items() if part != "bias"}
         chosen = claim(storage, checkpoint.config.get("quantization_config") or {})
@@ -285,6 +270,9 @@ def _fill_module(
             weight = _quantized(path, chosen, below, storage, (rows, columns))
             del module.weight
             module.weight = weight.to(device)
+            if plan is None and matrix is not None:
+                with _blaming(matrix):
+                    check_finite(module.weight)
     for part, shape in expected.items():
         name = f"{path}.{part}"
         stored = below.pop(part, None)
@@ -295,14 +283,27 @@ def _fill_module(
                 stored.file, name, f"no known format reads tensors stored as {stored.storage}."
             )
         value = stored.read()
-        matrix = plan is not None and part == "weight" and isinstance(module, _MATRICES)
-        value = value.to(device=device, dtype=None if matrix else model.dtype)
+        planned = plan is not None and part == "weight" and isinstance(module, _MATRICES)
+        value = value.to(device=device, dtype=None if planned else model.dtype)
+        if not planned:
+            with _blaming(stored):
+                check_finite(value)
         setattr(module, part, nn.Parameter(value, requires_grad=False))
     if below:
         names = ", ".join(f"{path}.{part}" for part in sorted(below))
         raise CheckpointError(
             checkpoint.path, "tensors", f"belong to no part of the model: {names}."
         )
+
+
+@contextmanager
+def _blaming(stored: StoredTensor) -> Iterator[None]:
+    """Say of numbers that are not finite which file and tensor they come from."""
+    try:
+        yield
+    except NonFiniteError as error:
+        told = str(error).removeprefix(f"{stored.name}: ")
+        raise NonFiniteError(f"{stored.file}: {stored.name}: {told}") from error
 
 
 def _quantized(
@@ -332,12 +333,6 @@ def _check_shape(
         raise CheckpointError(
             stored.file, name, f"has shape {stored.shape}; config.json asks for {shape}."
         )
-
-
-def _halves_from_pairs(rows: int, head_dim: int) -> torch.Tensor:
-    """For each row in rotate-half order the row that holds it in pairwise order. [rows]"""
-    pairs = torch.arange(rows).view(-1, head_dim // 2, 2)  # [heads, head_dim / 2, 2]
-    return pairs.transpose(1, 2).reshape(-1)
 
 
 def _tie(

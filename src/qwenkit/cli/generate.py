@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenkit.cli import console, loading, options
+from qwenkit.cli.constraint_options import ConstraintOptions
 from qwenkit.cli.grouped import grouped
 from qwenkit.cli.reply import Reply, show_reply
 from qwenkit.errors import QwenkitError, UsageError
@@ -94,6 +95,7 @@ def command(
     echo: Echo = False,
     *,
     sampling: options.SamplingOptions,
+    constrained: ConstraintOptions,
     loaded_as: options.ModelOptions,
 ) -> None:
     """Continue a text with a model, without a chat template and without control tokens in it.
@@ -109,6 +111,7 @@ def command(
       qwenkit generate --model_name_or_path Qwen/Qwen2-0.5B --max_new_tokens 32 \\
           --prompt $'Q: What is the biggest animal?\\nA:'
       qwenkit generate --prompt-file story.txt --json --logprobs 5
+      qwenkit generate --prompt "Is water wet? " --choice yes --choice no
     """
     for option, asked in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
         if asked is not None and not as_json:
@@ -116,6 +119,9 @@ def command(
     changes = sampling.changes(
         max_tokens=max_tokens, seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs
     )
+    constraint = constrained.constraint()
+    if constraint is not None:
+        changes["constraint"] = constraint
     name = options.one_of({"MODEL": model, "--model_name_or_path": model_name_or_path})
     name = options.check_model_name(name, takes_prompt=True)
     text = _prompt(prompt, prompt_file)

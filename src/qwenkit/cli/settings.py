@@ -7,6 +7,7 @@ import json
 from typing import Any, get_type_hints
 
 from qwenkit.errors import RequestError, suggest
+from qwenkit.types.constraint import Constraint
 from qwenkit.types.sampling import LoopDetection, SamplingParams
 
 
@@ -21,10 +22,12 @@ def parse_setting(name: str, text: str) -> Any:
     if name not in names:
         raise RequestError(name, f"unknown sampling option. {suggest(name, names)}")
     kind = kinds[name]
-    if kind in (int | None, LoopDetection | None) and text.lower() == "none":
+    if kind in (int | None, LoopDetection | None, Constraint | None) and text.lower() == "none":
         return None
     try:
         return _READERS[kind](text)
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(name, f"expected {_EXPECTED[kind]}, got {text!r}.") from error
 
@@ -92,6 +95,7 @@ _READERS: dict[Any, Any] = {
     tuple[tuple[int, ...], ...]: _read_sequences,
     tuple[tuple[int, float], ...]: _read_biases,
     LoopDetection | None: _read_loop_detection,
+    Constraint | None: Constraint.from_json,
 }
 _EXPECTED: dict[Any, str] = {
     int: "a whole number",
@@ -103,4 +107,5 @@ _EXPECTED: dict[Any, str] = {
     tuple[tuple[int, ...], ...]: "a JSON list of id lists, like [[13, 198]]",
     tuple[tuple[int, float], ...]: 'a JSON object of ids and numbers, like {"13": -100}',
     LoopDetection | None: 'true, none, or a JSON object like {"repeats": 4, "tokens": 128}',
+    Constraint | None: 'a constraint as JSON, like {"choice": ["yes", "no"]}, or none',
 }

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qwenkit.engine.constrain import Matcher
 from qwenkit.engine.logprobs import prompt_logprobs
 from qwenkit.engine.plan import Chunk
 from qwenkit.engine.pooling import Pooler
 from qwenkit.engine.request import Limits, Request
-from qwenkit.engine.sampler import Sampler
+from qwenkit.engine.sampler import Choice, Sampler
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import QwenkitError
 from qwenkit.types.events import FinishEvent, PromptEvent, TokenEvent, Usage
@@ -40,6 +41,7 @@ class Active:
         tokenizer: Tokenizer,
         *,
         stop_ids: Mapping[int, str | int],
+        matcher: Matcher | None,
         deadline_s: float | None,
     ) -> None:
         sampling = request.sampling
@@ -60,6 +62,7 @@ class Active:
             vocab_size=limits.vocab_size,
             stop_ids=stop_ids,
         )
+        self._matcher = matcher
         self._pooler = None if request.embedding is None else Pooler(request.embedding)
         self._vocab_size = limits.vocab_size
 
@@ -144,7 +147,7 @@ class Active:
         """
         drafted = chunk.token_ids[len(chunk.token_ids) - chunk.drafted :]
         for row, guess in zip(rows, (*drafted, None), strict=True):
-            choice = self._sampler.choose(row)
+            choice = self._choose(row)
             text, taken.ending = self.output.push(choice.token_id)
             taken.token_ids += (choice.token_id,)
             taken.events.append(
@@ -154,6 +157,14 @@ class Active:
             )
             if taken.ending is not None or choice.token_id != guess:
                 return
+
+    def _choose(self, row: torch.Tensor) -> Choice:
+        """The next token, from logits [vocab_rows], as sampling and constraint have it."""
+        if self._matcher is None:
+            return self._sampler.choose(row)
+        choice = self._sampler.choose(row, self._matcher.mask())
+        self._matcher.consume(choice.token_id)
+        return choice
 
 
 def describe(error: Exception) -> str:

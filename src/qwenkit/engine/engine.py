@@ -17,6 +17,7 @@ from qwenkit.adapters.bank import Piece
 from qwenkit.adapters.peft_files import LoraAdapter
 from qwenkit.engine.active import Active, describe
 from qwenkit.engine.blocks import BlockPool
+from qwenkit.engine.constrain import Grammars, Matcher
 from qwenkit.engine.plan import Plan, SchedulerStatus
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
@@ -94,6 +95,7 @@ class Engine:
             self._drafter = PromptLookup()
         self._clock = clock
         self._active: dict[str, Active] = {}
+        self._grammars = Grammars(tokenizer, self.limits.vocab_size)
 
     @property
     def has_work(self) -> bool:
@@ -141,13 +143,29 @@ class Engine:
             raise RequestError(
                 "min_tokens", "every token of the vocabulary is a stop token, so none could start."
             )
+        if request.sampling.constraint is not None and not stops:
+            raise RequestError(
+                "constraint", "there is no stop token to end with; drop ignore_eos or name one."
+            )
 
-    def add(self, request: Request) -> Request:
-        """Queue a request; return it as accepted, with the seed it got if it named none.
+    def prepare(self, request: Request) -> Matcher | None:
+        """Check a request and compile its constraint, if it has one, which may take a moment: any
+        thread but the engine's should. Raises RequestError, MissingDependencyError.
+        """
+        self.check(request)
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        return self._grammars.matcher(constraint, self._stop_ids(request))
+
+    def add(self, request: Request, matcher: Matcher | None = None) -> Request:
+        """Queue a request; return it as accepted, with the seed it got if it named none. `matcher`
+        is what `prepare` gave for it; None: it is prepared here.
 
         Raises RequestError when it cannot be served or its id is in use.
         """
-        self.check(request)
+        if matcher is None:
+            matcher = self.prepare(request)
         if request.id in self._active:
             raise RequestError("id", f"request {request.id!r} is already being served.")
         if request.sampling.seed is None:
@@ -159,6 +177,7 @@ class Engine:
             self.limits,
             self._tokenizer,
             stop_ids=self._stop_ids(request),
+            matcher=matcher,
             deadline_s=None if options.timeout_s is None else self._clock() + options.timeout_s,
         )
         self._active[request.id] = active

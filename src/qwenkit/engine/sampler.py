@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy
 import torch
+from numpy.typing import NDArray
 
 from qwenkit.engine.logprobs import (
     Floats,
@@ -32,8 +33,10 @@ from qwenkit.engine.logprobs import (
     largest_ids,
     token_logprob,
 )
+from qwenkit.errors import RequestError
 from qwenkit.types.sampling import SamplingParams
 
+Bools = NDArray[numpy.bool_]
 _LARGEST = numpy.finfo(numpy.float32).max  # so that no penalty makes a score infinite
 _COLDEST = 1e-6  # this is greedy but for exact ties, and differences stay far from fp32's end
 _STRETCH = 512  # weights that are summed at a time before a draw
@@ -76,26 +79,45 @@ class Sampler:
         early_stops = sorted(stop_ids) if sampling.min_tokens else []
         self._early_stops = numpy.array(early_stops, numpy.int64)
 
-    def choose(self, logits: torch.Tensor) -> Choice:
-        """The next token, from logits [vocab_rows] of any float dtype on any device.
+    def choose(self, logits: torch.Tensor, allowed: Bools | None = None) -> Choice:
+        """The next token, from logits [vocab_rows] of any float dtype on any device; one of those
+        that are `allowed` [vocab_size], if that is given.
 
         Raises NonFiniteError when one of them is no finite number: nothing sensible can be chosen.
+        Raises RequestError when only stop tokens are allowed and `min_tokens` puts them off.
         """
         row = in_fp32(logits)  # [vocab_rows]
         check_finite(row, f"output token {self._length}")
         scores = self._adjust(row[: self._vocab_size])  # [vocab_size]
-        if self._sampling.greedy:
-            token_id = int(scores.argmax())
+        if allowed is not None:
+            allowed_ids = numpy.flatnonzero(allowed)  # [n]
+            place = self._draw(self._possible(scores[allowed_ids]))
+            token_id = int(allowed_ids[place])
         else:
-            ids, weights = candidates(scores, self._sampling)
-            place = draw(weights, uniform(self._seed, self._length))
-            token_id = place if ids is None else int(ids[place])
+            token_id = self._draw(scores)
         self._remember(token_id)
         if self._sampling.logprobs is None:
             return Choice(token_id)
         count = self._sampling.logprobs
         report = token_logprob(row, token_id, count=count, vocab_size=self._vocab_size)
         return Choice(token_id, report.logprob, report.top)
+
+    def _draw(self, scores: Floats) -> int:
+        """The place of the next token among scores [n]."""
+        if self._sampling.greedy:
+            return int(scores.argmax())
+        places, weights = candidates(scores, self._sampling)
+        place = draw(weights, uniform(self._seed, self._length))
+        return place if places is None else int(places[place])
+
+    def _possible(self, scores: Floats) -> Floats:
+        if numpy.isneginf(scores.max()):
+            raise RequestError(
+                "min_tokens",
+                f"nothing can follow {self._length} tokens under this constraint, and "
+                f"{self._sampling.min_tokens} are asked for.",
+            )
+        return scores
 
     def _adjust(self, scores: Floats) -> Floats:
         sampling = self._sampling

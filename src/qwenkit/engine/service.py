@@ -1,7 +1,8 @@
 """A thread for an engine: submit from any thread, a notebook or a coroutine, and iterate events.
 
-The only place of the room that knows threads and asyncio. All work on the engine happens in its one
-thread; the rest puts calls into its inbox and takes events from queues of its own.
+The only place of the room that knows asyncio and, beside `constrain`, threads. All work on the
+engine happens in its one thread; the rest puts calls into its inbox and takes events from queues of
+its own.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from qwenkit.engine.constrain import Matcher
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
-from qwenkit.errors import RequestError, UsageError
+from qwenkit.errors import QwenkitError, RequestError, UsageError
 from qwenkit.types.events import Event, FinishEvent, FinishReason, Usage
 
 _log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ class EngineService:
 
     def astream(self, request: Request) -> AsyncEventStream:
         """Like `stream`, for `async for` in the running event loop. Cancelling the task that waits
-        for an event aborts the request.
+        for an event aborts the request. A constraint that is refused raises RequestError where the
+        first event is waited for.
         """
         return AsyncEventStream(self, self._worker, request)
 
@@ -115,7 +118,7 @@ class EventStream(Iterator[Event]):
         self._worker = worker
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._sink: Sink = self._events.put
-        worker.submit(requests, self._sink)
+        worker.submit(requests, [worker.engine.prepare(one) for one in requests], self._sink)
         self._pending |= {request.id for request in requests}
 
     def __next__(self) -> Event:
@@ -163,16 +166,27 @@ class AsyncEventStream(AsyncIterator[Event]):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._sink: Sink = sink
-        worker.submit([request], sink)
+        self._starting: asyncio.Task[None] | None = None
+        if request.sampling.constraint is None:
+            worker.submit([request], [worker.engine.prepare(request)], sink)
+        else:  # compiling must not hold up the event loop
+            worker.engine.check(request)
+            self._starting = asyncio.create_task(_prepare_and_submit(worker, request, sink))
         self._done = False
 
     async def __anext__(self) -> Event:
         if self._done:
             raise StopAsyncIteration
         try:
+            if self._starting is not None:
+                await self._starting
+                self._starting = None
             event = await self._events.get()
         except asyncio.CancelledError:
             self._abort()
+            raise
+        except QwenkitError:  # refused after all: nothing was submitted
+            self._done = True
             raise
         self._done = isinstance(event, FinishEvent)
         return event
@@ -198,7 +212,14 @@ class AsyncEventStream(AsyncIterator[Event]):
     def _abort(self) -> None:
         if not self._done:
             self._done = True
+            if self._starting is not None and not self._starting.done():
+                self._starting.cancel()
             self._worker.abort(self._request_id, self._sink)
+
+
+async def _prepare_and_submit(worker: _Worker, request: Request, sink: Sink) -> None:
+    matcher = await asyncio.to_thread(worker.engine.prepare, request)
+    worker.submit([request], [matcher], sink)
 
 
 class _Worker:
@@ -216,12 +237,12 @@ class _Worker:
         self._thread = threading.Thread(target=self._run, name="qwenkit-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request], sink: Sink) -> None:
-        """Check requests in the caller's thread and hand them over, all or none; their events go to
-        `sink`.
+    def submit(
+        self, requests: Sequence[Request], matchers: Sequence[Matcher | None], sink: Sink
+    ) -> None:
+        """Hand over requests, all or none, with what `Engine.prepare` gave for them in the caller's
+        thread; their events go to `sink`.
         """
-        for request in requests:
-            self.engine.check(request)
         with self._lock:
             if not self._open:
                 raise UsageError(_CLOSED)
@@ -231,8 +252,8 @@ class _Worker:
                     raise RequestError("id", f"request {request.id!r} is already being served.")
                 names.add(request.id)
             self._sinks |= dict.fromkeys(names, sink)
-            for request in requests:
-                self._inbox.put(partial(self._add, request))
+            for request, matcher in zip(requests, matchers, strict=True):
+                self._inbox.put(partial(self._add, request, matcher))
 
     def abort(self, request_id: str, sink: Sink | None = None) -> None:
         """Ask for the end of a request; with `sink` only if its events go there, for the id may
@@ -291,10 +312,10 @@ class _Worker:
             message = f"the engine failed: {type(error).__name__}: {error}"
             return list(self.engine.abort_all(error=message))
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, matcher: Matcher | None) -> None:
         try:
-            self.engine.add(request)
-        except Exception as error:  # it passed `check`: a fault of the program
+            self.engine.add(request, matcher)
+        except Exception as error:  # it was prepared: a fault of the program
             _log.exception("an accepted request could not be added")
             usage = Usage(len(request.prompt_ids), 0)
             message = f"{type(error).__name__}: {error}"

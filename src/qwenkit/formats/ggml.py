@@ -15,6 +15,7 @@ from qwenkit.errors import CheckpointError, NonFiniteError
 from qwenkit.formats.ggml_quantize import quantize_blocks
 from qwenkit.formats.spec import Case, Format
 from qwenkit.kernels.blocks import BLOCK_LAYOUTS, block_layout, first_nonfinite_block
+from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.ops.block_dequantize import block_dequantize
 from qwenkit.kernels.ops.block_matmul import block_matmul
 from qwenkit.kernels.ops.grouped_matmul import segments
@@ -130,9 +131,10 @@ class GgmlWeight(QuantWeight):
 
         Reads the scales only: with finite scales every number is finite.
         """
-        found = first_nonfinite_block(self.blocks, self.block_type)
-        if found is None:
+        if self._factors_are_finite():
             return
+        found = first_nonfinite_block(self.blocks, self.block_type)
+        assert found is not None
         width = BLOCK_LAYOUTS[self.block_type].block_columns
         row, block = found
         raise NonFiniteError(
@@ -140,6 +142,11 @@ class GgmlWeight(QuantWeight):
             f"{block * width} to {(block + 1) * width - 1} is NaN or infinite. "
             "The file is damaged; fetch it again."
         )
+
+    def _factors_are_finite(self) -> bool:
+        layout = BLOCK_LAYOUTS[self.block_type]
+        halves = self.blocks.view(torch.float16).view(len(self.blocks), -1, layout.block_bytes // 2)
+        return all(is_finite(halves[:, :, offset // 2]) for offset in layout.half_offsets)
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]}, {self.block_type}"

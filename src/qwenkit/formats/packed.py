@@ -15,6 +15,7 @@ import torch
 
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError, suggest
 from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.ops.packed_experts import packed_experts
 from qwenkit.kernels.ops.packed_gated import packed_gated
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
@@ -117,7 +118,7 @@ class PackedWeight(QuantWeight):
             raise UsageError(f"weights: got {kind!r}. {suggest(kind, WEIGHT_KINDS)}")
         if columns % COLUMN_MULTIPLE[kind]:
             raise UsageError(f"weights {kind}: {columns} columns are no multiple of 32.")
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             raise NonFiniteError("the weight has NaN or infinite numbers; fetch the file again.")
         if kind in ("bf16", "fp32"):
             tag = "BF16" if kind == "bf16" else "F32"
@@ -165,6 +166,12 @@ class PackedWeight(QuantWeight):
         """The matrix as the ops take it."""
         rows, columns = self.shape
         return Packed(self.kind, rows, columns, self.data, self.scales, self.mins, self.zero_point)
+
+    def check_finite(self) -> None:
+        if self._storage not in _PLAIN:
+            super().check_finite()
+        elif not is_finite(self.data.view(_PLAIN[self._storage][1])):
+            raise NonFiniteError("the weight has NaN or infinite numbers; fetch the file again.")
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return unpack(self.packed, dtype)  # [rows, columns]

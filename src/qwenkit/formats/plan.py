@@ -10,6 +10,7 @@ import torch
 
 from qwenkit.errors import NonFiniteError, UsageError, suggest
 from qwenkit.formats.packed import GROUP_SIZES, WEIGHT_KINDS, PackedWeight, pack
+from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.packed import PANEL_ROWS, Packed
 from qwenkit.layers.weight import QuantWeight
 
@@ -51,7 +52,7 @@ class WeightPlan:
         """The weight to run with, of the module at `path`. A head's is made precise: where the best
         two tokens are close, eight bits would choose between them by chance.
 
-        Raises NonFiniteError naming the weight when it is to be rounded and is not finite.
+        Raises NonFiniteError naming the weight when it is not finite.
         """
         made = self._make(path, weight, is_head)
         if isinstance(made, PackedWeight):
@@ -70,12 +71,18 @@ class WeightPlan:
             else:
                 some = weight.row_range(start, stop)
             if kind is None:
-                return pack(some)
+                made = pack(some)
+                if isinstance(made, PackedWeight):
+                    made.check_finite()  # while it is still near
+                return made
             numbers = some.dequantize(torch.float32) if isinstance(some, QuantWeight) else some
             return PackedWeight.round_to_nearest(numbers, kind, group_size=group_size)
 
         try:
-            return _in_slabs(weight.shape[0], weight.shape[1], part) or weight
+            packed = _in_slabs(weight.shape[0], weight.shape[1], part)
+            if packed is None:
+                check_finite(weight)
+            return packed or weight
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}.weight: {error}") from error
 
@@ -86,6 +93,18 @@ class WeightPlan:
         if is_head:
             return self.head or ("int8" if self.weights == "int4" else self.weights)
         return self.weights
+
+
+def check_finite(weight: QuantWeight | torch.Tensor) -> None:
+    """Raises NonFiniteError when a number of a weight, or of any plain tensor, is not finite."""
+    if isinstance(weight, QuantWeight):
+        weight.check_finite()
+    elif not is_finite(weight):
+        bad = (~torch.isfinite(weight)).nonzero()
+        raise NonFiniteError(
+            f"{len(bad)} of its numbers, the first at {bad[0].tolist()}, are NaN or infinite in "
+            f"{str(weight.dtype).removeprefix('torch.')}; fetch the file again."
+        )
 
 
 def _in_slabs(

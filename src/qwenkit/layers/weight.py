@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qwenkit.errors import NonFiniteError
+from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.ops.grouped_matmul import segments
 
 
@@ -53,6 +55,18 @@ class QuantWeight(nn.Module):
     @abstractmethod
     def storage(self) -> str:
         """The storage tag, as a file header names it."""
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteError when a number is NaN or infinite.
+
+        Looks at floating-point buffers, such as scales: made of finite ones, a number is finite.
+        """
+        for name, buffer in self.named_buffers():
+            if buffer.is_floating_point() and not is_finite(buffer):
+                raise NonFiniteError(
+                    f"{self.storage} weight {list(self.shape)}: one of its {name} is NaN or "
+                    "infinite. The file is damaged; fetch it again."
+                )
 
     @property
     def size_bytes(self) -> int:

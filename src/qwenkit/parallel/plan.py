@@ -18,7 +18,6 @@ from qwenkit.load import (
     check_layers,
     matrix_storages,
     read_architecture,
-    tensors_by_our_names,
 )
 from qwenkit.models.spec import Architecture, ModelConfig
 from qwenkit.parallel.connect import model_parts
@@ -29,6 +28,7 @@ from qwenkit.parallel.device_map import (
     place_as_given,
     split_evenly,
 )
+from qwenkit.tensor_names import tensors_by_our_names
 
 Place = str | int | torch.device
 GivenMap = Place | Mapping[str, Place]

@@ -13,8 +13,9 @@ import torch
 
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import CheckpointError, ConfigError, suggest
-from qwenkit.load import fill, tensors_by_our_names
+from qwenkit.load import fill
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
+from qwenkit.tensor_names import tensors_by_our_names
 
 _PLAIN = ("F32", "F16", "BF16", "F64")
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

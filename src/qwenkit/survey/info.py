@@ -20,9 +20,10 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, Container
 from qwenkit.layers.linear import Embedding
 from qwenkit.layers.norm import RMSNorm
-from qwenkit.load import load_tokenizer, read_architecture, tensors_by_our_names
+from qwenkit.load import load_tokenizer, read_architecture
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig
 from qwenkit.record import read_record
+from qwenkit.tensor_names import tensors_by_our_names
 from qwenkit.types.record import ModelRecord
 
 PartName = Literal["embedding", "attention", "mlp", "norms", "head", "other"]

@@ -15,9 +15,10 @@ from qwenkit.checkpoint.client_hubs import client_name
 from qwenkit.checkpoint.hub import describe, resolve
 from qwenkit.checkpoint.names import EMBEDDED_NAME, parse_hub_name
 from qwenkit.errors import ConfigError, ModelNotFoundError, NetworkError, UsageError
-from qwenkit.load import read_architecture, tensors_by_our_names
+from qwenkit.load import read_architecture
 from qwenkit.models.catalogue import published_config
 from qwenkit.models.spec import Architecture, ModelConfig, find
+from qwenkit.tensor_names import tensors_by_our_names
 
 Origin = Literal["files", "hub", "table"]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from qwenkit.errors import RequestError, suggest
+from qwenkit.types.constraint import Constraint
 from qwenkit.types.scripts import SCRIPTS
 
 _MOST_BIASES = 1024  # entries of logit_bias
@@ -53,7 +54,8 @@ class SamplingParams:
     Two guards end an output, each with a finish reason of its own. `allowed_scripts` are names of
     Unicode scripts: no letter of another one is ever given out ("language"; what all scripts share
     is always allowed). `loop_detection`, True for its defaults, ends what only repeats itself
-    ("loop").
+    ("loop"). `constraint` is what the whole text must be, a `Constraint` or a mapping of its one
+    field.
 
     Numbers of any kind are taken, `stop` as one text or a list, and kept as plain Python values.
     Raises RequestError naming the field on construction.
@@ -78,6 +80,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_scripts: tuple[str, ...] = ()
     loop_detection: LoopDetection | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         for field, low, high in _NUMBERS:
@@ -97,6 +100,7 @@ class SamplingParams:
         self._set("loop_detection", _loop_detection(self.loop_detection))
         if not isinstance(self.ignore_eos, bool):
             raise RequestError("ignore_eos", f"expected true or false, got {self.ignore_eos!r}.")
+        self._set("constraint", _constraint(self.constraint))
         if self.repetition_penalty == 0:
             raise RequestError("repetition_penalty", "must be above 0 (1.0 switches it off).")
         if any(not sequence for sequence in self.stop_token_sequences):
@@ -171,6 +175,15 @@ def whole_number(field: str, value: object, low: int, high: int = _MOST) -> int:
         end = "2^63 - 1" if high == _MOST else high
         raise RequestError(field, f"got {number}; allowed: {low} to {end}.")
     return number
+
+
+def _constraint(given: object) -> Constraint | None:
+    if given is None or isinstance(given, Constraint):
+        return given
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise RequestError("constraint", f"expected a Constraint or a mapping, got {kind}.")
+    return Constraint.from_mapping(given)
 
 
 def _items(field: str, value: object) -> tuple[Any, ...]:
