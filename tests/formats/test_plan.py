@@ -161,7 +161,9 @@ def test_numbers_that_are_not_finite_are_named(bad: float, tmp_path: Path) -> No
     tensors[f"{path}.weight"][3, 4] = bad
     write_safetensors(folder / "model.safetensors", tensors)
     for plan in (PLANS["int8"], WeightPlan("int4")):
-        with pytest.raises(NonFiniteError, match=rf"safetensors: {path}\.weight: .* NaN or infinite"):
+        with pytest.raises(
+            NonFiniteError, match=rf"safetensors: {path}\.weight: .* NaN or infinite"
+        ):
             load(folder, plan=plan)
 
 

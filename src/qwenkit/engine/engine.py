@@ -19,10 +19,10 @@ from qwenkit.engine.kv import KV_DTYPES
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Choice, Sampler
-from qwenkit.engine.scheduler import Scheduler, SchedulerStatus
+from qwenkit.engine.scheduler import Chunk, Scheduler, SchedulerStatus
 from qwenkit.engine.served import ServedModel
 from qwenkit.engine.text import Ending, Output
-from qwenkit.errors import QwenkitError, RequestError, UsageError, suggest
+from qwenkit.errors import NonFiniteError, QwenkitError, RequestError, UsageError, suggest
 from qwenkit.types.events import Event, FinishEvent, TokenEvent, Usage
 from qwenkit.types.extension import Extension, RopeMode
 from qwenkit.types.protocols import Tokenizer
@@ -228,11 +228,14 @@ class Engine:
         logits = self._runner.run(plan)  # [rows, vocab_size]
         events: list[Event] = []
         sampled: dict[str, Choice] = {}
-        for request_id, row in zip(plan.sampled_ids, logits, strict=True):
+        chunks = [chunk for chunk in plan.chunks if chunk.sample]
+        for chunk, row in zip(chunks, logits, strict=True):
             try:
-                sampled[request_id] = self._active[request_id].choose(row)
+                sampled[chunk.request_id] = self._active[chunk.request_id].choose(row)
+            except NonFiniteError as error:
+                events.append(self._fail(chunk.request_id, self._located(error, chunk)))
             except Exception as error:
-                events.append(self._fail(request_id, error))
+                events.append(self._fail(chunk.request_id, error))
         self._scheduler.apply(plan, {name: choice.token_id for name, choice in sampled.items()})
         for request_id, choice in sampled.items():
             try:
@@ -256,6 +259,16 @@ class Engine:
         text, ending = self._active[request_id].output.push(choice.token_id)
         token = TokenEvent(request_id, choice.token_id, text, choice.logprob, choice.top_logprobs)
         return [token] if ending is None else [token, self._finish(request_id, ending)]
+
+    def _located(self, error: NonFiniteError, chunk: Chunk) -> Exception:
+        """The same error, saying where it arose too."""
+        prompt_ids = self._active[chunk.request_id].request.prompt_ids
+        try:
+            where = self._runner.locate(chunk, prompt_ids, chunk.start + len(chunk.token_ids) - 1)
+        except Exception as failure:  # what is known must not be lost over what is not
+            _log.error("it could not be found where a number went wrong", exc_info=failure)
+            return error
+        return NonFiniteError(f"{error} {where}")
 
     def _fail(self, request_id: str, error: Exception) -> FinishEvent:
         return self._finish(request_id, Ending("error"), _describe(error))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 
 from qwenkit.engine.batch import Batch, build
+from qwenkit.engine.diagnose import locate
 from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.replay import Replayer
-from qwenkit.engine.scheduler import Plan
+from qwenkit.engine.scheduler import Chunk, Plan
 from qwenkit.engine.served import ServedModel
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.registry import reference_only
@@ -69,6 +71,23 @@ class Runner:
                 return logits
         with reference_only() if self._reference_ops else nullcontext():
             return self._model(batch.ids, self._context(batch))
+
+    @torch.inference_mode()
+    def locate(self, chunk: Chunk, prompt_ids: Sequence[int], position: int) -> str:
+        """One sentence on where NaN or infinity arose in a computed chunk of a sequence, the logits
+        of whose token at `position` are not finite. Earlier than the chunk it was in the prompt:
+        a token that was sampled from had finite logits.
+        """
+
+        def compute(at: int) -> None:
+            known = prompt_ids[at] if at < chunk.start else chunk.token_ids[at - chunk.start]
+            token = dataclasses.replace(chunk, token_ids=(known,), start=at, sample=True)
+            plan = Plan((token,))
+            batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
+            with reference_only() if self._reference_ops else nullcontext():
+                self._model(batch.ids, self._context(batch))
+
+        return locate(self._model, self._cache, chunk.blocks, position, compute)
 
     def _context(self, batch: Batch) -> AttentionContext:
         if self._is_split:
