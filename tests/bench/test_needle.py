@@ -326,7 +326,8 @@ def test_a_model_without_rotary_positions_has_nothing_to_extend(tmp_path: Path) 
     config = CONFIG | {"model_type": "baichuan", "max_position_embeddings": None}
     config |= {"model_max_length": 512, "z_loss_weight": 0}
     architecture = find("baichuan")
-    tensors = dict(architecture.build(architecture.config(config)).state_dict())
+    made = architecture.build(architecture.config(config)).state_dict()
+    tensors = {name: torch.ones_like(tensor) for name, tensor in made.items()}
     with LLM(write_tiny_checkpoint(tmp_path / "m", config=config, tensors=tensors)) as llm:
         assert ModelReader(llm, "per-request", 512).render("Hi")
         with pytest.raises(UsageError, match="m has no rotary positions to be extended"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -33,9 +34,9 @@ def draft_model(model: Any, **sizes: Any) -> DraftModel:
     return DraftModel(runner, **cache, **(limits | sizes))
 
 
-def with_drafter(drafter: Any, **changes: Any) -> Engine:
+def with_drafter(drafter: Any, model: Any = MODEL, **changes: Any) -> Engine:
     return Engine(
-        MODEL,
+        model,
         ByteTokenizer(),
         EngineSettings(**{"block_tokens": 4, "kv_cache_tokens": 2048, **changes}),
         stop_token_ids=(EOS, 9999),
@@ -174,6 +175,37 @@ def test_endings_are_found_as_by_looking_everywhere(ids: list[int], first: int) 
             expected = (ids[ends[-1]],)
             break
     assert found == expected
+
+
+class Stubborn:
+    """Guesses one token again and again, for a while."""
+
+    def __init__(self, token: int, times: int) -> None:
+        self._token, self._times = token, times
+
+    def propose(
+        self, sequences: Iterable[tuple[str, Sequence[int]]], room: Mapping[str, int]
+    ) -> dict[str, tuple[int, ...]]:
+        self._times -= 1
+        return {name: (self._token,) * 2 for name, _ in sequences if self._times > 0}
+
+    def observe(self, request_id: str, drafted: int, accepted: int) -> None:
+        assert accepted == 0
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+
+def test_a_guess_that_spoils_the_step_is_dropped_and_not_the_request() -> None:
+    def spoil(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, torch.nan) if 271 in ids else logits
+
+    asked = request("a", "prompt", max_tokens=30, ignore_eos=True)
+    served = with_drafter(Stubborn(271, 9), model=Wrapped(spoil))
+    events = run(served, asked)["a"]
+    assert tokens(events) == tokens(run(engine(), asked)["a"])
+    assert served.status().drafted_tokens == 0
+    assert served.status().computed_tokens > 30 + 6 + 8
 
 
 def test_an_unknown_way_is_refused_by_name() -> None:

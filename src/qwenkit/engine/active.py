@@ -15,7 +15,7 @@ from qwenkit.engine.pooling import Pooler
 from qwenkit.engine.request import Limits, Request
 from qwenkit.engine.sampler import Choice, Sampler
 from qwenkit.engine.text import Ending, Output
-from qwenkit.errors import QwenkitError
+from qwenkit.errors import NonFiniteError, QwenkitError
 from qwenkit.types.events import FinishEvent, PromptEvent, TokenEvent, Usage
 from qwenkit.types.protocols import Tokenizer
 
@@ -147,7 +147,12 @@ class Active:
         """
         drafted = chunk.token_ids[len(chunk.token_ids) - chunk.drafted :]
         for row, guess in zip(rows, (*drafted, None), strict=True):
-            choice = self._choose(row)
+            try:
+                choice = self._choose(row)
+            except NonFiniteError:
+                if chunk.drafted:  # a guess may have done that: it is asked again without any
+                    return
+                raise
             text, taken.ending = self.output.push(choice.token_id)
             taken.token_ids += (choice.token_id,)
             taken.events.append(

@@ -18,7 +18,7 @@ from qwenkit.adapters.peft_files import LoraAdapter
 from qwenkit.engine.active import Active, describe
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.constrain import Grammars, Matcher
-from qwenkit.engine.plan import Plan, SchedulerStatus
+from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.scheduler import Scheduler
@@ -26,7 +26,7 @@ from qwenkit.engine.served import ServedModel
 from qwenkit.engine.settings import EngineSettings
 from qwenkit.engine.speculative import Drafter, PromptLookup
 from qwenkit.engine.text import Ending
-from qwenkit.errors import RequestError
+from qwenkit.errors import NonFiniteError, RequestError
 from qwenkit.types.events import Event, FinishEvent
 from qwenkit.types.extension import RopeMode
 from qwenkit.types.protocols import Tokenizer
@@ -210,12 +210,15 @@ class Engine:
             try:
                 taken = self._active[chunk.request_id].take(chunk, rows)
             except Exception as error:
+                if isinstance(error, NonFiniteError):
+                    error = self._located(error, chunk)
                 events.append(self._fail(chunk.request_id, error))
                 continue
             events += taken.events
             sampled[chunk.request_id] = taken.token_ids
             if chunk.drafted and self._drafter is not None:
-                self._drafter.observe(chunk.request_id, chunk.drafted, len(taken.token_ids) - 1)
+                accepted = max(0, len(taken.token_ids) - 1)
+                self._drafter.observe(chunk.request_id, chunk.drafted, accepted)
             if taken.ending is not None:
                 endings[chunk.request_id] = taken.ending
         self._scheduler.apply(plan, sampled)
@@ -258,6 +261,17 @@ class Engine:
 
     def _stop_ids(self, request: Request) -> dict[int, str | int]:
         return stop_ids(request.sampling, self._model_stops, self._tokenizer.control_tokens)
+
+    def _located(self, error: NonFiniteError, chunk: Chunk) -> Exception:
+        """The same error, saying where it arose too."""
+        request = self._active[chunk.request_id].request
+        try:
+            key = self.adapter_key(request.options.adapter)
+            where = self._runner.locate(chunk, request.prompt_ids, key)
+        except Exception as failure:  # what is known must not be lost over what is not
+            _log.error("it could not be found where a number went wrong", exc_info=failure)
+            return error
+        return NonFiniteError(f"{error} {where}")
 
     def _fail(self, request_id: str, error: Exception) -> FinishEvent:
         return self._finish(request_id, Ending("error"), describe(error))

@@ -9,10 +9,11 @@ import torch
 
 from qwenkit.engine.adapters import LoadedAdapters
 from qwenkit.engine.batch import Batch, build
+from qwenkit.engine.diagnose import locate
 from qwenkit.engine.key_guard import key_guards
 from qwenkit.engine.kv import NAMED_DTYPES, KVCache
 from qwenkit.engine.paged import PagedAttention
-from qwenkit.engine.plan import Plan
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.replay import Replayer
 from qwenkit.engine.served import ServedModel
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
@@ -111,6 +112,28 @@ class Runner:
             return self._model, ()
         pairs = zip(adapter_keys, plan.chunks, strict=True)
         return self.adapters.model, tuple(k for k, chunk in pairs for _ in chunk.token_ids)
+
+    @torch.inference_mode()
+    def locate(self, chunk: Chunk, prompt_ids: Sequence[int], adapter_key: int = 0) -> str:
+        """One sentence on where NaN or infinity arose in a computed chunk of a sequence, some rows
+        of which are not finite. Earlier than the chunk it was in the prompt: a token that was
+        sampled from had finite logits.
+        """
+        model = self._model
+
+        def compute(at: int) -> None:
+            known = prompt_ids[at] if at < chunk.start else chunk.token_ids[at - chunk.start]
+            token = Chunk(chunk.request_id, (known,), at, chunk.blocks, extension=chunk.extension)
+            plan = Plan((token,))
+            self._choose_model(plan, (adapter_key,))  # says which rows have the adapter
+            batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
+            with reference_only() if self._reference_ops else nullcontext():
+                model(batch.ids, self._context(batch))
+
+        if adapter_key:
+            model = self.adapters.model
+        position = chunk.start + len(chunk.token_ids) - 1
+        return locate(model, self._cache, chunk.blocks, position, compute)
 
     def _context(self, batch: Batch) -> AttentionContext:
         if self._is_split:

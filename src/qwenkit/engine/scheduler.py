@@ -152,6 +152,8 @@ class Scheduler:
             if sequence is None:
                 continue  # removed meanwhile
             new = sampled.get(chunk.request_id, ()) if chunk.sample else ()
+            if chunk.drafted and not new:
+                continue  # guesses spoiled it: as if it had not been computed
             stop = chunk.start + len(chunk.token_ids) - chunk.drafted
             if chunk.sample:
                 sequence.tokens += new

@@ -167,12 +167,6 @@ class PackedWeight(QuantWeight):
         rows, columns = self.shape
         return Packed(self.kind, rows, columns, self.data, self.scales, self.mins, self.zero_point)
 
-    def check_finite(self) -> None:
-        if self._storage not in _PLAIN:
-            super().check_finite()
-        elif not is_finite(self.data.view(_PLAIN[self._storage][1])):
-            raise NonFiniteError("the weight has NaN or infinite numbers; fetch the file again.")
-
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return unpack(self.packed, dtype)  # [rows, columns]
 

@@ -72,15 +72,14 @@ class WeightPlan:
                 some = weight.row_range(start, stop)
             if kind is None:
                 made = pack(some)
-                if isinstance(made, PackedWeight):
-                    made.check_finite()  # while it is still near
+                check_finite(some if isinstance(some, torch.Tensor) else made)  # while it is near
                 return made
             numbers = some.dequantize(torch.float32) if isinstance(some, QuantWeight) else some
             return PackedWeight.round_to_nearest(numbers, kind, group_size=group_size)
 
         try:
             packed = _in_slabs(weight.shape[0], weight.shape[1], part)
-            if packed is None:
+            if packed is None:  # not looked at slab by slab
                 check_finite(weight)
             return packed or weight
         except NonFiniteError as error:
@@ -100,11 +99,8 @@ def check_finite(weight: QuantWeight | torch.Tensor) -> None:
     if isinstance(weight, QuantWeight):
         weight.check_finite()
     elif not is_finite(weight):
-        bad = (~torch.isfinite(weight)).nonzero()
-        raise NonFiniteError(
-            f"{len(bad)} of its numbers, the first at {bad[0].tolist()}, are NaN or infinite in "
-            f"{str(weight.dtype).removeprefix('torch.')}; fetch the file again."
-        )
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise NonFiniteError(f"some numbers are NaN or infinite in {kind}; fetch the file again.")
 
 
 def _in_slabs(

@@ -56,11 +56,16 @@ def _rounded_down(x: torch.Tensor) -> torch.Tensor:
     )
 
 
+def scales_and_minima(stored: torch.Tensor) -> torch.Tensor:
+    """Those of every group of uint8 [..., row_bytes(head_dim)], bf16 [..., groups, 2]."""
+    groups = stored.reshape(*stored.shape[:-1], -1, GROUP_BYTES)  # [..., groups, 20]
+    return groups[..., :_HEAD_BYTES].contiguous().view(torch.bfloat16)
+
+
 def dequantize(stored: torch.Tensor, head_dim: int) -> torch.Tensor:
     """uint8 [..., row_bytes(head_dim)] to what it stands for, fp32 [..., head_dim]."""
-    groups = stored.reshape(*stored.shape[:-1], -1, GROUP_BYTES)  # [..., groups, 20]
-    head = groups[..., :_HEAD_BYTES].contiguous().view(torch.bfloat16).float()
-    codes = groups[..., _HEAD_BYTES:]
+    head = scales_and_minima(stored).float()
+    codes = stored.reshape(*stored.shape[:-1], -1, GROUP_BYTES)[..., _HEAD_BYTES:]
     numbers = torch.cat((codes & 15, codes >> 4), -1)  # [..., groups, 32]
     rows = numbers * head[..., :1] + head[..., 1:]
     return rows.flatten(-2)[..., :head_dim]
