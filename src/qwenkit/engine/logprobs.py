@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from qwenkit.errors import NonFiniteError
+from qwenkit.kernels.ops.column_maxima import column_maxima
 from qwenkit.types.events import TokenLogprob
 
 Floats = NDArray[numpy.float32]
@@ -80,23 +81,58 @@ def token_logprob(row: Floats, token_id: int, *, count: int, vocab_size: int) ->
     return TokenLogprob(token_id, float(row[token_id]) - total, top)
 
 
-def largest_ids(values: Floats, count: int) -> Indices:
-    """Indices, in ascending order, of the `count` largest of `values` [n] and of what is equal to
-    the least of these; all of them if there are no more.
+def maxima_of(values: Floats) -> Floats:
+    """The largest of `values` [n] in each of the columns that they are laid out in, [columns]: NaN
+    where one of them is no finite number.
+    """
+    columns = max(1, len(values) // _COLUMN)
+    if "cpu" in column_maxima.backends:
+        maxima: Floats = column_maxima(torch.from_numpy(values)[None], columns)[0].numpy()
+        return maxima
+    lines = len(values) // columns
+    found: Floats = values[: lines * columns].reshape(lines, columns).max(0)  # [columns]
+    rest = values[lines * columns :]
+    numpy.maximum(found[: len(rest)], rest, out=found[: len(rest)])
+    bad = numpy.flatnonzero(~numpy.isfinite(values))
+    found[bad % columns] = numpy.nan
+    return found
 
-    The columns that the values are laid out in have a maximum each, and these are values too: at
-    least `count` values reach the `count`-th largest maximum, so nothing below it is looked for.
+
+def at_least(values: Floats, floor: float, maxima: Floats) -> Indices:
+    """The indices, in ascending order, of those of `values` [n] that are not below `floor`."""
+    near = _members(numpy.flatnonzero(maxima >= floor), maxima, values)
+    return near[values[near] >= floor]
+
+
+def largest_ids(values: Floats, count: int, maxima: Floats | None = None) -> Indices:
+    """Indices, in ascending order, of the `count` largest of `values` [n] and of what is equal to
+    the least of these; all of them if there are no more. `maxima` are `maxima_of(values)`, if they
+    are known.
+
+    They are values too: at least `count` values reach the `count`-th largest maximum, so a column
+    that does not is not looked into.
     """
     if count == 0 or count >= len(values):
         return numpy.arange(len(values) if count else 0)
-    columns = len(values) // _COLUMN
-    if count <= columns:  # what is left over could only raise the bound
-        table = values[: columns * _COLUMN].reshape(_COLUMN, columns)
-        near = numpy.flatnonzero(values >= _kth_largest(table.max(0), count))
-    else:
-        near = numpy.arange(len(values))
+    maxima = maxima_of(values) if maxima is None else maxima
+    if count > len(maxima):
+        return numpy.flatnonzero(values >= _kth_largest(values, count))
+    near = _members(numpy.flatnonzero(maxima >= _kth_largest(maxima, count)), maxima, values)
     found = values[near]
     return near[found >= _kth_largest(found, count)]
+
+
+def largest_id(values: Floats, maxima: Floats) -> int:
+    """The index of the largest of `values` [n], of equal ones the first."""
+    near = _members(numpy.flatnonzero(maxima == maxima.max()), maxima, values)
+    return int(near[values[near].argmax()])
+
+
+def _members(columns: Indices, maxima: Floats, values: Floats) -> Indices:
+    """The indices of all values in some of the columns, in ascending order."""
+    lines = numpy.arange(0, len(values), len(maxima))
+    near = (lines[:, None] + columns).ravel()  # ascending: a line has all columns
+    return near[: numpy.searchsorted(near, len(values))]
 
 
 def _kth_largest(values: Floats, k: int) -> numpy.float32:

@@ -28,9 +28,12 @@ from numpy.typing import NDArray
 from qwenkit.engine.logprobs import (
     Floats,
     Indices,
+    at_least,
     check_finite,
     in_fp32,
+    largest_id,
     largest_ids,
+    maxima_of,
     token_logprob,
 )
 from qwenkit.errors import RequestError
@@ -87,14 +90,18 @@ class Sampler:
         Raises RequestError when only stop tokens are allowed and `min_tokens` puts them off.
         """
         row = in_fp32(logits)  # [vocab_rows]
-        check_finite(row, f"output token {self._length}")
-        scores = self._adjust(row[: self._vocab_size])  # [vocab_size]
-        if allowed is not None:
-            allowed_ids = numpy.flatnonzero(allowed)  # [n]
-            place = self._draw(self._possible(scores[allowed_ids]))
-            token_id = int(allowed_ids[place])
-        else:
-            token_id = self._draw(scores)
+        what = f"output token {self._length}"
+        if not numpy.isfinite(row[self._adjusted_ids]).all():
+            check_finite(row, what)
+        before = self._adjust(row)
+        try:
+            token_id = self._pick(row[: self._vocab_size], allowed)
+        finally:  # the row is the model's
+            for ids, values in reversed(before):
+                row[ids] = values
+        if token_id is None or not numpy.isfinite(row[self._vocab_size :]).all():
+            check_finite(row, what)
+        assert token_id is not None, "what is not finite was found"
         self._remember(token_id)
         if self._sampling.logprobs is None:
             return Choice(token_id)
@@ -102,16 +109,27 @@ class Sampler:
         report = token_logprob(row, token_id, count=count, vocab_size=self._vocab_size)
         return Choice(token_id, report.logprob, report.top)
 
-    def _draw(self, scores: Floats) -> int:
+    def _pick(self, scores: Floats, allowed: Bools | None) -> int | None:
+        """The next token by adjusted scores [vocab_size]; None where they are not all finite."""
+        maxima = maxima_of(scores)  # [columns]
+        if not numpy.isfinite(maxima).all():
+            return None
+        if allowed is not None:
+            allowed_ids = numpy.flatnonzero(allowed)  # [n]
+            place = self._draw(self._possible(scores[allowed_ids]), None)
+            return int(allowed_ids[place])
+        return self._draw(scores, maxima)
+
+    def _draw(self, scores: Floats, maxima: Floats | None) -> int:
         """The place of the next token among scores [n]."""
         if self._sampling.greedy:
-            return int(scores.argmax())
-        places, weights = candidates(scores, self._sampling)
+            return int(scores.argmax()) if maxima is None else largest_id(scores, maxima)
+        places, weights = candidates(scores, self._sampling, maxima)
         place = draw(weights, uniform(self._seed, self._length))
         return place if places is None else int(places[place])
 
     def _possible(self, scores: Floats) -> Floats:
-        if numpy.isneginf(scores.max()):
+        if scores.max() == -_LARGEST:
             raise RequestError(
                 "min_tokens",
                 f"nothing can follow {self._length} tokens under this constraint, and "
@@ -119,21 +137,36 @@ class Sampler:
             )
         return scores
 
-    def _adjust(self, scores: Floats) -> Floats:
+    @property
+    def _adjusted_ids(self) -> Indices:
+        """The ids whose scores `_adjust` may change."""
+        counted = numpy.array(list(self._output_counts), numpy.int64)
+        return numpy.concatenate((self._seen_ids, counted, self._biased_ids, self._early_stops))
+
+    def _adjust(self, row: Floats) -> list[tuple[Indices, Floats]]:
+        """Change scores in place by penalties, biases and what may not come yet; returns what stood
+        there, in the order of the changes.
+        """
         sampling = self._sampling
+        before: list[tuple[Indices, Floats]] = []
+
+        def change(ids: Indices, values: Floats) -> None:
+            before.append((ids, row[ids]))
+            row[ids] = values
+
         if sampling.repetition_penalty != 1 and self._seen:
-            scores = penalize_repetition(scores, self._seen_ids, sampling.repetition_penalty)
+            ids = self._seen_ids
+            change(ids, penalize_repetition(row[ids], sampling.repetition_penalty))
         if self._output_counts:
-            scores = penalize_counts(
-                scores, self._output_counts, sampling.presence_penalty, sampling.frequency_penalty
-            )
+            ids = numpy.array(list(self._output_counts), numpy.int64)
+            used = numpy.array(list(self._output_counts.values()), numpy.float32)
+            penalties = sampling.presence_penalty, sampling.frequency_penalty
+            change(ids, penalize_counts(row[ids], used, *penalties))
         if sampling.logit_bias:
-            scores = scores.copy()
-            scores[self._biased_ids] += self._biases
+            change(self._biased_ids, row[self._biased_ids] + self._biases)
         if self._length < sampling.min_tokens and len(self._early_stops):
-            scores = scores.copy()
-            scores[self._early_stops] = -numpy.inf
-        return scores
+            change(self._early_stops, numpy.full(len(self._early_stops), -_LARGEST))
+        return before
 
     def _remember(self, token_id: int) -> None:
         self._length += 1
@@ -144,45 +177,46 @@ class Sampler:
             self._seen_ids = numpy.append(self._seen_ids, token_id)
 
 
-def penalize_repetition(scores: Floats, ids: Indices, penalty: float) -> Floats:
-    """Scores [vocab_size] with those of `ids` [n] made less likely by a factor: positive ones
-    divided by `penalty`, negative ones multiplied.
+def penalize_repetition(scores: Floats, penalty: float) -> Floats:
+    """Scores [n] made less likely by a factor: positive ones divided by `penalty`, negative ones
+    multiplied.
     """
-    chosen = scores[ids]  # [n]
     with numpy.errstate(over="ignore", divide="ignore"):  # the ends of the range are as good
-        changed = chosen * penalty  # [n]
-        numpy.divide(chosen, penalty, out=changed, where=chosen > 0)
-    penalized = scores.copy()  # [vocab_size]
-    penalized[ids] = changed.clip(-_LARGEST, _LARGEST)
-    return penalized
+        changed = scores * penalty  # [n]
+        numpy.divide(scores, penalty, out=changed, where=scores > 0)
+    return changed.clip(-_LARGEST, _LARGEST)
 
 
-def penalize_counts(
-    scores: Floats, counts: Counter[int], presence: float, frequency: float
-) -> Floats:
-    """Scores [vocab_size], minus `presence` for every id of `counts` and `frequency` for every time
-    it was used.
+def penalize_counts(scores: Floats, used: Floats, presence: float, frequency: float) -> Floats:
+    """Scores [n] of ids that were output, minus `presence` and `frequency` for every time `used`
+    [n].
     """
-    ids = numpy.array(list(counts), numpy.int64)  # [n]
-    used = numpy.array(list(counts.values()), numpy.float32)  # [n]
-    penalized = scores.copy()  # [vocab_size]
-    penalized[ids] = scores[ids] - presence - frequency * used
-    return penalized
+    return scores - presence - frequency * used
 
 
-def candidates(scores: Floats, sampling: SamplingParams) -> tuple[Indices | None, Floats]:
+def candidates(
+    scores: Floats, sampling: SamplingParams, maxima: Floats | None = None
+) -> tuple[Indices | None, Floats]:
     """What temperature and filters leave of scores [vocab_size]: ids [n], or None for all of them
-    in their order, and their weights [n].
+    in their order, and their weights [n]. `maxima` are `maxima_of(scores)`, if they are known.
 
     Weights are fp32 and proportional to probability; the heaviest is 1. At least one id is left.
     """
     ids: Indices | None = None
-    with numpy.errstate(over="ignore"):  # to -inf, whose weight is 0
-        scaled = scores - scores.max()  # [vocab_size]
-        scaled /= max(sampling.temperature, _COLDEST)
+    bound = None  # what a score must reach
     if 0 < sampling.top_k < len(scores):
-        ids = largest_ids(scaled, sampling.top_k)  # [n], ties kept
-        scaled = scaled[ids]  # [n]
+        maxima = maxima_of(scores) if maxima is None else maxima
+        bound = scores[largest_ids(scores, sampling.top_k, maxima)].min()
+        # What temperature makes equal to the bound is as large as it, and lies next to it.
+        margin = 2**-20 * (abs(float(bound)) + abs(float(maxima.max()))) + 1e-36
+        ids = at_least(scores, max(float(bound) - margin, -float(_LARGEST)), maxima)  # [n]
+        scores = scores[ids]  # [n]
+    with numpy.errstate(over="ignore"):  # to -inf, whose weight is 0
+        largest, temperature = scores.max(), numpy.float32(max(sampling.temperature, _COLDEST))
+        scaled = (scores - largest) / temperature  # [n]
+        if bound is not None and ids is not None:
+            kept = scaled >= (bound - largest) / temperature  # [n]
+            ids, scaled = ids[kept], scaled[kept]  # [n]
     weights = numpy.exp(scaled, out=scaled)  # [n]
     if sampling.top_p < 1:
         order = _nucleus(weights, sampling.top_p)

@@ -32,7 +32,12 @@ from qwenkit.kernels.cpu.bind_packed import (
     bind_packed_rows,
 )
 from qwenkit.kernels.cpu.bind_rotary_kv_write import bind_rotary_kv_write
-from qwenkit.kernels.cpu.bind_rows import bind_rms_norm, bind_rotary, bind_silu_mul
+from qwenkit.kernels.cpu.bind_rows import (
+    bind_column_maxima,
+    bind_rms_norm,
+    bind_rotary,
+    bind_silu_mul,
+)
 from qwenkit.kernels.cpu.library import Kernel, function, open_library
 from qwenkit.kernels.cpu.place import place_helpers
 from qwenkit.kernels.registry import OPS
@@ -155,6 +160,7 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
         "block_dequantize": bind_block_dequantize(library),
         "block_matmul": bind_block_matmul(library),
         "choose_experts": bind_choose_experts(library),
+        "column_maxima": bind_column_maxima(library),
         "kv_write": bind_kv_write(library),
         "mix_experts": bind_mix_experts(library),
         "packed_experts": bind_packed_experts(library),

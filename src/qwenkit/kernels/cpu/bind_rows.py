@@ -1,4 +1,4 @@
-"""Normalisation, gate and rotation as Python functions."""
+"""Normalisation, gate, rotation and maxima as Python functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 
 from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
+from qwenkit.kernels.ops.column_maxima import column_maxima
 from qwenkit.kernels.ops.rms_norm import rms_norm
 from qwenkit.kernels.ops.rotary import rotary
 from qwenkit.kernels.ops.silu_mul import silu_mul
@@ -33,6 +34,13 @@ class _Rotary(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "cos", "sin", "y")),
         *((name, c_int64) for name in ("tokens", "heads", "half", "token_stride", "head_stride")),
         ("threads", c_int64),
+    )
+
+
+class _ColumnMaxima(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("scores", "maxima")),
+        *((name, c_int64) for name in ("rows", "count", "row_stride", "columns", "threads")),
     )
 
 
@@ -98,5 +106,26 @@ def bind_rotary(library: ctypes.CDLL) -> Kernel:
         strides = x.stride(0), x.stride(1)
         call(_Rotary(*pointers, tokens, heads, half, *strides, get_num_threads()))
         return y
+
+    return run
+
+
+def bind_column_maxima(library: ctypes.CDLL) -> Kernel:
+    call = kernel(library, "qk_column_maxima", _ColumnMaxima)
+    float32, get_num_threads = torch.float32, torch.get_num_threads
+    reference = column_maxima.reference
+
+    def run(scores: torch.Tensor, columns: int) -> torch.Tensor:
+        if scores.dtype is not float32 or not scores.numel():
+            return reference(scores, columns)  # type: ignore[no-any-return]
+        rows, count = scores.shape
+        if not 1 <= columns <= count:
+            raise refuse(f"column_maxima into {columns}", scores=scores)
+        if scores.stride(1) != 1:
+            scores = scores.contiguous()
+        maxima = scores.new_empty((rows, columns))
+        pointers = scores.data_ptr(), maxima.data_ptr()
+        call(_ColumnMaxima(*pointers, rows, count, scores.stride(0), columns, get_num_threads()))
+        return maxima
 
     return run
