@@ -138,6 +138,7 @@ class Session:
         if settings.kv_cache_tokens is None:
             settings = replace(settings, kv_cache_tokens=self.context_tokens)
         self.default_adapter: str | None = None  # of requests that name none
+        self.engine_settings = settings
         engine = self._engine(settings)
         self._limits = engine.limits
         self._service = EngineService(engine)

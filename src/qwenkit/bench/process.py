@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qwenkit.bench.environments import launch_prefix
-from qwenkit.bench.peers.spec import Options, Work
+from qwenkit.bench.peers.spec import Load, Options, Work
 from qwenkit.errors import QwenkitError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -106,8 +106,10 @@ class WorkerProcess:
         message = self._read()
         return str(message["version"]), str(message.get("setting", ""))
 
-    def measure(self, work: Work) -> dict[str, Any]:
-        """One measurement: {"seconds": …, "peak_bytes": …}."""
+    def measure(self, work: Work | Load) -> dict[str, Any]:
+        """One measurement: {"seconds": …, "peak_bytes": …}, of a load "times" in place of seconds,
+        as `peers.spec.Server.play` gives them.
+        """
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has died: reading says why
             self._process.stdin.write(json.dumps(work.to_json()) + "\n")
