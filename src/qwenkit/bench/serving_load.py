@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from qwenkit.bench.peers.spec import Arrival, Load
@@ -103,9 +104,13 @@ class LoadResult:
                     f"{self.engine.engine}: a request for {arrival.tokens} tokens got {len(own)}."
                 )
             self.first_s.append(own[0] - arrival.at_s)
-            self.between_s += [later - sooner for sooner, later in zip(own, own[1:], strict=False)]
+            self.between_s += [later - sooner for sooner, later in pairwise(own)]
         total = sum(map(len, times))
         self.tokens_per_second.append(total / max(own[-1] for own in times))
+
+    def median_speed(self) -> float | None:
+        """Tokens per second; None of an engine that did not come through a turn."""
+        return statistics.median(self.tokens_per_second) if self.tokens_per_second else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -115,7 +120,7 @@ class LoadResult:
             "version": self.engine.version,
             "weights": self.engine.setting,
             "error": self.engine.error,
-            "tokens_per_second": statistics.median(self.tokens_per_second) if done else None,
+            "tokens_per_second": self.median_speed(),
             "first_token": asdict(Percentiles.of(self.first_s)) if done else None,
             "between_tokens": asdict(Percentiles.of(self.between_s)) if done else None,
             "turns": self.tokens_per_second,

@@ -1,9 +1,10 @@
 """What an engine's step costs beyond the kernels of its model, part by part.
 
-The engine is stepped without its thread while several sequences decode. After each step the model's
-own kernel calls, as they were recorded for that step, are repeated alone: on the same sequences,
-with the same threads awake, at the same moment of a shared machine. They write to the cache what
-the step has written, so nothing changes by it.
+The engine is stepped in a thread of its own, as it is served (torch's threads, which loading left
+in the first one, get in the way of the kernels' there), while several sequences decode. After each
+step the model's own kernel calls, as they were recorded for that step, are repeated alone: on the
+same sequences, with the same threads awake, at the same moment of a shared machine. They write to
+the cache what the step has written, so nothing changes by it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -88,6 +90,13 @@ def measure_overhead(
 
     Raises QwenkitError where the model's steps are not recorded: without native kernels.
     """
+    with ThreadPoolExecutor(1) as thread:
+        measured = thread.submit(_steps, llm, sampling, streams, steps).result()
+    return _summary(measured, name, streams=streams, vocab_rows=llm.config.vocab_size)
+
+
+def _steps(llm: LLM, sampling: SamplingParams, streams: int, steps: int) -> list[dict[str, float]]:
+    """Seconds of each step by the names of methods, of "step" and of "alone"."""
     tokens = streams + _WARM_STEPS + steps + 1  # who is first has some before the last one starts
     room = streams * (_PROMPT_TOKENS + tokens + llm.engine_settings.block_tokens)
     engine = new_engine(llm, replace(llm.engine_settings, kv_cache_tokens=room))
@@ -105,14 +114,12 @@ def measure_overhead(
             if step >= _WARM_STEPS:
                 measured.append(parts | {"alone": watch.repeat_kernels()})
     engine.abort_all()
-    return _summary(measured, name, streams=streams, vocab_rows=llm.config.vocab_size)
+    return measured
 
 
 def _summary(
     measured: list[dict[str, float]], name: str, *, streams: int, vocab_rows: int
 ) -> Overhead:
-    """`measured` are seconds by the names of methods, of "step" and of "alone"."""
-
     def median_ms(seconds: Callable[[dict[str, float]], float]) -> float:
         return 1e3 * statistics.median(map(seconds, measured))
 
@@ -129,9 +136,7 @@ def _summary(
         kernels_ms=median_ms(lambda s: s["run"]),
         sampling_ms=median_ms(lambda s: s["choose"]),
         text_ms=median_ms(lambda s: s["take"] - s["choose"]),
-        rest_ms=median_ms(
-            lambda s: s["step"] - s["schedule"] - s["apply"] - s["rows"] - s["take"]
-        ),
+        rest_ms=median_ms(lambda s: s["step"] - s["schedule"] - s["apply"] - s["rows"] - s["take"]),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from qwenkit.api import LLM
@@ -20,6 +20,7 @@ from qwenkit.bench.serving_workloads import PrefixWorkload, compare_lookup, comp
 from qwenkit.types.sampling import SamplingParams
 
 OwnPart = Literal["overhead", "prefix", "lookup"]
+_QWEN2 = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
 OWN_PARTS: tuple[OwnPart, ...] = ("overhead", "prefix", "lookup")
 
 
@@ -36,7 +37,7 @@ class Task:
     turns: int = 3
     streams: int = 8
     steps: int = 64
-    prefix: PrefixWorkload = PrefixWorkload()
+    prefix: PrefixWorkload = field(default_factory=PrefixWorkload)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -56,11 +57,15 @@ class Task:
 
 
 def samplings(default: SamplingParams) -> dict[str, SamplingParams]:
-    """Kinds of sampling by their names: greedy, and the model's own, named by its fields."""
-    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    """Kinds of sampling by their names: greedy, and the model's own, named by its fields; for a
+    model that has none of its own those of the generation_config.json of Qwen2-0.5B-Instruct.
+    """
+    if default.greedy:  # random weights
+        default = SamplingParams.from_mapping(_QWEN2)
     plain = SamplingParams()
+    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     values = {field: getattr(default, field) for field in fields}
-    named = [f"{f} {v:g}" for f, v in values.items() if v != getattr(plain, f)]
+    named = [f"{name} {value:g}" for name, value in values.items() if value != getattr(plain, name)]
     return {"greedy": SamplingParams(temperature=0.0), ", ".join(named) or "plain": default}
 
 
@@ -83,9 +88,7 @@ def run(task: Task, say: Callable[[str], None]) -> list[dict[str, Any]]:
         results = []
         for name, sampling in samplings(llm.record.sampling).items():
             say(f"overhead, {name}")
-            measured = measure_overhead(
-                llm, name, sampling, streams=task.streams, steps=task.steps
-            )
+            measured = measure_overhead(llm, name, sampling, streams=task.streams, steps=task.steps)
             results.append(measured.to_json())
         return results
 

@@ -3,8 +3,9 @@ r"""One engine in a process of its own, told over standard input what to measure
     python -m qwenkit.bench.peers llama.cpp MODEL --options '{"threads": 2, …}'
 
 A request is a line of JSON, the fields of `spec.Work`; the answer is a line {"seconds": …,
-"peak_bytes": …}. Or it is those of `spec.Load`, and the answer has "times" instead. Separate processes keep one engine's threads and memory out of the other's
-figures. With `--prepare TARGET` it writes the engine's own files of MODEL there instead, and ends.
+"peak_bytes": …}. Or it is those of `spec.Load`, and the answer has "times" in place of seconds.
+Separate processes keep one engine's threads and memory out of the other's figures. With
+`--prepare TARGET` it writes the engine's own files of MODEL there instead, and ends.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class LlamaCpp:
         return time.perf_counter() - start_s
 
     def play(self, load: Load) -> list[list[float]]:
-        """Greedy, in as many slots as it is made for; prompts beside decodes, as its server does."""
+        """Greedy, in as many slots as it is made for; prompts beside decodes, as in its server."""
         self._prepare(self._streams, load.most_positions)
         memory = self._llama.llama_get_memory(self._context)
         return play_in_slots(

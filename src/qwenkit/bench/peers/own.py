@@ -60,7 +60,9 @@ class Qwenkit:
             await asyncio.sleep(max(0.0, arrival.at_s - (time.perf_counter() - start_s)))
             ids = prompt_ids(arrival.prompt_tokens, self._vocab_size, number)
             times = []
-            async for event in self._llm.stream(ids, self._sampling(arrival.tokens), options=options):
+            async for event in self._llm.stream(
+                ids, self._sampling(arrival.tokens), options=options
+            ):
                 if hasattr(event, "token_id"):
                     times.append(time.perf_counter() - start_s)
             return times

@@ -147,7 +147,6 @@ class Server(Protocol):
         """For each request, when each of its tokens came, in seconds from the start of the load."""
 
 
-
 def unsupported(engine: str, weights: WeightSetting) -> RuntimeError:
     """The error of an engine that cannot hold weights so."""
     return RuntimeError(f"{engine} cannot hold weights as {weights.label}")

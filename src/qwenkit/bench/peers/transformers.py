@@ -75,7 +75,9 @@ class _Batch:
 
     def __init__(self, model: Any, torch: Any) -> None:
         self._model, self._torch = model, torch
-        self._ids = self._mask = self._cache = None
+        self._ids: Any = None
+        self._mask: Any = None
+        self._cache: Any = None
 
     def begin(self, prompts: list[list[int]]) -> None:
         """The first token of each; what was before is forgotten."""
