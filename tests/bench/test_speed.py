@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from failing_peer import failing_peer
 from qwenkit.bench.calibrate import Calibration, Calibrator
 from qwenkit.bench.expected import expected
 from qwenkit.bench.peers.spec import WeightSetting, Work, prompt_ids
@@ -104,26 +105,6 @@ def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path, mode
     assert "llama_cpp" in str(llama.error)
     assert transformers.error is not None
     assert "decode, qwenkit" in seen
-
-
-# A peer that answers so many requests and then ends.
-FAILING = """
-import json, sys
-print(json.dumps({{"version": "1"}}), flush=True)
-for _ in range({answers}):
-    sys.stdin.readline()
-    print(json.dumps({{"seconds": 1.0, "peak_bytes": 5}}), flush=True)
-{end}
-"""
-
-
-def failing_peer(folder: Path, answers: int, end: str) -> str:
-    script = folder / "peer.py"
-    script.write_text(FAILING.format(answers=answers, end=end))
-    python = folder / "peer-python"
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} -S {script}\n")
-    python.chmod(0o755)
-    return str(python)
 
 
 @pytest.mark.parametrize(

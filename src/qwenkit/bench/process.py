@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,32 @@ def prepare_files(launch: Launch, target: Path) -> None:
         link.close()
     if done.returncode:
         raise QwenkitError(f"{launch.engine}: {_last_words(done.stderr, done.returncode)}")
+
+
+def run_worker(what: str, module: str, argument: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run one of this package's modules with this Python; the last line of JSON that it writes.
+    `say` is called with the "progress" of those before. Raises QwenkitError, `what` and the last
+    words, when it fails.
+    """
+    command = [sys.executable, "-m", module, argument]
+    answer: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as messages:  # a pipe that nobody reads would fill up
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=messages, stdin=subprocess.DEVNULL, text=True
+        ) as process:
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    if "progress" in answer:
+                        say(answer["progress"])
+            except BaseException:
+                process.kill()
+                raise
+        messages.seek(0)
+        if process.returncode:
+            raise QwenkitError(f"{what}: {_last_words(messages.read(), process.returncode)}")
+    return answer
 
 
 class WorkerProcess:

@@ -9,22 +9,21 @@ prompt lookup save.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import qwenkit
 from qwenkit.bench.peers.spec import Options
+from qwenkit.bench.process import run_worker
 from qwenkit.bench.report import SpeedReport
 from qwenkit.bench.serving_load import LoadResult, LoadSettings, measure_load
 from qwenkit.bench.serving_worker import OwnPart, Task
 from qwenkit.bench.serving_workloads import PrefixWorkload
 from qwenkit.bench.sources import OURS, launch_for
 from qwenkit.bench.speed import Progress, SpeedSettings, machine, measure_speed
-from qwenkit.errors import QwenkitError, UsageError, suggest
+from qwenkit.errors import UsageError, suggest
 
 Part = Literal["decode", "overhead", "load", "prefix", "lookup"]
 PARTS: tuple[Part, ...] = ("decode", "overhead", "load", "prefix", "lookup")
@@ -130,26 +129,8 @@ def _measure_own(part: OwnPart, settings: ServingSettings, say: Progress) -> lis
 
 
 def run_task(task: Task, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The results of a task, done in a process of its own. Raises QwenkitError with its last words
-    when it fails.
-    """
-    command = [sys.executable, "-m", "qwenkit.bench.serving_worker", json.dumps(task.to_json())]
-    results: list[dict[str, Any]] | None = None
-    with tempfile.TemporaryFile("w+") as messages:  # a pipe that nobody reads would fill up
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=messages, stdin=subprocess.DEVNULL, text=True
-        ) as process:
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    message = json.loads(line)
-                    results = message.get("results")
-                    say(message.get("progress", task.part))
-            except BaseException:
-                process.kill()
-                raise
-        messages.seek(0)
-        last = messages.read().strip().splitlines()[-1:] or [f"status {process.returncode}"]
-    if results is None:
-        raise QwenkitError(f"{task.part}: {last[0]}")
+    """The results of a task, done in a process of its own. Raises QwenkitError when it fails."""
+    argument = json.dumps(task.to_json())
+    done = run_worker(task.part, "qwenkit.bench.serving_worker", argument, say)
+    results: list[dict[str, Any]] = done["results"]
     return results

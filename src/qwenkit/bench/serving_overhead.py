@@ -12,8 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from qwenkit.engine.request import Request
 from qwenkit.engine.runner import Runner
 from qwenkit.engine.sampler import Sampler
 from qwenkit.engine.scheduler import Scheduler
+from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import QwenkitError
 from qwenkit.kernels.cpu.replay import Program
@@ -90,22 +90,23 @@ def measure_overhead(
 
     Raises QwenkitError where the model's steps are not recorded: without native kernels.
     """
-    with ThreadPoolExecutor(1) as thread:
-        measured = thread.submit(_steps, llm, sampling, streams, steps).result()
-    return _summary(measured, name, streams=streams, vocab_rows=llm.config.vocab_size)
-
-
-def _steps(llm: LLM, sampling: SamplingParams, streams: int, steps: int) -> list[dict[str, float]]:
-    """Seconds of each step by the names of methods, of "step" and of "alone"."""
     tokens = streams + _WARM_STEPS + steps + 1  # who is first has some before the last one starts
     room = streams * (_PROMPT_TOKENS + tokens + llm.engine_settings.block_tokens)
     engine = new_engine(llm, replace(llm.engine_settings, kv_cache_tokens=room))
     chosen = sampling.replace(max_tokens=tokens, min_tokens=0, ignore_eos=True, seed=0)
-    for stream in range(streams):
-        ids = prompt_ids(_PROMPT_TOKENS, llm.tokenizer.vocab_size, stream)
-        engine.add(Request(str(stream), tuple(ids), chosen))
+    prompts = [prompt_ids(_PROMPT_TOKENS, llm.tokenizer.vocab_size, i) for i in range(streams)]
+    requests = [Request(str(i), tuple(ids), chosen) for i, ids in enumerate(prompts)]
+    with EngineService(engine) as service:
+        measured = service.call(lambda engine: _steps(engine, requests, steps))
+    return _summary(measured, name, streams=streams, vocab_rows=llm.config.vocab_size)
+
+
+def _steps(engine: Engine, requests: Sequence[Request], steps: int) -> list[dict[str, float]]:
+    """Seconds of each step by the names of methods, of "step" and of "alone"."""
+    for request in requests:
+        engine.add(request)
     started: set[str] = set()
-    while len(started) < streams:
+    while len(started) < len(requests):
         started |= {event.request_id for event in engine.step()}
     measured: list[dict[str, float]] = []
     with _watching() as watch:

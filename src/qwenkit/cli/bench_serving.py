@@ -32,16 +32,19 @@ from qwenkit.cli.bench_options import (
 )
 from qwenkit.cli.bench_tables import ProgressBar, show_speed
 
+OnlyParts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part",
+        help=f"Only this part, repeatable: {', '.join(PARTS)}. [default: all]",
+        show_default=False,
+    ),
+]
+
 
 def serving(
     model: Model = "default",
-    part: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Only this part, repeatable: {', '.join(PARTS)}. [default: all]",
-            show_default=False,
-        ),
-    ] = None,
+    part: OnlyParts = None,
     shape_name: ShapeName = None,
     storage: Storage = "Q4_0",
     weights: WeightKind = None,
@@ -61,11 +64,11 @@ def serving(
 ) -> None:
     """Serving many requests: speed, waits under load, the engine's own cost, and what it saves.
 
-    "decode" is the aggregate speed of several streams and "load" the waits of requests that come at
-    random times, both beside other engines, which take turns in processes of their own: llama.cpp
-    in as many slots as there are streams, transformers in batches of as many. "overhead" is what a
-    step costs beyond its kernels, "prefix" a long text with many questions with the prefix cache
-    and without, "lookup" small changes of code with prompt lookup and without.
+    "decode" is the aggregate speed of several streams, "load" the waits of requests that come at
+    random times, beside other engines in turns: llama.cpp in as many slots as there are streams,
+    transformers in such batches. "overhead" is what a step costs beyond its kernels, "prefix" many
+    questions about a long text with the prefix cache and without, "lookup" small changes of code
+    with prompt lookup and without.
 
     \b
     Examples:
@@ -98,10 +101,7 @@ def serving(
     )
     with ProgressBar() as progress:
         report = measure_serving(settings, progress=progress)
-    if as_json:
-        console.say_json(report.to_json())
-    else:
-        _show(report)
+    _show(report, as_json=as_json)
 
 
 def _parts(given: list[str] | None, *, is_random: bool) -> tuple[Part, ...]:
@@ -113,7 +113,10 @@ def _parts(given: list[str] | None, *, is_random: bool) -> tuple[Part, ...]:
     return tuple(part for part in PARTS if part in given)
 
 
-def _show(report: ServingReport) -> None:
+def _show(report: ServingReport, *, as_json: bool) -> None:
+    if as_json:
+        console.say_json(report.to_json())
+        return
     if report.decode is not None:
         show_speed(report.decode)
     terminal = Console()
@@ -134,7 +137,7 @@ def _load_table(report: ServingReport) -> Table:
     load = report.settings.load
     table = Table(
         title=f"{report.settings.speed.source.name}: {load.requests} requests, {load.rate:g} a "
-        f"second, {load.turns} turns",
+        f"second; turns: {load.turns}",
         caption="Milliseconds until a request's first token, and from one to its next.",
     )
     table.add_column("engine")
@@ -156,18 +159,19 @@ def _waits(result: LoadResult) -> list[str]:
 
 def _overhead_table(results: list[dict[str, Any]]) -> Table:
     first = results[0]
+    own = [str(result["sampling"]) for result in results if result["sampling"] != "greedy"]
     table = Table(
         title=f"A step of {first['streams']} streams, {first['vocab_rows']:,} logits each, in ms",
-        caption="Kept: the model's kernels alone ÷ the step.",
+        caption="Kept: the model's kernels alone ÷ the step. Own: " + "; ".join(own) + ".",
         box=SIMPLE_HEAD,
     )
-    table.add_column("sampling")
-    parts = ("step", "alone", "scheduling", "batch", "sampling", "text", "rest")
-    for title in (*parts[:2], "kept", *parts[2:]):
+    table.add_column("")
+    for title in ("step", "alone", "kept", "schedule", "batch", "sample", "text", "rest"):
         table.add_column(title, justify="right")
+    parts = ("step", "alone", "scheduling", "batch", "sampling", "text", "rest")
     for result in results:
         cells = [f"{result[f'{part}_ms']:.2f}" for part in parts]
-        name = str(result["sampling"]).replace(", ", "\n")
+        name = "greedy" if result["sampling"] == "greedy" else "own"
         table.add_row(name, *cells[:2], f"{result['kept']:.1%}", *cells[2:])
     return table
 
