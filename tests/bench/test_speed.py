@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from failing_peer import failing_peer
 from qwenkit.bench.calibrate import Calibration, Calibrator
 from qwenkit.bench.expected import expected
 from qwenkit.bench.peers.spec import WeightSetting, Work, prompt_ids
@@ -17,7 +18,7 @@ from qwenkit.bench.report import EngineResult, SpeedReport, Turn
 from qwenkit.bench.shapes import shape
 from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
-from qwenkit.cli.bench import _peers, _setting
+from qwenkit.cli.bench_options import chosen_peers, weight_setting
 from qwenkit.errors import QwenkitError, UsageError
 
 STEADY = Calibration(30.0, 200.0)
@@ -104,26 +105,6 @@ def test_our_engine_is_measured_and_a_missing_peer_is_named(tmp_path: Path, mode
     assert "llama_cpp" in str(llama.error)
     assert transformers.error is not None
     assert "decode, qwenkit" in seen
-
-
-# A peer that answers so many requests and then ends.
-FAILING = """
-import json, sys
-print(json.dumps({{"version": "1"}}), flush=True)
-for _ in range({answers}):
-    sys.stdin.readline()
-    print(json.dumps({{"seconds": 1.0, "peak_bytes": 5}}), flush=True)
-{end}
-"""
-
-
-def failing_peer(folder: Path, answers: int, end: str) -> str:
-    script = folder / "peer.py"
-    script.write_text(FAILING.format(answers=answers, end=end))
-    python = folder / "peer-python"
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} -S {script}\n")
-    python.chmod(0o755)
-    return str(python)
 
 
 @pytest.mark.parametrize(
@@ -222,17 +203,17 @@ def test_a_peer_below_what_it_is_known_to_reach_makes_its_figure_void() -> None:
 
 
 def test_weights_are_named_with_their_groups() -> None:
-    assert _setting(None, 128, None) is None
-    given = _setting("int4", 32, "int8")
+    assert weight_setting(None, 128, None) is None
+    given = weight_setting("int4", 32, "int8")
     assert given is not None
     assert given.label == "int4-g32-head-int8"
     for wrong in (("int5", 128, None), ("int4", 100, None), (None, 128, "int8")):
         with pytest.raises(UsageError):
-            _setting(*wrong)
+            weight_setting(*wrong)
 
 
 def test_peers_are_named_or_none() -> None:
-    assert _peers(None) == ("llama.cpp", "transformers")
-    assert _peers(["none"]) == ()
+    assert chosen_peers(None) == ("llama.cpp", "transformers")
+    assert chosen_peers(["none"]) == ()
     with pytest.raises(UsageError, match=r"llama\.cpp"):
-        _peers(["llamacpp"])
+        chosen_peers(["llamacpp"])

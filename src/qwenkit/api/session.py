@@ -166,6 +166,7 @@ class Session:
         if settings.kv_cache_tokens is None:
             settings = replace(settings, kv_cache_tokens=self.context_tokens)
         self.default_adapter: str | None = None  # of requests that name none
+        self.engine_settings = settings
         drafter = None
         if drafting is not None:
             drafter = make_drafter(drafting, loaded, settings, self.device)

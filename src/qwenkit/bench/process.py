@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from qwenkit.bench.environments import launch_prefix
-from qwenkit.bench.peers.spec import Options, Work
+from qwenkit.bench.peers.spec import Load, Options, Work
 from qwenkit.errors import QwenkitError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -70,6 +72,32 @@ def prepare_files(launch: Launch, target: Path) -> None:
         raise QwenkitError(f"{launch.engine}: {_last_words(done.stderr, done.returncode)}")
 
 
+def run_worker(what: str, module: str, argument: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run one of this package's modules with this Python; the last line of JSON that it writes.
+    `say` is called with the "progress" of those before. Raises QwenkitError, `what` and the last
+    words, when it fails.
+    """
+    command = [sys.executable, "-m", module, argument]
+    answer: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as messages:  # a pipe that nobody reads would fill up
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=messages, stdin=subprocess.DEVNULL, text=True
+        ) as process:
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    if "progress" in answer:
+                        say(answer["progress"])
+            except BaseException:
+                process.kill()
+                raise
+        messages.seek(0)
+        if process.returncode:
+            raise QwenkitError(f"{what}: {_last_words(messages.read(), process.returncode)}")
+    return answer
+
+
 class WorkerProcess:
     """A running engine. Raises QwenkitError when it cannot start or stops answering."""
 
@@ -106,8 +134,10 @@ class WorkerProcess:
         message = self._read()
         return str(message["version"]), str(message.get("setting", ""))
 
-    def measure(self, work: Work) -> dict[str, Any]:
-        """One measurement: {"seconds": …, "peak_bytes": …}."""
+    def measure(self, work: Work | Load) -> dict[str, Any]:
+        """One measurement: {"seconds": …, "peak_bytes": …}, of a load "times" in place of seconds,
+        as `peers.spec.Server.play` gives them.
+        """
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has died: reading says why
             self._process.stdin.write(json.dumps(work.to_json()) + "\n")

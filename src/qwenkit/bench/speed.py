@@ -31,7 +31,7 @@ class SpeedSettings:
     runs all of them (None: each its own environment below `cache`, made if `make_peers`).
 
     `streams` and `contexts` add measurements: decoding of so many sequences at once, and of one
-    that has so many tokens already.
+    that has so many tokens already; `single` False leaves only these.
     """
 
     source: Source
@@ -39,6 +39,7 @@ class SpeedSettings:
     threads: int = 2
     prompt_tokens: int = 512
     decode_tokens: int = 48
+    single: bool = True
     streams: tuple[int, ...] = ()
     contexts: tuple[int, ...] = ()
     turns: int = 5
@@ -50,9 +51,9 @@ class SpeedSettings:
     def plan(self) -> tuple[Work, ...]:
         """The measurements in their order."""
         decode = Work("decode", self.decode_tokens)
+        single = Work("prefill", self.prompt_tokens), decode
         return (
-            Work("prefill", self.prompt_tokens),
-            decode,
+            *(single if self.single else ()),
             *(replace(decode, streams=count) for count in self.streams),
             *(replace(decode, context=tokens) for tokens in self.contexts),
         )
@@ -76,20 +77,8 @@ def measure_speed(settings: SpeedSettings, *, progress: Progress | None = None) 
     """
     report = progress or (lambda what, share: None)
     calibrator = Calibrator(settings.threads)
-    results: dict[str, EngineResult] = {}
-    running: dict[str, WorkerProcess] = {}
     with ExitStack() as stack:
-        for engine in (OURS, *settings.peers):
-            report(f"loading {engine}", 0.0)
-            try:
-                worker = stack.enter_context(_start(engine, settings, report))
-                version, setting = worker.hello()
-                results[engine] = EngineResult(engine, version=version, setting=setting)
-                running[engine] = worker
-            except QwenkitError as error:
-                if engine == OURS:
-                    raise
-                results[engine] = EngineResult(engine, error=str(error))
+        running, results = start_engines(stack, settings, settings.options(), report)
         _take_turns(running, results, settings.plan(), settings.turns, calibrator, report)
     return SpeedReport(
         source=settings.source,
@@ -104,7 +93,31 @@ def measure_speed(settings: SpeedSettings, *, progress: Progress | None = None) 
     )
 
 
-def _start(engine: str, settings: SpeedSettings, report: Progress) -> WorkerProcess:
+def start_engines(
+    stack: ExitStack, settings: SpeedSettings, options: Options, report: Progress
+) -> tuple[dict[str, WorkerProcess], dict[str, EngineResult]]:
+    """Ours and every peer, each ready in a process that ends with `stack`; and of each what it is,
+    or why it could not start. Raises QwenkitError when our own engine cannot.
+    """
+    results: dict[str, EngineResult] = {}
+    running: dict[str, WorkerProcess] = {}
+    for engine in (OURS, *settings.peers):
+        report(f"loading {engine}", 0.0)
+        try:
+            worker = stack.enter_context(_start(engine, settings, options, report))
+            version, setting = worker.hello()
+            results[engine] = EngineResult(engine, version=version, setting=setting)
+            running[engine] = worker
+        except QwenkitError as error:
+            if engine == OURS:
+                raise
+            results[engine] = EngineResult(engine, error=str(error))
+    return running, results
+
+
+def _start(
+    engine: str, settings: SpeedSettings, options: Options, report: Progress
+) -> WorkerProcess:
     if engine == OURS:
         python = sys.executable
     elif settings.peer_python is not None:
@@ -116,9 +129,7 @@ def _start(engine: str, settings: SpeedSettings, report: Progress) -> WorkerProc
             make=settings.make_peers,
             progress=lambda what: report(what, 0.0),
         )
-    launch = launch_for(
-        engine, python, settings.source, settings.options(), settings.cache / "bench", report
-    )
+    launch = launch_for(engine, python, settings.source, options, settings.cache / "bench", report)
     return WorkerProcess(launch)
 
 

@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from qwenkit.bench.environments import RECIPES
 from qwenkit.bench.kernel_jobs import ROWS
 from qwenkit.bench.kernels import DEFAULT_SHAPES, KernelSettings, measure_kernels
-from qwenkit.bench.peers.spec import WEIGHTS, WeightName, WeightSetting
 from qwenkit.bench.shapes import shape
 from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
@@ -19,7 +17,6 @@ from qwenkit.cli.bench_kv import kv
 from qwenkit.cli.bench_memory import memory
 from qwenkit.cli.bench_needle import needle
 from qwenkit.cli.bench_options import (
-    DEFAULT_PEERS,
     Contexts,
     GroupSize,
     Head,
@@ -32,13 +29,14 @@ from qwenkit.cli.bench_options import (
     Streams,
     WeightKind,
     cache_folder,
+    chosen_peers,
+    weight_setting,
 )
 from qwenkit.cli.bench_perplexity import perplexity
+from qwenkit.cli.bench_serving import serving
 from qwenkit.cli.bench_tables import ProgressBar, show_kernels, show_speed
 from qwenkit.cli.bench_tokenizer import compression, tokenizer
-from qwenkit.errors import UsageError, suggest
 
-GROUP_SIZES = (32, 64, 128)
 _DEFAULT_STREAMS = (8,)
 
 app = typer.Typer(
@@ -55,6 +53,7 @@ app.command()(kv)
 app.command()(memory)
 app.command()(compression)
 app.command()(tokenizer)
+app.command()(serving)
 
 
 @app.command()
@@ -91,7 +90,7 @@ def speed(
       qwenkit bench speed --shape qwen2-0.5b --weights int4 --peer onnxruntime --make-peers
       qwenkit bench speed model.gguf --json > speed.json
     """
-    setting = _setting(weights, group_size, head)
+    setting = weight_setting(weights, group_size, head)
     if shape_name is not None:
         shape(shape_name)  # refuses an unknown one before anything is done
         source = Source(shape=shape_name, weights=setting, storage=storage)
@@ -106,7 +105,7 @@ def speed(
         streams=tuple(n for n in dict.fromkeys(streams or _DEFAULT_STREAMS) if n > 1),
         contexts=tuple(dict.fromkeys(context or ())),
         turns=turns,
-        peers=_peers(peer),
+        peers=chosen_peers(peer),
         peer_python=None if peer_python is None else str(peer_python),
         make_peers=make_peers,
         compute=compute,
@@ -167,33 +166,3 @@ def kernels(
         console.say_json(result.to_json())
     else:
         show_kernels(result)
-
-
-def _setting(weights: str | None, group_size: int, head: str | None) -> WeightSetting | None:
-    by_name: dict[str, WeightName] = {name: name for name in WEIGHTS}
-    for option, given in (("weights", weights), ("head", head)):
-        if given is not None and given not in by_name:
-            raise UsageError(f"{option}: got {given!r}. {suggest(given, WEIGHTS)}")
-    if weights is None:
-        if head is not None:
-            raise UsageError("head: says something only together with --weights.")
-        return None
-    if group_size not in GROUP_SIZES:
-        raise UsageError(f"group_size: got {group_size}; allowed: 32, 64, 128.")
-    return WeightSetting(
-        name=by_name[weights],
-        group_size=group_size,
-        head=None if head is None else by_name[head],
-    )
-
-
-def _peers(given: list[str] | None) -> tuple[str, ...]:
-    known = [*RECIPES, "none"]
-    if given is None:
-        return DEFAULT_PEERS
-    if "none" in given and len(given) > 1:
-        raise UsageError("peer: 'none' stands alone.")
-    for name in given:
-        if name not in known:
-            raise UsageError(f"peer: got {name!r}. {suggest(name, known)}")
-    return tuple(name for name in dict.fromkeys(given) if name != "none")

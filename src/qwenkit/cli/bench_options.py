@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 
 from qwenkit.bench.environments import RECIPES
-from qwenkit.bench.peers.spec import WEIGHTS
+from qwenkit.bench.peers.spec import WEIGHTS, WeightName, WeightSetting
 from qwenkit.bench.shapes import SHAPES
-from qwenkit.errors import UsageError
+from qwenkit.errors import UsageError, suggest
 
 DEFAULT_PEERS = ("llama.cpp", "transformers")
+GROUP_SIZES = (32, 64, 128)
 
 Model = Annotated[
     str, typer.Argument(help="A model: name, folder or .gguf file.", show_default=True)
@@ -100,3 +101,38 @@ def cache_folder() -> Path:
     """Where random weights and peers' environments are kept: the user's cache."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "qwenkit"
+
+
+def weight_setting(weights: str | None, group_size: int, head: str | None) -> WeightSetting | None:
+    """What the options say of how weights are held; None where they say nothing.
+
+    Raises UsageError naming the option.
+    """
+    by_name: dict[str, WeightName] = {name: name for name in WEIGHTS}
+    for option, given in (("weights", weights), ("head", head)):
+        if given is not None and given not in by_name:
+            raise UsageError(f"{option}: got {given!r}. {suggest(given, WEIGHTS)}")
+    if weights is None:
+        if head is not None:
+            raise UsageError("head: says something only together with --weights.")
+        return None
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"group_size: got {group_size}; allowed: 32, 64, 128.")
+    return WeightSetting(
+        name=by_name[weights],
+        group_size=group_size,
+        head=None if head is None else by_name[head],
+    )
+
+
+def chosen_peers(given: list[str] | None) -> tuple[str, ...]:
+    """The peers to compare with. Raises UsageError for an unknown one."""
+    known = [*RECIPES, "none"]
+    if given is None:
+        return DEFAULT_PEERS
+    if "none" in given and len(given) > 1:
+        raise UsageError("peer: 'none' stands alone.")
+    for name in given:
+        if name not in known:
+            raise UsageError(f"peer: got {name!r}. {suggest(name, known)}")
+    return tuple(name for name in dict.fromkeys(given) if name != "none")

@@ -18,11 +18,13 @@ from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.served import ServedModel
 from qwenkit.kernels.cpu.replay import NotReplayableError, Program, record
-from qwenkit.layers.position import Rotary
-from qwenkit.layers.rope import Tables
+from qwenkit.layers.position import Rotary, extended
+from qwenkit.layers.rope import Tables, rotary_tables
+from qwenkit.types.extension import NO_EXTENSION
 
 _MOST_TOKENS = 16  # beyond, a step takes long enough for Python not to be noticed
 _MOST_PROGRAMS = 64
+_LEAST_ROTATIONS = 1024  # rows of a table that are made at once, and doubled when they run out
 _REFILLED = ("ids", "positions", "slots", "query_lengths", "kv_lengths")
 
 # Tokens, sequences, width of the block tables, threads, each token's adapter.
@@ -37,6 +39,7 @@ class Replayer:
         self._cache = cache
         self._specs: dict[Key, tuple[Rotary, ...]] = {}
         self._steps: dict[Key, _Step] = {}
+        self._rotations = _Rotations()
         self._refused = False
 
     def run(self, batch: Batch, adapter_keys: tuple[int, ...] = ()) -> torch.Tensor | None:
@@ -50,7 +53,7 @@ class Replayer:
         key = tokens, len(batch.query_lengths), width, torch.get_num_threads(), adapter_keys
         context = PagedAttention(self._cache, batch)
         if key in self._steps:
-            return self._steps[key].run(batch, context)
+            return self._steps[key].run(batch, context, self._rotations)
         if key not in self._specs:
             result = self._model(batch.ids, context)
             self._specs[key] = tuple(context.tables)
@@ -91,15 +94,42 @@ class _Step:
         self._program: Program = record(lambda: model(inputs.ids, recorded))
         self.result = self._program.result
 
-    def run(self, batch: Batch, context: PagedAttention) -> torch.Tensor:
+    def run(self, batch: Batch, context: PagedAttention, rotations: _Rotations) -> torch.Tensor:
         """Refill the inputs from a batch and its context, and compute."""
         for name in _REFILLED:
             getattr(self._batch, name).copy_(getattr(batch, name))
         self._fill_tables(batch)
         for spec, kept in self._tables.items():
-            for into, table in zip(kept, context.rotation(spec), strict=True):
-                into.copy_(table)
+            rotations.fill(kept, spec, batch, context)
         return self._program.run()
 
     def _fill_tables(self, batch: Batch) -> None:
         self._batch.block_tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+
+
+class _Rotations:
+    """Tables of positions from 0 on, for sequences that are not extended.
+
+    Torch's cosine wakes all of its threads even for a few rows, which takes longer than the rest of
+    a step's preparations, and they stay awake where the kernels' threads should be.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[Rotary, Tables] = {}
+
+    def fill(self, into: Tables, spec: Rotary, batch: Batch, context: PagedAttention) -> None:
+        """Put a batch's rows of `spec` into two tensors [tokens, head_dim / 2]."""
+        if batch.extensions != (NO_EXTENSION,):
+            for kept, table in zip(into, context.rotation(spec), strict=True):
+                kept.copy_(table)
+            return
+        for kept, table in zip(into, self._up_to(spec, int(batch.positions.max())), strict=True):
+            torch.index_select(table, 0, batch.positions, out=kept)
+
+    def _up_to(self, spec: Rotary, position: int) -> Tables:
+        tables = self._tables.get(spec)
+        if tables is None or len(tables[0]) <= position:
+            count = max(_LEAST_ROTATIONS, 1 << (position + 1).bit_length())
+            tables = rotary_tables(extended(spec, NO_EXTENSION), torch.arange(count))
+            self._tables[spec] = tables
+        return tables

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
@@ -18,10 +17,8 @@ from qwenkit.layers.position import DualChunk, Linear, Llama3, Rotary, Yarn
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosine and sine, each fp32 [tokens, head_dim / 2]
 
 
-@lru_cache(maxsize=64)  # every step of an engine asks for those of its model again
-@torch.inference_mode(False)  # what is kept may be asked for in training next
 def inverse_frequencies(spec: Rotary, device: torch.device) -> torch.Tensor:
-    """Angular steps per position, fp32 [head_dim / 2]; not to be written to.
+    """Angular steps per position, fp32 [head_dim / 2].
 
     A spec whose scaling depends on a length gives those of the trained length.
     """

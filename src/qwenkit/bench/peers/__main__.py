@@ -3,8 +3,9 @@ r"""One engine in a process of its own, told over standard input what to measure
     python -m qwenkit.bench.peers llama.cpp MODEL --options '{"threads": 2, …}'
 
 A request is a line of JSON, the fields of `spec.Work`; the answer is a line {"seconds": …,
-"peak_bytes": …}. Separate processes keep one engine's threads and memory out of the other's
-figures. With `--prepare TARGET` it writes the engine's own files of MODEL there instead, and ends.
+"peak_bytes": …}. Or it is those of `spec.Load`, and the answer has "times" in place of seconds.
+Separate processes keep one engine's threads and memory out of the other's figures. With
+`--prepare TARGET` it writes the engine's own files of MODEL there instead, and ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qwenkit.bench.peers import llama_cpp, onnxruntime, openvino, own, transformers, vllm
-from qwenkit.bench.peers.spec import Engine, Options, Work
+from qwenkit.bench.peers.spec import Engine, Load, Options, Work
 
 ENGINES: dict[str, Callable[[str, Options], Engine]] = {
     "qwenkit": own.Qwenkit,
@@ -51,12 +52,19 @@ def serve(engine: Engine, requests: TextIO, answers: TextIO) -> None:
 
     answer({"version": engine.version, "setting": engine.setting})
     for line in requests:
-        work = Work(**json.loads(line))
-        if work.measure == "prefill":
-            seconds = engine.prefill(work.tokens)
-        else:
-            seconds = engine.decode(work.tokens, work.streams, work.context)
-        answer({"seconds": seconds, "peak_bytes": peak_bytes()})
+        answer(_measure(engine, json.loads(line)) | {"peak_bytes": peak_bytes()})
+
+
+def _measure(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+    if "arrivals" in request:
+        play = getattr(engine, "play", None)
+        if play is None:
+            raise RuntimeError("is measured under no load")
+        return {"times": play(Load.from_json(request))}
+    work = Work(**request)
+    if work.measure == "prefill":
+        return {"seconds": engine.prefill(work.tokens)}
+    return {"seconds": engine.decode(work.tokens, work.streams, work.context)}
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import importlib
 import time
 from typing import Any
 
-from qwenkit.bench.peers.spec import Options, prompt_ids
+from qwenkit.bench.peers.playing import play_in_slots
+from qwenkit.bench.peers.spec import Load, Options, prompt_ids
 
 _MICRO_BATCH_TOKENS = 512  # llama.cpp's own default
 
@@ -28,6 +29,7 @@ class LlamaCpp:
         if not self._model:
             raise RuntimeError("llama.cpp cannot load this model")
         self._threads = options.threads
+        self._streams = options.most_streams
         self._batch_tokens = max(options.most_prompt_tokens, options.most_streams)
         self._batch = llama.llama_batch_init(self._batch_tokens, 0, 1)
         vocab = llama.llama_model_get_vocab(self._model)
@@ -98,3 +100,16 @@ class LlamaCpp:
         for step in range(tokens):
             chosen = self._submit([(t, context + step, s, True) for s, t in enumerate(chosen)])
         return time.perf_counter() - start_s
+
+    def play(self, load: Load) -> list[list[float]]:
+        """Greedy, in as many slots as it is made for; prompts beside decodes, as in its server."""
+        self._prepare(self._streams, load.most_positions)
+        memory = self._llama.llama_get_memory(self._context)
+        return play_in_slots(
+            load,
+            self._submit,
+            lambda slot: self._llama.llama_memory_seq_rm(memory, slot, -1, -1),
+            slots=self._streams,
+            step_tokens=min(self._batch_tokens, _MICRO_BATCH_TOKENS),
+            vocab_size=self._vocab_size,
+        )

@@ -48,6 +48,41 @@ class Work:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request: when it comes, counted from the start of its load, and how long it is."""
+
+    at_s: float
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests that come one after another, whether or not the engine keeps up."""
+
+    arrivals: tuple[Arrival, ...]
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """The longest prompt."""
+        return max(arrival.prompt_tokens for arrival in self.arrivals)
+
+    @property
+    def most_positions(self) -> int:
+        """The longest request, prompt and answer."""
+        return max(arrival.prompt_tokens + arrival.tokens for arrival in self.arrivals)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(tuple(Arrival(**arrival) for arrival in data["arrivals"]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSetting:
     """How weights are held: `group_size` numbers share a scale; `head` is how the output matrix
@@ -69,7 +104,9 @@ class WeightSetting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What an engine must be ready for. `compute` is for our own only."""
+    """What an engine must be ready for. `compute` is for our own only; `serves`: what it is given
+    are loads.
+    """
 
     threads: int
     most_prompt_tokens: int
@@ -77,6 +114,7 @@ class Options:
     most_streams: int = 1
     weights: WeightSetting | None = None
     compute: str = "auto"
+    serves: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -100,6 +138,13 @@ class Engine(Protocol):
 
     def decode(self, tokens: int, streams: int, context: int) -> float:
         """Seconds in which each of `streams` sequences goes on by `tokens` after `context`."""
+
+
+class Server(Protocol):
+    """An engine that can be given a load."""
+
+    def play(self, load: Load) -> list[list[float]]:
+        """For each request, when each of its tokens came, in seconds from the start of the load."""
 
 
 def unsupported(engine: str, weights: WeightSetting) -> RuntimeError:
