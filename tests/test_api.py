@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,32 @@ def test_async_answers_run_together(folder: Path, llm: LLM) -> None:
             assert chat.text == llm.chat(HELLO, GREEDY).text
             streamed = [event.text async for event in model.stream_chat(HELLO, GREEDY)]
             assert "".join(streamed) == chat.text
+
+    asyncio.run(run())
+
+
+def test_async_answers_of_one_call_end_together(folder: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(folder) as model:
+            endless = {"max_tokens": 500, "ignore_eos": True}
+            with pytest.raises(RequestError, match="token id 9999"):
+                await model.generate([[1], [2], [9999]], endless)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=20)
+            assert all(task.cancelled() for task in tasks)
+            await asyncio.to_thread(model._service.call, lambda _: None)
+            assert not model._service.engine.has_work
+
+    asyncio.run(run())
+
+
+def test_closing_does_not_hold_up_the_event_loop(folder: Path) -> None:
+    async def run() -> None:
+        model, opened = AsyncLLM(folder), threading.Event()
+        step = model._service._worker.call(lambda _: opened.wait(20))
+        asyncio.get_running_loop().call_later(0.1, opened.set)
+        await model.close()
+        assert step.result(), "the loop went on while the engine was busy"
 
     asyncio.run(run())
 

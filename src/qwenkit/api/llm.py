@@ -184,8 +184,7 @@ class LLM(Session):
         serves. Raises RequestError, or QwenkitError when one cannot be computed.
         """
         requests = embedding_requests(self._request, prompts, pooling, normalize, options)
-        events = {event.request_id: event for event in self._service.stream_many(requests)}
-        ends = [events[request.id] for request in requests]
+        ends = [events[-1] for events in self._service.generate(requests)]
         finished = [end for end in ends if isinstance(end, FinishEvent)]
         return vectors(finished, self.config.hidden_size)
 
@@ -207,17 +206,21 @@ class LLM(Session):
         cannot be computed.
         """
         requests = score_requests(self._request, pairs, self.tokenizer, self.record, options)
-        events: dict[str, list[Event]] = {request.id: [] for request in requests}
-        for event in self._service.stream_many(requests):
-            events[event.request_id].append(event)
-        return [collect(events[one.id], one.prompt_ids[one.scored_from :]) for one in requests]
+        several = self._service.generate(requests)
+        return [
+            collect(events, one.prompt_ids[one.scored_from :])
+            for one, events in zip(requests, several, strict=True)
+        ]
 
     def _complete(
         self, requests: Sequence[Request], progress: bool | None = False
     ) -> list[Completion]:
         collectors = {request.id: Collector(request) for request in requests}
-        with bar(len(requests), progress) as advance:
-            for event in self._service.stream_many(requests):
+        with (
+            bar(len(requests), progress) as advance,
+            self._service.stream_many(requests) as stream,
+        ):
+            for event in stream:
                 collectors[event.request_id].add(event)
                 if isinstance(event, FinishEvent):
                     advance(event.usage.completion_tokens)
