@@ -106,6 +106,8 @@ class Session:
             speculation=speculation,
             reference_ops=compute == "reference",
         )
+        if draft is not None and speculation != "none":
+            raise UsageError(f"draft: {draft} was given beside {speculation!r}; drop one.")
         asked = _asked_places(device, device_map)
         plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
@@ -116,7 +118,7 @@ class Session:
         used = plan if native or weights != "auto" else None  # else run what is stored, as it is
         merging = _merging(merge, offline=offline, dequantize=weights != "auto")
         loaded = self._read(self.path, dtype, used, merging, progress)
-        drafting = self._read_draft(draft, dtype, used, settings, offline=offline)
+        drafting = self._read_draft(draft, dtype, used, offline=offline)
         kv = _kv_dtype(kv_dtype, loaded.model, native=native)
         self._serve(loaded, context_tokens, replace(settings, kv_dtype=kv), drafting)
         self._load_adapters(adapters or {}, offline=offline)
@@ -137,14 +139,11 @@ class Session:
         draft: str | Path | None,
         dtype: str,
         plan: WeightPlan | None,
-        settings: EngineSettings,
         *,
         offline: bool,
     ) -> Loaded | None:
         if draft is None:
             return None
-        if settings.speculation != "none":
-            raise UsageError(f"draft: {draft} was given beside {settings.speculation!r}; drop one.")
         if not isinstance(self.devices, str):
             raise UsageError("draft: a draft model does not work with a model on several devices.")
         return self._read(resolve(str(draft), offline=offline), dtype, plan, None, None)

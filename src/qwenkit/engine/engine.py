@@ -213,7 +213,7 @@ class Engine:
             except Exception as error:
                 if isinstance(error, NonFiniteError):
                     error = self._located(error, chunk)
-                events.append(self._fail(chunk.request_id, error))
+                events.append(self._finish(chunk.request_id, Ending("error"), describe(error)))
                 continue
             events += taken.events
             sampled[chunk.request_id] = taken.token_ids
@@ -275,9 +275,6 @@ class Engine:
             _log.error("it could not be found where a number went wrong", exc_info=failure)
             return error
         return NonFiniteError(f"{error} {where}")
-
-    def _fail(self, request_id: str, error: Exception) -> FinishEvent:
-        return self._finish(request_id, Ending("error"), describe(error))
 
     def _finish(self, request_id: str, ending: Ending, error: str | None = None) -> FinishEvent:
         active = self._active.pop(request_id)

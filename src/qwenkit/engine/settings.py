@@ -53,6 +53,9 @@ class EngineSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        for name in ("prefix_cache", "reference_ops"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: expected true or false, got {getattr(self, name)!r}.")
         if self.speculation not in SPECULATIONS:
             raise UsageError(
                 f"speculation: got {self.speculation!r}. {suggest(self.speculation, SPECULATIONS)}"
