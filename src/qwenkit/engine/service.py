@@ -185,7 +185,10 @@ class AsyncEventStream(AsyncIterator[Event]):
             raise StopAsyncIteration
         try:
             if self._starting is not None:
-                await self._starting
+                await asyncio.wait([self._starting])
+                if self._starting.cancelled():  # by a task that closed the stream meanwhile
+                    raise StopAsyncIteration
+                self._starting.result()
                 self._starting = None
             event = await self._events.get()
         except asyncio.CancelledError:
