@@ -289,6 +289,18 @@ def test_closing_does_not_hold_up_the_event_loop(folder: Path) -> None:
     asyncio.run(run())
 
 
+def test_the_status_tells_how_much_was_found_in_the_cache(folder: Path) -> None:
+    with LLM(folder) as model:
+        assert model.status().prefix_hit_rate == 0
+        first, second = (model.generate([[7] * 41], GREEDY)[0] for _ in range(2))
+        assert (first.usage.cached_tokens, second.usage.cached_tokens) == (0, 32)
+        status = model.status()
+        assert (status.prompt_tokens, status.cached_tokens) == (82, 32)
+        assert status.prefix_hit_rate == 32 / 82
+        assert (status.running, status.waiting) == (0, 0)
+        assert status.free_blocks == status.total_blocks
+
+
 def test_texts_become_vectors(llm: LLM) -> None:
     prompts = ["first", "a second text that is longer", "3"]
     for pooling in ("last", "mean"):

@@ -28,6 +28,7 @@ from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.engine.draft_model import DraftModel
 from qwenkit.engine.engine import Engine
+from qwenkit.engine.plan import SchedulerStatus
 from qwenkit.engine.request import Request, check_request, stop_ids
 from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
@@ -182,6 +183,10 @@ class Session:
     def adapters(self) -> tuple[str, ...]:
         """The names of the loaded adapters."""
         return self._service.engine.adapters
+
+    def status(self) -> SchedulerStatus:
+        """How busy the engine is, and its counts until now. Any thread may ask."""
+        return self._service.engine.status()
 
     def _load_adapters(self, adapters: Mapping[str, str | Path], *, offline: bool) -> None:
         try:
