@@ -289,6 +289,20 @@ def test_closing_does_not_hold_up_the_event_loop(folder: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_stream_is_typed_as_what_can_be_closed(folder: Path, llm: LLM) -> None:
+    endless = {"max_tokens": 500, "ignore_eos": True}
+    with llm.stream("abc", endless) as events:
+        next(events)
+    llm.stream_chat(HELLO, endless).close()
+
+    async def run() -> None:
+        async with AsyncLLM(folder) as model, model.stream("abc", endless) as events:
+            await anext(events)
+            await model.stream_chat(HELLO, endless).aclose()
+
+    asyncio.run(run())
+
+
 def test_the_status_tells_how_much_was_found_in_the_cache(folder: Path) -> None:
     with LLM(folder) as model:
         assert model.status().prefix_hit_rate == 0

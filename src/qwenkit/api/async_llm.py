@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, overload
@@ -16,6 +16,7 @@ from qwenkit.api.scores import Pairs, collect, score_requests
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
+from qwenkit.engine.service import AsyncEventStream
 from qwenkit.score import Score
 from qwenkit.types.completion import BeamCompletion, Completion
 from qwenkit.types.events import Event, FinishEvent
@@ -29,7 +30,7 @@ class AsyncLLM(Session):
 
     def stream(
         self, prompt: Prompt, sampling: Sampling = None, *, options: Options = None
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncEventStream:
         """Events of a raw completion of text or ids; see `LLM.stream`."""
         return self._service.astream(self._request(prompt, sampling, options))
 
@@ -41,7 +42,7 @@ class AsyncLLM(Session):
         tools: Tools = (),
         continue_final_message: bool = False,
         options: Options = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncEventStream:
         """Events of the assistant's next turn; see `LLM.stream_chat`."""
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return self._service.astream(request)

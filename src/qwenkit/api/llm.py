@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, overload
 
@@ -15,9 +15,10 @@ from qwenkit.api.scores import Pairs, collect, score_requests
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
+from qwenkit.engine.service import EventStream
 from qwenkit.score import Score
 from qwenkit.types.completion import BeamCompletion, Completion
-from qwenkit.types.events import Event, FinishEvent
+from qwenkit.types.events import FinishEvent
 from qwenkit.types.sampling import SamplingParams
 
 
@@ -26,7 +27,7 @@ class LLM(Session):
 
     def stream(
         self, prompt: Prompt, sampling: Sampling = None, *, options: Options = None
-    ) -> Iterator[Event]:
+    ) -> EventStream:
         """Events of a raw completion of text or ids: tokens, then exactly one FinishEvent.
 
         Closing the iterator aborts the request. Raises RequestError before the first event.
@@ -41,7 +42,7 @@ class LLM(Session):
         tools: Tools = (),
         continue_final_message: bool = False,
         options: Options = None,
-    ) -> Iterator[Event]:
+    ) -> EventStream:
         """Events of the assistant's next turn; see `stream`."""
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return self._service.stream(request)
