@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,58 @@ def test_async_answers_run_together(folder: Path, llm: LLM) -> None:
             assert "".join(streamed) == chat.text
 
     asyncio.run(run())
+
+
+def test_async_answers_of_one_call_end_together(folder: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(folder) as model:
+            endless = {"max_tokens": 500, "ignore_eos": True}
+            with pytest.raises(RequestError, match="token id 9999"):
+                await model.generate([[1], [2], [9999]], endless)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=20)
+            assert all(task.cancelled() for task in tasks)
+            await asyncio.to_thread(model._service.call, lambda _: None)
+            assert not model._service.engine.has_work
+
+    asyncio.run(run())
+
+
+def test_closing_does_not_hold_up_the_event_loop(folder: Path) -> None:
+    async def run() -> None:
+        model, opened = AsyncLLM(folder), threading.Event()
+        step = model._service._worker.call(lambda _: opened.wait(20))
+        asyncio.get_running_loop().call_later(0.1, opened.set)
+        await model.close()
+        assert step.result(), "the loop went on while the engine was busy"
+
+    asyncio.run(run())
+
+
+def test_a_stream_is_typed_as_what_can_be_closed(folder: Path, llm: LLM) -> None:
+    endless = {"max_tokens": 500, "ignore_eos": True}
+    with llm.stream("abc", endless) as events:
+        next(events)
+    llm.stream_chat(HELLO, endless).close()
+
+    async def run() -> None:
+        async with AsyncLLM(folder) as model, model.stream("abc", endless) as events:
+            await anext(events)
+            await model.stream_chat(HELLO, endless).aclose()
+
+    asyncio.run(run())
+
+
+def test_the_status_tells_how_much_was_found_in_the_cache(folder: Path) -> None:
+    with LLM(folder) as model:
+        assert model.status().prefix_hit_rate == 0
+        first, second = (model.generate([[7] * 41], GREEDY)[0] for _ in range(2))
+        assert (first.usage.cached_tokens, second.usage.cached_tokens) == (0, 32)
+        status = model.status()
+        assert (status.prompt_tokens, status.cached_tokens) == (82, 32)
+        assert status.prefix_hit_rate == 32 / 82
+        assert (status.running, status.waiting) == (0, 0)
+        assert status.free_blocks == status.total_blocks
 
 
 def test_texts_become_vectors(llm: LLM) -> None:

@@ -49,8 +49,8 @@ def test_the_output_is_the_same_bits(folder: Path, draft: Path, weights: str) ->
 
 
 def test_what_cannot_guess_is_refused(folder: Path, draft: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="drop one"):
-        LLM(folder, draft=draft, speculation="prompt-lookup")
+    with pytest.raises(UsageError, match="drop one"):  # known before anything is looked for
+        LLM(tmp_path / "nowhere", draft=draft, speculation="prompt-lookup")
     with pytest.raises(UsageError, match="prompt-lookup"):
         LLM(folder, speculation="lookup")
     other = write_tiny_checkpoint(tmp_path / "other")

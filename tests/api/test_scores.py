@@ -110,6 +110,14 @@ def test_what_cannot_be_scored_is_refused_by_name(
         llm.score([pair])
 
 
+@pytest.mark.parametrize(
+    "pairs", [None, "ab", {"a": "b"}, [5], ["ab"], [("a",)], [("a", "b", "c")]]
+)
+def test_what_is_no_list_of_pairs_is_refused_by_name(llm: LLM, pairs: Any) -> None:
+    with pytest.raises(RequestError, match="pairs: expected a list of pairs"):
+        llm.score(pairs)
+
+
 def test_no_pairs_have_no_scores(llm: LLM) -> None:
     assert llm.score([]) == []
 

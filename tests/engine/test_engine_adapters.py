@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import queue
 import threading
 import weakref
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from qwenkit.errors import CheckpointError, RequestError, UsageError
 from qwenkit.kernels.ops.add_low_rank import add_low_rank
 from qwenkit.load import load
 from qwenkit.types.completion import Completion
+from qwenkit.types.events import Event, FinishEvent
 from tiny import write_tiny_checkpoint
 
 SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "logprobs": 2}
@@ -284,6 +286,28 @@ def test_asyncio(files: Files) -> None:
             complete(llm, [1], ["a"] * 8)[0],
             complete(llm, [1], [None] * 8)[0],
         )
+
+
+def test_an_adapter_that_goes_before_its_request_comes_ends_that_request_only(
+    files: Files,
+) -> None:
+    """Between a constraint's compilation and the engine's turn there is time for that."""
+    path, adapters = files
+    with LLM(path, adapters={"a": adapters["a"]}) as llm:
+        worker = llm._service._worker
+        sampling = {"constraint": {"regex": "a{1,9}"}, "max_tokens": 5}
+        late = llm._request(PROMPTS[0], sampling, {"adapter": "a", "timeout_s": 0.0})
+        matcher = worker.engine.prepare(late)
+        llm.unload_adapter("a")
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        worker.submit([late], [matcher], events.put)
+        end = events.get(timeout=20)
+        assert isinstance(end, FinishEvent)
+        assert end.reason == "error"
+        assert end.error is not None
+        assert "adapter: 'a' is not loaded" in end.error
+        assert llm.generate("abc", SAMPLING).finish_reason == "length"
+        assert events.empty()
 
 
 def test_plain_models_of_any_dtype_are_adapted(tmp_path: Path) -> None:

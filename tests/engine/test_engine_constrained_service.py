@@ -112,6 +112,26 @@ def test_a_request_that_is_given_up_while_it_compiles_is_never_submitted(
     asyncio.run(give_up())
 
 
+def test_closing_a_stream_that_compiles_cancels_nobody_who_waits_for_it(
+    service: EngineService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+
+    async def close() -> None:
+        stream = service.astream(request("a", constraint={"choice": ["yes"]}))
+
+        async def read() -> list[Event]:
+            return [event async for event in stream]
+
+        waiting = asyncio.create_task(read())
+        assert await asyncio.to_thread(held.reached.wait, PATIENCE_S)
+        await stream.aclose()
+        assert await waiting == []
+        held.free.set()
+
+    asyncio.run(close())
+
+
 def test_a_stream_that_is_closed_before_it_is_read_ends_its_compilation(
     service: EngineService,
 ) -> None:

@@ -18,7 +18,8 @@ from qwenkit.errors import RequestError
 from qwenkit.kernels import registry
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.models import qwen2
-from qwenkit.types.events import Event, TokenEvent
+from qwenkit.types.events import Event, FinishEvent, TokenEvent
+from qwenkit.types.options import RequestOptions
 
 
 def greedy(model: qwen2.Model, prompt: Iterable[int], count: int) -> list[int]:
@@ -315,6 +316,29 @@ def test_a_model_that_raises_leaves_every_request_to_be_ended() -> None:
     }
     assert served.status().free_blocks == served.status().total_blocks
     assert finish(run(served, request("d", max_tokens=3))["d"]).reason in ("length", "stop")
+
+
+@pytest.mark.parametrize("then", ["step", "abort_all"])
+def test_who_is_overdue_when_a_step_fails_ends_once_all_the_same(then: str) -> None:
+    faults = iter([True])
+
+    def change(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if next(faults, False):
+            raise RuntimeError("out of memory")
+        return logits
+
+    served = engine(Wrapped(change))
+    options = RequestOptions(timeout_s=0.0)
+    served.add(dataclasses.replace(request("overdue"), options=options))
+    served.add(request("other", max_tokens=1))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        served.step()
+    events = served.step() if then == "step" else served.abort_all(error="out of memory")
+    ends = [e for e in [*events, *served.abort_all()] if isinstance(e, FinishEvent)]
+    assert [(end.request_id, end.reason) for end in ends] == [
+        ("overdue", "timeout"),
+        ("other", "length" if then == "step" else "error"),
+    ]
 
 
 def test_what_is_refused_leaves_no_trace() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qwenkit import LLM
+from qwenkit.engine import replay
 from qwenkit.engine.replay import Replayer
 from qwenkit.errors import KernelError
 from qwenkit.kernels.cpu.replay import NotReplayableError, Program, record
@@ -66,6 +67,20 @@ def test_repeated_steps_give_the_bits_of_computed_ones(
     assert repeated[:5] == repeated[5:]
     monkeypatch.setattr(Replayer, "run", lambda *_: None)
     assert answers(llm) == repeated
+
+
+def test_what_is_known_of_steps_does_not_grow_without_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "_MOST_SPECS", 3)
+    with LLM(folder) as llm:
+        if not silu_mul.backends:
+            pytest.skip("no native kernels here")
+        expected = answers(llm)
+        assert answers(llm) == expected
+        replayer = llm._service.engine._runner._replayer
+        assert replayer is not None
+        assert 0 < len(replayer._specs) <= 3
 
 
 def test_a_program_reads_its_inputs_anew() -> None:

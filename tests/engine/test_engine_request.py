@@ -82,6 +82,10 @@ def test_settings_are_checked_and_count_blocks() -> None:
             given: Any = {field: value}
             with pytest.raises(UsageError, match=rf"^{field}: expected a whole number"):
                 EngineSettings(**given)
+    for field in ("prefix_cache", "reference_ops"):
+        given = {field: "no"}
+        with pytest.raises(UsageError, match=rf"^{field}: expected true or false, got 'no'"):
+            EngineSettings(**given)
     with pytest.raises(UsageError, match="max_sequences: 9 is above max_batch_tokens 8"):
         EngineSettings(max_batch_tokens=8, max_sequences=9)
     assert EngineSettings(kv_cache_tokens=4).num_blocks(4) == 1

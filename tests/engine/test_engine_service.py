@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -166,6 +167,27 @@ def test_leaving_a_stream_aborts_its_request(service: EngineService, leave: str)
             break
         del stream
     until(lambda: idle(service))
+
+
+def test_interrupting_who_waits_aborts_whoever_keeps_the_traceback() -> None:
+    """As after Ctrl-C in a notebook, which keeps the last traceback, and so the stream."""
+    model, opened = gate()
+    with EngineService(engine(model)) as service:
+        stream = service.stream(endless("a"))
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        opened.set()
+        until(lambda: idle(service))
+        assert list(stream) == []
 
 
 def test_a_late_close_does_not_end_another_request_of_the_same_id(service: EngineService) -> None:

@@ -132,3 +132,19 @@ def test_prompt_logprobs_are_bounded(given: Any) -> None:
     with pytest.raises(RequestError) as error:
         SamplingParams(prompt_logprobs=given)
     assert error.value.field == "prompt_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "words"),
+    [
+        ("stop", [f"word {i}" for i in range(1025)], "got 1025 entries; allowed: 1024"),
+        ("stop", ["a" * 65_000, "b" * 537], "got 65537 characters in all; allowed: 65536"),
+        ("stop_token_sequences", [[i] for i in range(1025)], "got 1025 entries; allowed: 1024"),
+        ("stop_token_sequences", [[1] * 65_537], "got 65537 ids in all; allowed: 65536"),
+    ],
+)
+def test_more_stops_than_a_step_has_time_for_are_refused(
+    field: str, given: list[Any], words: str
+) -> None:
+    with pytest.raises(RequestError, match=f"^{field}: {words}"):
+        SamplingParams.from_mapping({field: given})

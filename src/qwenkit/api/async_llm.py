@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, TypeVar, overload
 
 from qwenkit.api.beam import BeamSettings, likeliest, step_requests
 from qwenkit.api.choices import Choices
@@ -16,10 +16,13 @@ from qwenkit.api.scores import Pairs, collect, score_requests
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
+from qwenkit.engine.service import AsyncEventStream
 from qwenkit.score import Score
 from qwenkit.types.completion import BeamCompletion, Completion
 from qwenkit.types.events import Event, FinishEvent
 from qwenkit.types.sampling import SamplingParams
+
+T = TypeVar("T")
 
 
 class AsyncLLM(Session):
@@ -27,7 +30,7 @@ class AsyncLLM(Session):
 
     def stream(
         self, prompt: Prompt, sampling: Sampling = None, *, options: Options = None
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncEventStream:
         """Events of a raw completion of text or ids; see `LLM.stream`."""
         return self._service.astream(self._request(prompt, sampling, options))
 
@@ -39,7 +42,7 @@ class AsyncLLM(Session):
         tools: Tools = (),
         continue_final_message: bool = False,
         options: Options = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncEventStream:
         """Events of the assistant's next turn; see `LLM.stream_chat`."""
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return self._service.astream(request)
@@ -137,12 +140,12 @@ class AsyncLLM(Session):
     ) -> Vectors:
         """A vector for each text or id list; see `LLM.embed`."""
         requests = embedding_requests(self._request, prompts, pooling, normalize, options)
-        ends = await asyncio.gather(*(self._end(request) for request in requests))
+        ends = await _together(self._end(request) for request in requests)
         return vectors(ends, self.config.hidden_size)
 
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
-        self._service.close()
+        await asyncio.to_thread(self._service.close)  # it waits for the step that is computed
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,12 +154,12 @@ class AsyncLLM(Session):
         await self.close()
 
     async def _complete_all(self, requests: Sequence[Request]) -> list[Completion]:
-        return list(await asyncio.gather(*(self._complete(request) for request in requests)))
+        return await _together(self._complete(request) for request in requests)
 
     async def score(self, pairs: Pairs, *, options: Options = None) -> list[Score]:
         """The log-likelihood of each continuation; see `LLM.score`."""
         requests = score_requests(self._request, pairs, self.tokenizer, self.record, options)
-        several = await asyncio.gather(*(self._events(request) for request in requests))
+        several = await _together(self._events(request) for request in requests)
         return [
             collect(events, one.prompt_ids[one.scored_from :])
             for one, events in zip(requests, several, strict=True)
@@ -176,3 +179,13 @@ class AsyncLLM(Session):
         async for event in self._service.astream(request):
             collector.add(event)
         return collector.completion()
+
+
+async def _together(answers: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All answers, in order. If one of them raises, the others' requests are aborted."""
+    tasks = [asyncio.create_task(answer) for answer in answers]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()  # does nothing to those that are done

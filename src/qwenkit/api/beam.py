@@ -160,5 +160,6 @@ def step_requests(search: BeamSearch, request: Request) -> list[Request]:
 def likeliest(done: Completion) -> tuple[tuple[int, float], ...]:
     """The alternatives that a step's request found. Raises QwenkitError when it found none."""
     if not done.logprobs:
-        raise QwenkitError(f"the beam search ended early ({done.finish_reason}): {done.error}")
+        cause = f"{done.finish_reason}: {done.error}" if done.error else done.finish_reason
+        raise QwenkitError(f"the beam search ended early: {cause}.")
     return done.logprobs[0].top

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, overload
 
@@ -15,9 +15,10 @@ from qwenkit.api.scores import Pairs, collect, score_requests
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
+from qwenkit.engine.service import EventStream
 from qwenkit.score import Score
 from qwenkit.types.completion import BeamCompletion, Completion
-from qwenkit.types.events import Event, FinishEvent
+from qwenkit.types.events import FinishEvent
 from qwenkit.types.sampling import SamplingParams
 
 
@@ -26,7 +27,7 @@ class LLM(Session):
 
     def stream(
         self, prompt: Prompt, sampling: Sampling = None, *, options: Options = None
-    ) -> Iterator[Event]:
+    ) -> EventStream:
         """Events of a raw completion of text or ids: tokens, then exactly one FinishEvent.
 
         Closing the iterator aborts the request. Raises RequestError before the first event.
@@ -41,7 +42,7 @@ class LLM(Session):
         tools: Tools = (),
         continue_final_message: bool = False,
         options: Options = None,
-    ) -> Iterator[Event]:
+    ) -> EventStream:
         """Events of the assistant's next turn; see `stream`."""
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return self._service.stream(request)
@@ -184,8 +185,7 @@ class LLM(Session):
         serves. Raises RequestError, or QwenkitError when one cannot be computed.
         """
         requests = embedding_requests(self._request, prompts, pooling, normalize, options)
-        events = {event.request_id: event for event in self._service.stream_many(requests)}
-        ends = [events[request.id] for request in requests]
+        ends = [events[-1] for events in self._service.generate(requests)]
         finished = [end for end in ends if isinstance(end, FinishEvent)]
         return vectors(finished, self.config.hidden_size)
 
@@ -207,17 +207,21 @@ class LLM(Session):
         cannot be computed.
         """
         requests = score_requests(self._request, pairs, self.tokenizer, self.record, options)
-        events: dict[str, list[Event]] = {request.id: [] for request in requests}
-        for event in self._service.stream_many(requests):
-            events[event.request_id].append(event)
-        return [collect(events[one.id], one.prompt_ids[one.scored_from :]) for one in requests]
+        several = self._service.generate(requests)
+        return [
+            collect(events, one.prompt_ids[one.scored_from :])
+            for one, events in zip(requests, several, strict=True)
+        ]
 
     def _complete(
         self, requests: Sequence[Request], progress: bool | None = False
     ) -> list[Completion]:
         collectors = {request.id: Collector(request) for request in requests}
-        with bar(len(requests), progress) as advance:
-            for event in self._service.stream_many(requests):
+        with (
+            bar(len(requests), progress) as advance,
+            self._service.stream_many(requests) as stream,
+        ):
+            for event in stream:
                 collectors[event.request_id].add(event)
                 if isinstance(event, FinishEvent):
                     advance(event.usage.completion_tokens)

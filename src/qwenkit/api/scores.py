@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qwenkit.api.inputs import MakeRequest, Options, Prompt, prompt_ids
 from qwenkit.engine.request import Request
@@ -25,10 +26,21 @@ def score_requests(
     first = record.bos_token_id if record.bos_token_id is not None else record.eos_token_id
     plain = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=1)  # nothing is sampled
     requests = []
-    for context, continuation in pairs:
+    for context, continuation in _pairs(pairs):
         ids, length = split_pair(context, continuation, tokenizer, first)
         requests.append(replace(make(ids, plain, options), scored_from=length))
     return requests
+
+
+def _pairs(given: object) -> Iterator[tuple[Any, Any]]:
+    """Pairs, or RequestError where something is none."""
+    expected = "expected a list of pairs, each a context and its continuation"
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise RequestError("pairs", f"{expected}; got {given!r:.80}.")
+    for pair in given:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RequestError("pairs", f"{expected}; got {pair!r:.80} among them.")
+        yield pair[0], pair[1]
 
 
 def split_pair(

@@ -28,6 +28,7 @@ from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.engine.draft_model import DraftModel
 from qwenkit.engine.engine import Engine
+from qwenkit.engine.plan import SchedulerStatus
 from qwenkit.engine.request import Request, check_request, stop_ids
 from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
@@ -106,6 +107,8 @@ class Session:
             speculation=speculation,
             reference_ops=compute == "reference",
         )
+        if draft is not None and speculation != "none":
+            raise UsageError(f"draft: {draft} was given beside {speculation!r}; drop one.")
         asked = _asked_places(device, device_map)
         plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
         self.path = resolve(str(model), offline=offline, revision=revision)
@@ -116,7 +119,7 @@ class Session:
         used = plan if native or weights != "auto" else None  # else run what is stored, as it is
         merging = _merging(merge, offline=offline, dequantize=weights != "auto")
         loaded = self._read(self.path, dtype, used, merging, progress)
-        drafting = self._read_draft(draft, dtype, used, settings, offline=offline)
+        drafting = self._read_draft(draft, dtype, used, offline=offline)
         kv = _kv_dtype(kv_dtype, loaded.model, native=native)
         self._serve(loaded, context_tokens, replace(settings, kv_dtype=kv), drafting)
         self._load_adapters(adapters or {}, offline=offline)
@@ -137,14 +140,11 @@ class Session:
         draft: str | Path | None,
         dtype: str,
         plan: WeightPlan | None,
-        settings: EngineSettings,
         *,
         offline: bool,
     ) -> Loaded | None:
         if draft is None:
             return None
-        if settings.speculation != "none":
-            raise UsageError(f"draft: {draft} was given beside {settings.speculation!r}; drop one.")
         if not isinstance(self.devices, str):
             raise UsageError("draft: a draft model does not work with a model on several devices.")
         return self._read(resolve(str(draft), offline=offline), dtype, plan, None, None)
@@ -184,6 +184,10 @@ class Session:
     def adapters(self) -> tuple[str, ...]:
         """The names of the loaded adapters."""
         return self._service.engine.adapters
+
+    def status(self) -> SchedulerStatus:
+        """How busy the engine is, and its counts until now. Any thread may ask."""
+        return self._service.engine.status()
 
     def _load_adapters(self, adapters: Mapping[str, str | Path], *, offline: bool) -> None:
         try:

@@ -95,6 +95,7 @@ class Engine:
             self._drafter = PromptLookup()
         self._clock = clock
         self._active: dict[str, Active] = {}
+        self._untold: list[FinishEvent] = []  # so that a step that raises loses none
         self._grammars = Grammars(tokenizer, self.limits.vocab_size)
 
     @property
@@ -172,6 +173,7 @@ class Engine:
             sampling = request.sampling.replace(seed=secrets.randbits(63))
             request = dataclasses.replace(request, sampling=sampling)
         options = request.options
+        cache_key = self.adapter_key(options.adapter), options.cache_salt
         active = Active(
             request,
             self.limits,
@@ -189,7 +191,7 @@ class Engine:
             priority=options.priority,
             rows_from=active.rows_from,
             hidden=request.embedding is not None,
-            cache_key=(self.adapter_key(options.adapter), options.cache_salt),
+            cache_key=cache_key,
         )
         return request
 
@@ -199,11 +201,10 @@ class Engine:
         What the model raises comes out of here with all requests as they were: step again, or end
         them with `abort_all`.
         """
-        events: list[Event] = self._end_overdue()
+        self._end_overdue()
         plan = self._scheduler.schedule(self._drafts())
-        if not plan.chunks:
-            return events
-        pieces = self._runner.rows(plan, self._adapter_keys(plan))
+        pieces = self._runner.rows(plan, self._adapter_keys(plan)) if plan.chunks else ()
+        events: list[Event] = [*self._take_untold()]
         sampled: dict[str, tuple[int, ...]] = {}
         endings: dict[str, Ending] = {}
         for chunk, rows in zip(plan.chunks, pieces, strict=True):
@@ -212,7 +213,7 @@ class Engine:
             except Exception as error:
                 if isinstance(error, NonFiniteError):
                     error = self._located(error, chunk)
-                events.append(self._fail(chunk.request_id, error))
+                events.append(self._finish(chunk.request_id, Ending("error"), describe(error)))
                 continue
             events += taken.events
             sampled[chunk.request_id] = taken.token_ids
@@ -233,7 +234,8 @@ class Engine:
     def abort_all(self, *, error: str | None = None) -> list[FinishEvent]:
         """End every request, with reason "error" if `error` says what happened."""
         ending = Ending("abort" if error is None else "error")
-        return [self._finish(name, ending, error) for name in self._scheduler.request_ids]
+        self._untold += [self._finish(name, ending, error) for name in self._scheduler.request_ids]
+        return self._take_untold()
 
     def _drafts(self) -> dict[str, tuple[int, ...]]:
         """Guesses of what decoding sequences go on with; the last token needs none behind it."""
@@ -243,14 +245,15 @@ class Engine:
         room = {name: self._active[name].output.room - 1 for name, _ in decoding}
         return self._drafter.propose(decoding, room)
 
-    def _end_overdue(self) -> list[Event]:
+    def _end_overdue(self) -> None:
         now_s = self._clock()
-        overdue = [
-            name
-            for name, active in self._active.items()
-            if active.deadline_s is not None and active.deadline_s <= now_s
-        ]
-        return [self._finish(name, Ending("timeout")) for name in overdue]
+        for name, active in list(self._active.items()):
+            if active.deadline_s is not None and active.deadline_s <= now_s:
+                self._untold.append(self._finish(name, Ending("timeout")))
+
+    def _take_untold(self) -> list[FinishEvent]:
+        ended, self._untold = self._untold, []
+        return ended
 
     def _adapter_keys(self, plan: Plan) -> tuple[int, ...]:
         """Each chunk's adapter; empty where none is loaded."""
@@ -272,9 +275,6 @@ class Engine:
             _log.error("it could not be found where a number went wrong", exc_info=failure)
             return error
         return NonFiniteError(f"{error} {where}")
-
-    def _fail(self, request_id: str, error: Exception) -> FinishEvent:
-        return self._finish(request_id, Ending("error"), describe(error))
 
     def _finish(self, request_id: str, ending: Ending, error: str | None = None) -> FinishEvent:
         active = self._active.pop(request_id)

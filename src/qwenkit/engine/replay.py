@@ -25,6 +25,7 @@ from qwenkit.types.extension import NO_EXTENSION
 _MOST_TOKENS = 16  # beyond, a step takes long enough for Python not to be noticed
 _MOST_PROGRAMS = 64
 _LEAST_ROTATIONS = 1024  # rows of a table that are made at once, and doubled when they run out
+_MOST_SPECS = 1024  # adapters stand over a batch in ever new ways
 _REFILLED = ("ids", "positions", "slots", "query_lengths", "kv_lengths")
 
 # Tokens, sequences, width of the block tables, threads, each token's adapter.
@@ -55,6 +56,8 @@ class Replayer:
         if key in self._steps:
             return self._steps[key].run(batch, context, self._rotations)
         if key not in self._specs:
+            if len(self._specs) >= _MOST_SPECS:
+                self._specs.clear()
             result = self._model(batch.ids, context)
             self._specs[key] = tuple(context.tables)
             return result

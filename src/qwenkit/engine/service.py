@@ -19,6 +19,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from qwenkit.engine.active import describe
 from qwenkit.engine.constrain import Matcher
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
@@ -49,7 +50,8 @@ class EngineService:
         """Submit a request; iterate its events, the last one a `FinishEvent`.
 
         Raises RequestError when it cannot be served, UsageError after `close`. The request runs
-        whether or not it is iterated; closing or dropping the iterator aborts it.
+        whether or not it is iterated; closing or dropping the iterator, or interrupting who waits
+        for an event, aborts it.
         """
         return EventStream(self, self._worker, [request])
 
@@ -124,7 +126,11 @@ class EventStream(Iterator[Event]):
     def __next__(self) -> Event:
         if not self._pending:
             raise StopIteration
-        event = self._events.get()
+        try:
+            event = self._events.get()
+        except BaseException:  # Ctrl-C: its traceback may keep this stream for as long as it likes
+            self.close()
+            raise
         if isinstance(event, FinishEvent):
             self._pending.discard(event.request_id)
         return event
@@ -179,7 +185,10 @@ class AsyncEventStream(AsyncIterator[Event]):
             raise StopAsyncIteration
         try:
             if self._starting is not None:
-                await self._starting
+                await asyncio.wait([self._starting])
+                if self._starting.cancelled():  # by a task that closed the stream meanwhile
+                    raise StopAsyncIteration
+                self._starting.result()
                 self._starting = None
             event = await self._events.get()
         except asyncio.CancelledError:
@@ -315,10 +324,8 @@ class _Worker:
     def _add(self, request: Request, matcher: Matcher | None) -> None:
         try:
             self.engine.add(request, matcher)
-        except Exception as error:  # it was prepared: a fault of the program
-            _log.exception("an accepted request could not be added")
-            usage = Usage(len(request.prompt_ids), 0)
-            message = f"{type(error).__name__}: {error}"
+        except Exception as error:  # its adapter has gone meanwhile, or a fault of the program
+            usage, message = Usage(len(request.prompt_ids), 0), describe(error)
             self._deliver([FinishEvent(request.id, "error", "", usage, error=message)])
 
     def _abort(self, request_id: str, sink: Sink | None) -> None:

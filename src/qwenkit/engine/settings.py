@@ -29,8 +29,8 @@ class EngineSettings:
     wait for a neighbour's prompt. `max_sequences` bounds the requests that run at the same time.
     `speculation` "prompt-lookup" checks several guessed tokens in one step; the output is the same.
     `prefix_cache` False computes everything anew, whatever other requests began with.
-    `kv_dtype` "fp32", "bf16" or "int8" is what keys and values are kept in; "auto" is what the
-    model computes in. `reference_ops` runs every op's torch reference, whatever backends are
+    `kv_dtype` "fp32", "bf16", "int8" or "int4" is what keys and values are kept in; "auto" is what
+    the model computes in. `reference_ops` runs every op's torch reference, whatever backends are
     registered.
 
     Raises UsageError naming the setting on construction.
@@ -53,6 +53,9 @@ class EngineSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        for name in ("prefix_cache", "reference_ops"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: expected true or false, got {getattr(self, name)!r}.")
         if self.speculation not in SPECULATIONS:
             raise UsageError(
                 f"speculation: got {self.speculation!r}. {suggest(self.speculation, SPECULATIONS)}"

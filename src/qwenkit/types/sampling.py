@@ -7,14 +7,17 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from qwenkit.errors import RequestError, suggest
 from qwenkit.types.constraint import Constraint
 from qwenkit.types.scripts import SCRIPTS
 
 _MOST_BIASES = 1024  # entries of logit_bias
+_MOST_STOPS = 1024  # entries of a list of stops: each is looked for at every token
+_LONGEST_STOPS = 1 << 16  # characters, or ids, of all entries of such a list
 _BIAS_MAPPING = "expected a mapping of token ids to numbers, like {13: -100}"
+Stop = TypeVar("Stop", str, tuple[int, ...])
 _MOST_PROMPT_LOGPROBS = 128  # a long prompt has so many beside each of its tokens
 
 
@@ -89,12 +92,11 @@ class SamplingParams:
             value = getattr(self, field)
             if value is not None or field in ("min_tokens", "top_k"):
                 self._set(field, whole_number(field, value, low_whole, high_whole))
-        self._set("stop", _texts("stop", self.stop))
+        self._set("stop", _stops("stop", _texts("stop", self.stop)))
         self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         sequences = _items("stop_token_sequences", self.stop_token_sequences)
-        self._set(
-            "stop_token_sequences", tuple(_ids("stop_token_sequences", ids) for ids in sequences)
-        )
+        ids = tuple(_ids("stop_token_sequences", each) for each in sequences)
+        self._set("stop_token_sequences", _stops("stop_token_sequences", ids))
         self._set("logit_bias", _biases(self.logit_bias))
         self._set("allowed_scripts", _script_names(self.allowed_scripts))
         self._set("loop_detection", _loop_detection(self.loop_detection))
@@ -198,6 +200,17 @@ def _texts(field: str, value: object) -> tuple[str, ...]:
         if not isinstance(text, str) or not text:
             raise RequestError(field, f"expected texts that are not empty, got {text!r}.")
     return texts
+
+
+def _stops(field: str, stops: tuple[Stop, ...]) -> tuple[Stop, ...]:
+    """The same; a list that would hold up every step of the engine is refused."""
+    if len(stops) > _MOST_STOPS:
+        raise RequestError(field, f"got {len(stops)} entries; allowed: {_MOST_STOPS}.")
+    length = sum(map(len, stops))
+    if length > _LONGEST_STOPS:
+        unit = "characters" if isinstance(stops[0], str) else "ids"
+        raise RequestError(field, f"got {length} {unit} in all; allowed: {_LONGEST_STOPS}.")
+    return stops
 
 
 def _ids(field: str, value: object) -> tuple[int, ...]:
