@@ -15,8 +15,6 @@ from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.scheduler import Scheduler
 
-_LEAST_PROMPT_TOKENS = 32
-
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Random operations; what must always hold is checked after every one of them."""

@@ -252,10 +252,9 @@ class Session:
         A `SamplingParams` is used exactly as it is; a mapping changes single fields. A missing
         seed is drawn here, so that every answer can be repeated. Raises RequestError.
         """
-        if isinstance(given, SamplingParams):
-            chosen = given
-        else:
-            chosen = self.record.sampling.replace(**sampling_changes(given))
+        chosen = self.record.sampling if given is None else given
+        if not isinstance(chosen, SamplingParams):
+            chosen = self.record.sampling.replace(**sampling_changes(chosen))
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
     def _request(

@@ -21,7 +21,6 @@ from qwenkit.bench.peers.spec import prompt_ids
 _STATUS = Path("/proc/self/status")
 _FORGET_PEAK = Path("/proc/self/clear_refs"), "5"  # proc(5)
 _ANSWER_TOKENS = 16  # all together, so that their step is recorded and repeated, as in a chat
-_STEP_TOKENS = 500  # of prompts, at least, while others answer
 _BLOCK_TOKENS = 16  # one more for each user: the engine keeps one free for everybody who answers
 
 
@@ -56,6 +55,7 @@ class Measured:
 def run(task: Task) -> Measured:
     """Load the model, serve the users, and read what that took. Needs Linux."""
     from qwenkit.api import LLM
+    from qwenkit.engine.scheduler import LEAST_PROMPT_TOKENS
 
     room = (task.tokens + 2 * _BLOCK_TOKENS) * task.users
     with LLM(
@@ -70,7 +70,10 @@ def run(task: Task) -> Measured:
         loading = _read("VmHWM")
         _FORGET_PEAK[0].write_text(_FORGET_PEAK[1])
         # The first to answer must still be there when the last one's prompt has been computed.
-        steps = task.users * task.tokens // _STEP_TOKENS
+        # The others' prompts are computed beside it, a part in each step.
+        settings = llm.engine_settings
+        part = max(settings.max_mixed_tokens - task.users, LEAST_PROMPT_TOKENS)
+        steps = task.users * task.tokens // part
         answer = min(steps + _ANSWER_TOKENS, task.tokens - 1)
         sampling = {"temperature": 0.0, "max_tokens": answer, "ignore_eos": True, "seed": 0}
         vocabulary = llm.tokenizer.vocab_size

@@ -25,7 +25,7 @@ from qwenkit.engine.prefixes import Prefixes
 from qwenkit.engine.request import Sequence
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
-_LEAST_PROMPT_TOKENS = 32  # in a step, however many sequences decode in it
+LEAST_PROMPT_TOKENS = 32  # in a step, however many sequences decode in it
 
 Drafts = Mapping[str, tuple[int, ...]]
 
@@ -251,7 +251,7 @@ class Scheduler:
         prompts = [s for s in self._running if s.remaining > 1]
         budget = self._max_batch_tokens - decodes
         if decodes:
-            budget = min(budget, max(self._max_mixed_tokens - decodes, _LEAST_PROMPT_TOKENS))
+            budget = min(budget, max(self._max_mixed_tokens - decodes, LEAST_PROMPT_TOKENS))
         shares = share_prompts(
             [(sequence, _most_tokens(sequence, self._max_rows)) for sequence in prompts], budget
         )
