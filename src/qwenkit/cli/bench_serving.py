@@ -179,11 +179,11 @@ def _overhead_table(results: list[dict[str, Any]]) -> Table:
 def _comparison_table(results: list[dict[str, Any]]) -> Table:
     table = Table(
         title="The same requests without and with it, the same answers",
-        caption="Share: of the prompts' tokens that were cached, or of the guesses that stood.",
+        caption="Seconds. Share: of prompt tokens that were cached, or of guesses that stood.",
         box=SIMPLE_HEAD,
     )
     table.add_column("what")
-    for title in ("requests", "tokens in", "out", "without s", "with s", "faster", "share"):
+    for title in ("requests", "tokens", "out", "without", "with", "faster", "share"):
         table.add_column(title, justify="right")
     for result in results:
         table.add_row(
