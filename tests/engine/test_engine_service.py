@@ -180,7 +180,9 @@ def test_interrupting_who_waits_aborts_whoever_keeps_the_traceback() -> None:
 
         before = signal.signal(signal.SIGINT, interrupt)
         try:
-            threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+            main = threading.main_thread().ident
+            assert main is not None
+            threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT]).start()
             with pytest.raises(KeyboardInterrupt):
                 next(stream)
         finally:
