@@ -232,8 +232,12 @@ class AsyncEventStream(AsyncIterator[Event]):
         for name in list(self._pending):
             self._put(FinishEvent(name, "error", "", Usage(0, 0), error=error))
 
+    def abort(self) -> None:
+        """End what has not finished; no event follows."""
+        self._abort()
+
     async def aclose(self) -> None:
-        """Abort what has not finished; no event follows."""
+        """As `abort`, as asynchronous iterators have it."""
         self._abort()
 
     async def __aenter__(self) -> Self:

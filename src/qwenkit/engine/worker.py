@@ -31,8 +31,10 @@ T = TypeVar("T")
 
 
 class Worker:
-    """An engine and its thread. `submit`, `abort` and `stop` may be called from anywhere, `abort` even
-    from a finalizer: it takes no lock.
+    """An engine and its thread.
+
+    `submit`, `abort` and `stop` may be called from anywhere, `abort` even from a finalizer: it
+    takes no lock.
     """
 
     def __init__(self, engine: Engine) -> None:

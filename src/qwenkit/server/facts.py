@@ -38,6 +38,10 @@ class Facts:
     prompt: Any = None
     replies: list[str] = field(default_factory=list)
 
+    def saw_token(self) -> None:
+        """The first token of all answers has come."""
+        self.first_token_s = time.perf_counter()
+
     def count(self, usage: Usage, *, new_prompt: bool) -> None:
         """Add what one answer took; several answers to one prompt count it once."""
         self.completion_tokens += usage.completion_tokens

@@ -175,7 +175,9 @@ class Guard:
         if encoding not in (b"", b"identity"):
             name = encoding.decode("latin-1")
             raise ApiError(
-                415, f"A body in the encoding {name:.40!r} is not taken; send it plain.", code="bad_encoding"
+                415,
+                f"A body in the encoding {name:.40!r} is not taken; send it plain.",
+                code="bad_encoding",
             )
         lengths = _values(headers, b"content-length")
         if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > most:
