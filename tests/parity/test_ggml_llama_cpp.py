@@ -27,6 +27,7 @@ _NUMBERS = {  # enum ggml_type
     "Q5_K": 13,
     "Q6_K": 14,
     "IQ4_NL": 20,
+    "IQ4_XS": 23,
 }
 
 

@@ -1,8 +1,9 @@
 """Plain numbers to GGML blocks: the types with blocks of 32, and the door to all of them.
 
 Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are round-to-nearest with the range of the block as the scale, in
-the very order of roundings that llama.cpp's converter uses: the bytes are equal to its own. IQ4_NL
-and the K-quants look for a scale with less error; they are ours, see `ggml_k_quantize`.
+the very order of roundings that llama.cpp's converter uses: the bytes are equal to its own. The
+IQ4 types and the K-quants look for a scale with less error; they are ours, see
+`ggml_level_quantize` and `ggml_k_quantize`.
 
 The inverse is `qwenkit.kernels.blocks`. Knows no files and no layers.
 """
@@ -16,10 +17,10 @@ import torch
 
 from qwenkit.errors import NonFiniteError, UsageError, suggest
 from qwenkit.formats.ggml_k_quantize import K_QUANTIZERS
+from qwenkit.formats.ggml_level_quantize import LEVEL_QUANTIZERS
 from qwenkit.formats.ggml_pack import half_bytes, pack_fields, reciprocal
 from qwenkit.kernels.blocks import (
     BLOCK_LAYOUTS,
-    IQ4_NL_LEVELS,
     first_nonfinite_block,
     row_chunks,
 )
@@ -97,27 +98,6 @@ def _code_bytes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
     return [nibbles] if bits == 4 else [pack_fields(codes >> 4, 1, sections=4), nibbles]
 
 
-def _quantize_iq4_nl(x: torch.Tensor) -> torch.Tensor:
-    """Nearest of sixteen uneven levels. Of a few scales about the one that puts the largest number
-    on the last level, each refined by least squares, the one with the least error is taken.
-    """
-    levels = torch.tensor(IQ4_NL_LEVELS, dtype=torch.float32, device=x.device)
-    borders = (levels[1:] + levels[:-1]) / 2
-    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))  # [blocks, 1]
-    best = torch.zeros_like(extreme)
-    best_gain = torch.zeros_like(extreme)
-    for last_level in (-142, -130, -118):
-        chosen = levels[torch.bucketize(x * (last_level * reciprocal(extreme)), borders)]
-        product = (x * chosen).sum(1, keepdim=True)
-        square = chosen.square().sum(1, keepdim=True)
-        gain = product.square() / square  # how much of the block's square this scale explains
-        best = torch.where(gain > best_gain, product / square, best)
-        best_gain = torch.maximum(gain, best_gain)
-    stored = best.to(torch.float16).float()
-    codes = torch.bucketize(x * reciprocal(stored), borders).to(torch.uint8)
-    return torch.cat([half_bytes(best), pack_fields(codes, 4, sections=1)], 1)
-
-
 Quantizer = Callable[[torch.Tensor], torch.Tensor]  # fp32 [blocks, columns] → [blocks, bytes]
 
 QUANTIZERS: Mapping[str, Quantizer] = {
@@ -126,6 +106,6 @@ QUANTIZERS: Mapping[str, Quantizer] = {
     "Q5_0": partial(_quantize_symmetric, bits=5),
     "Q5_1": partial(_quantize_affine, bits=5),
     "Q8_0": _quantize_q8_0,
-    "IQ4_NL": _quantize_iq4_nl,
+    **LEVEL_QUANTIZERS,
     **K_QUANTIZERS,
 }
