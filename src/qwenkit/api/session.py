@@ -99,7 +99,7 @@ class Session:
 
         Raises UsageError, and as `resolve`, `load` and `qwenkit.adapter_files.read_adapter`.
         """
-        _check_arguments(model, compute, threads, context_tokens)
+        _check_arguments(model, compute, threads, context_tokens, adapters)
         settings = EngineSettings(  # what is wrong there is known before anything is loaded
             kv_cache_tokens=kv_cache_tokens,
             kv_dtype=kv_dtype,
@@ -334,7 +334,11 @@ def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, s
     return read_places(device if device_map is None else device_map)
 
 
-def _check_arguments(model: object, compute: object, threads: object, context: object) -> None:
+def _check_arguments(
+    model: object, compute: object, threads: object, context: object, adapters: object
+) -> None:
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise UsageError(f"adapters: expected a mapping of names to paths, got {adapters!r}.")
     if not isinstance(model, str | Path):
         raise UsageError(f"model: expected a name or a path, got {model!r}.")
     if compute not in COMPUTE:
