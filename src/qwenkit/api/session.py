@@ -123,7 +123,12 @@ class Session:
         drafting = self._read_draft(draft, dtype, used, offline=offline)
         kv = _kv_dtype(kv_dtype, loaded.model, native=native)
         self._serve(loaded, context_tokens, replace(settings, kv_dtype=kv), drafting)
-        self._load_adapters(adapters or {}, offline=offline)
+        try:
+            for adapter_name, adapter in (adapters or {}).items():
+                self._load_adapter(adapter_name, adapter, offline=offline)
+        except BaseException:
+            self._service.close()
+            raise
 
     def _read(
         self,
@@ -186,24 +191,9 @@ class Session:
         """The names of the loaded adapters."""
         return self._service.engine.adapters
 
-    @property
-    def is_alive(self) -> bool:
-        """False when nothing will be answered any more: after `close`, or when the engine's thread
-        has ended. Any thread may ask.
-        """
-        return self._service.is_alive
-
     def status(self) -> SchedulerStatus:
         """How busy the engine is, and its counts until now. Any thread may ask."""
         return self._service.engine.status()
-
-    def _load_adapters(self, adapters: Mapping[str, str | Path], *, offline: bool) -> None:
-        try:
-            for name, adapter in adapters.items():
-                self._load_adapter(name, adapter, offline=offline)
-        except BaseException:
-            self._service.close()
-            raise
 
     def _load_adapter(
         self, name: str, adapter: str | Path, *, revision: str | None = None, offline: bool = False
@@ -266,26 +256,12 @@ class Session:
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """A prompt as the model is given it: a text encoded, with the model's first token if it
-        wants one; ids as they are. Raises RequestError.
-        """
+        """Ids as they are; a text encoded, with the model's first token if it wants one."""
         if not isinstance(prompt, str):
             return prompt_ids(prompt)
         ids = self.tokenizer.encode(prompt)
         bos = self.record.bos_token_id
         return [bos, *ids] if self.record.add_bos_token and bos is not None else ids
-
-    def request(
-        self, prompt: Prompt, sampling: Sampling = None, options: Options = None
-    ) -> Request:
-        """A request to go on with a text or ids. Raises RequestError; whether the engine can take
-        it, is found where it is handed over, or by `check`.
-        """
-        return self._request(prompt, sampling, options)
-
-    def check(self, request: Request) -> None:
-        """Raise RequestError for a request that could never be served. Any thread may ask."""
-        self._service.engine.check(request)
 
     def _request(
         self, prompt: Prompt, sampling: Sampling = None, options: Options = None
