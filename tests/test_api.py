@@ -150,6 +150,8 @@ def test_constructor_arguments_are_checked(folder: Path, tmp_path: Path) -> None
         LLM(folder, kv_dtype="fp8")
     with pytest.raises(UsageError, match="threads"):
         LLM(folder, threads=0)
+    with pytest.raises(UsageError, match="adapters: expected a mapping of names to paths, got 5"):
+        LLM(folder, adapters=5)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"threads: got 100000; allowed: 1 to \d+"):
         LLM(folder, threads=100_000)
     with pytest.raises(UsageError, match=r"context_tokens: got 2049; .* allows 1 to 2048\.$"):

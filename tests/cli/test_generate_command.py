@@ -72,6 +72,21 @@ def test_text_goes_to_standard_output_and_the_closing_line_elsewhere(
     assert loaded[0]["name"] == "default"
 
 
+def test_penalties_and_bounds_of_the_length_reach_the_model(loaded: Any, model: Any) -> None:
+    given = ["--presence-penalty", "0.5", "--frequency-penalty", "-0.25", "--min-tokens", "3"]
+    assert run("--prompt", "Once", *given, "--ignore-eos").exit_code == 0
+    assert model.used == [
+        SamplingParams(
+            temperature=0.2,
+            max_tokens=128,
+            presence_penalty=0.5,
+            frequency_penalty=-0.25,
+            min_tokens=3,
+            ignore_eos=True,
+        )
+    ]
+
+
 def test_echo_puts_the_prompt_first(loaded: Any) -> None:
     assert run("--prompt", "Say: ", "--echo").stdout == "Say: Hello.\n"
 

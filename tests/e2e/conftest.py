@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = (sys.executable, "-m", "qwenkit.cli.main")
+PROGRAM = (sys.executable, "-m", "qwenkit")
 HANG_S = 60.0  # a guard against hanging, not a measure of speed
 _CONTROL_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[=>78])|\r")
 

@@ -79,7 +79,7 @@ def test_unknown_model_offline_names_the_embedded_one(run_program: Run) -> None:
 
 
 def test_closed_pipe_is_no_drama(environment: dict[str, str], default_model_path: Path) -> None:
-    command = 'python="$1"; shift; "$python" -m qwenkit.cli.main "$@" | head -c 1'
+    command = 'python="$1"; shift; "$python" -m qwenkit "$@" | head -c 1'
     arguments = ["generate", str(default_model_path), "--prompt", "Once upon a time", "--greedy"]
     done = subprocess.run(
         ["sh", "-c", command, "sh", sys.executable, *arguments],

@@ -74,6 +74,31 @@ class AsyncLLM(Session):
         )
         return AsyncReplyStream(self._service.astream(prepared.request), prepared.reader())
 
+    @property
+    def is_alive(self) -> bool:
+        """False when nothing will be answered any more: after `close`, or when the engine's thread
+        has ended. Any thread may ask.
+        """
+        return self._service.is_alive
+
+    def request(
+        self, prompt: Prompt, sampling: Sampling = None, options: Options = None
+    ) -> Request:
+        """A request to go on with a text or ids. Raises RequestError; whether the engine can take
+        it, is found where it is handed over, or by `check`.
+        """
+        return self._request(prompt, sampling, options)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that could never be served. Any thread may ask."""
+        self._service.engine.check(request)
+
+    def stream_requests(self, requests: Iterable[Request]) -> AsyncEventStream:
+        """Events of several requests together, each named by its request's id; see
+        `request`. If one of them is refused, none is submitted.
+        """
+        return self._service.astream_many(requests)
+
     @overload
     async def generate(
         self, prompts: str, sampling: Sampling = None, *, options: Options = None
@@ -184,6 +209,10 @@ class AsyncLLM(Session):
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
         await asyncio.to_thread(self._service.close)  # it waits for the step that is computed
+
+    def close_now(self) -> None:
+        """The same where no event loop runs."""
+        self._service.close()
 
     async def __aenter__(self) -> Self:
         return self

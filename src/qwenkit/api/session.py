@@ -100,7 +100,7 @@ class Session:
 
         Raises UsageError, and as `resolve`, `load` and `qwenkit.adapter_files.read_adapter`.
         """
-        _check_arguments(model, compute, threads, context_tokens)
+        _check_arguments(model, compute, threads, context_tokens, adapters)
         settings = EngineSettings(  # what is wrong there is known before anything is loaded
             kv_cache_tokens=kv_cache_tokens,
             kv_dtype=kv_dtype,
@@ -112,6 +112,7 @@ class Session:
             raise UsageError(f"draft: {draft} was given beside {speculation!r}; drop one.")
         asked = _asked_places(device, device_map)
         plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
+        self.weights = plan
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
         room = kv_cache_tokens or context_tokens
@@ -123,7 +124,12 @@ class Session:
         drafting = self._read_draft(draft, dtype, used, offline=offline)
         kv = _kv_dtype(kv_dtype, loaded.model, native=native)
         self._serve(loaded, context_tokens, replace(settings, kv_dtype=kv), drafting)
-        self._load_adapters(adapters or {}, offline=offline)
+        try:
+            for adapter_name, adapter in (adapters or {}).items():
+                self._load_adapter(adapter_name, adapter, offline=offline)
+        except BaseException:
+            self._service.close()
+            raise
 
     def _read(
         self,
@@ -190,14 +196,6 @@ class Session:
         """How busy the engine is, and its counts until now. Any thread may ask."""
         return self._service.engine.status()
 
-    def _load_adapters(self, adapters: Mapping[str, str | Path], *, offline: bool) -> None:
-        try:
-            for name, adapter in adapters.items():
-                self._load_adapter(name, adapter, offline=offline)
-        except BaseException:
-            self._service.close()
-            raise
-
     def _load_adapter(
         self, name: str, adapter: str | Path, *, revision: str | None = None, offline: bool = False
     ) -> None:
@@ -262,10 +260,14 @@ class Session:
             chosen = self.record.sampling.replace(**sampling_changes(chosen))
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Ids as they are; a text encoded, with the model's first token if it wants one."""
+        return encoded_prompt(prompt, self.tokenizer, self.record)
+
     def _request(
         self, prompt: Prompt, sampling: Sampling = None, options: Options = None
     ) -> Request:
-        ids = encoded_prompt(prompt, self.tokenizer, self.record)
+        ids = self.prompt_ids(prompt)
         name, chosen = secrets.token_hex(8), self.sampling(sampling)
         asked = request_options(options)
         if asked.adapter is None and self.default_adapter is not None:
@@ -309,7 +311,11 @@ def _asked_places(device: str, device_map: GivenMap | None) -> str | dict[str, s
     return read_places(device if device_map is None else device_map)
 
 
-def _check_arguments(model: object, compute: object, threads: object, context: object) -> None:
+def _check_arguments(
+    model: object, compute: object, threads: object, context: object, adapters: object
+) -> None:
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise UsageError(f"adapters: expected a mapping of names to paths, got {adapters!r}.")
     if not isinstance(model, str | Path):
         raise UsageError(f"model: expected a name or a path, got {model!r}.")
     if compute not in COMPUTE:

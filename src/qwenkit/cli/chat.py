@@ -13,6 +13,7 @@ from qwenkit.cli.chat_session import ChatSession
 from qwenkit.cli.chat_terminal import converse, welcome
 from qwenkit.cli.grouped import grouped
 from qwenkit.cli.reply import show_reply
+from qwenkit.cli.sampling_options import SamplingOptions, for_model
 from qwenkit.errors import QwenkitError, UsageError
 
 SEED = 1234  # as in the first generation's demo: the same conversation gives the same replies
@@ -60,7 +61,7 @@ def command(
     seed: Seed = SEED,
     cpu_only: CpuOnly = False,
     *,
-    sampling: options.SamplingOptions,
+    sampling: SamplingOptions,
     loaded_as: options.ModelOptions,
 ) -> None:
     """Talk with a model. Without MODEL the embedded SmolLM2-135M-Instruct speaks (not a Qwen).
@@ -84,7 +85,7 @@ def command(
     system = _system_prompt(system, system_file)
     asked = _question(options.one_of({"PROMPT": question, "--prompt": prompt}))
     with loading.load_model(name, loaded_as) as llm:
-        params = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
+        params = for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
         session = ChatSession(llm, sampling=params, system=system)
         if asked is None:
             _converse(session, name)

@@ -13,6 +13,7 @@ from qwenkit.cli import console, loading, options
 from qwenkit.cli.constraint_options import ConstraintOptions
 from qwenkit.cli.grouped import grouped
 from qwenkit.cli.reply import Reply, show_reply
+from qwenkit.cli.sampling_options import SamplingOptions, for_model
 from qwenkit.errors import QwenkitError, UsageError
 from qwenkit.types.sampling import SamplingParams
 
@@ -94,7 +95,7 @@ def command(
     as_json: AsJson = False,
     echo: Echo = False,
     *,
-    sampling: options.SamplingOptions,
+    sampling: SamplingOptions,
     constrained: ConstraintOptions,
     loaded_as: options.ModelOptions,
 ) -> None:
@@ -126,7 +127,7 @@ def command(
     name = options.check_model_name(name, takes_prompt=True)
     text = _prompt(prompt, prompt_file)
     with loading.load_model(name, loaded_as) as llm:
-        params = options.for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
+        params = for_model(llm.record.sampling, changes, longest=MAX_TOKENS)
         (_write_json if as_json else _write_text)(llm, text, params, echo=echo)
 
 

@@ -1,7 +1,4 @@
-"""The options that several commands share, and their reading into plain values.
-
-Sampling options left out stay None and change nothing: the defaults come with the model.
-"""
+"""The options that several commands share, and their reading into plain values."""
 
 from __future__ import annotations
 
@@ -9,12 +6,11 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qwenkit.errors import UsageError, suggest
-from qwenkit.types.sampling import SamplingParams
 
 DEFAULT_MODEL = "default"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -22,7 +18,6 @@ COMPUTE = ("auto", "reference")
 SPECULATIONS = ("none", "prompt-lookup")
 KV_DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
 _KINDS = "int4, int8, bf16 or fp32"
-_SAMPLING = "[default: the model's own]"
 
 ModelName = Annotated[
     str | None,
@@ -30,55 +25,6 @@ ModelName = Annotated[
         metavar="MODEL",
         help="Name on the hub, folder or .gguf file. [default: the embedded model]",
     ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(metavar="X", help=f"Randomness; 0 takes the most likely token. {_SAMPLING}"),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="X",
-        help=f"Keep the likeliest tokens up to this probability; 1 is off. {_SAMPLING}",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(metavar="N", help=f"Keep this many likeliest tokens; 0 is off. {_SAMPLING}"),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="X", help=f"Drop tokens below this share of the likeliest; 0 is off. {_SAMPLING}"
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(metavar="X", help=f"Above 1 discourages repeated tokens; 1 is off. {_SAMPLING}"),
-]
-LogitBias = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="ID=X",
-        help="Add X, -100 to 100, to the logit of a token id; may be given several times.",
-    ),
-]
-AllowedScripts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAMES",
-        help="End before a letter of any other Unicode script, for example Latin,Han.",
-    ),
-]
-LoopDetection = Annotated[
-    bool, typer.Option("--loop-detection", help="End an output that only repeats itself.")
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
-]
-Greedy = Annotated[
-    bool, typer.Option("--greedy", help="Always the most likely token: --temperature 0.")
 ]
 Threads = Annotated[
     int | None,
@@ -193,8 +139,8 @@ Revision = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """How a command loads its model; see `qwenkit.cli.grouped`."""
+class LoadOptions:
+    """How a command loads its model, but for adapters; see `qwenkit.cli.grouped`."""
 
     threads: Threads = None
     pin_threads: PinThreads = False
@@ -208,7 +154,6 @@ class ModelOptions:
     context: Context = None
     kv_dtype: KvDtype = "auto"
     rope: Rope = "per-request"
-    adapter: Adapter = None
     speculation: Speculation = "none"
     draft: Draft = None
     revision: Revision = None
@@ -216,80 +161,10 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    """How a command samples; see `qwenkit.cli.grouped`."""
+class ModelOptions(LoadOptions):
+    """The same for a command that answers with one adapter."""
 
-    temperature: Temperature = None
-    top_p: TopP = None
-    top_k: TopK = None
-    min_p: MinP = None
-    repetition_penalty: RepetitionPenalty = None
-    logit_bias: LogitBias = None
-    stop: Stop = None
-    allowed_scripts: AllowedScripts = None
-    loop_detection: LoopDetection = False
-    greedy: Greedy = False
-
-    def changes(
-        self,
-        *,
-        max_tokens: int | None,
-        seed: int | None,
-        logprobs: int | None = None,
-        prompt_logprobs: int | None = None,
-    ) -> dict[str, Any]:
-        """The options that were given, as changes to a model's sampling defaults.
-
-        Raises RequestError naming the one that is out of range: now, not after the model is loaded.
-        """
-        if self.greedy and self.temperature not in (None, 0.0):
-            raise UsageError(
-                f"--greedy is --temperature 0; {self.temperature} was also given. Drop one."
-            )
-        given = {
-            "temperature": 0.0 if self.greedy else self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": _biases(self.logit_bias),
-            "max_tokens": max_tokens,
-            "stop": tuple(self.stop) if self.stop else None,
-            "allowed_scripts": _names(self.allowed_scripts),
-            "loop_detection": True if self.loop_detection else None,
-            "seed": seed,
-            "logprobs": logprobs,
-            "prompt_logprobs": prompt_logprobs,
-        }
-        changes = {name: value for name, value in given.items() if value is not None}
-        SamplingParams.from_mapping(changes)
-        return changes
-
-
-def _biases(items: list[str] | None) -> tuple[tuple[str, float], ...] | None:
-    """Pairs of id and bias. Raises UsageError for what is not written ID=X."""
-    if not items:
-        return None
-    pairs = []
-    for item in items:
-        token_id, _, bias = item.partition("=")
-        try:
-            pairs.append((token_id.strip(), float(bias)))
-        except ValueError as error:
-            raise UsageError(f"--logit-bias: got {item!r}; write ID=X, like 13=-100.") from error
-    return tuple(pairs)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(","))
-
-
-def for_model(
-    defaults: SamplingParams, changes: Mapping[str, Any], *, longest: int
-) -> SamplingParams:
-    """A model's own sampling with `changes`; at most `longest` tokens where neither says."""
-    sampling = defaults.replace(**changes)
-    return sampling if sampling.max_tokens else sampling.replace(max_tokens=longest)
+    adapter: Adapter = None
 
 
 def one_of(given: Mapping[str, str | None]) -> str | None:

@@ -54,6 +54,7 @@ class Collector:
                 completion_tokens=finish.usage.completion_tokens,
                 first_token_s=first_s - self._start_s,
                 total_s=self._end_s - self._start_s,
+                cached_tokens=finish.usage.cached_tokens,
             ),
             matched_stop=finish.matched_stop,
             logprobs=self._logprobs(),

@@ -16,11 +16,15 @@ class Timing:
     completion_tokens: int
     first_token_s: float
     total_s: float
+    cached_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens per second until the first token came."""
-        return self.prompt_tokens / self.first_token_s if self.first_token_s > 0 else 0.0
+        """Prompt tokens that were computed, per second until the first token came: what was cached
+        does not count, waiting does.
+        """
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.first_token_s if self.first_token_s > 0 else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
