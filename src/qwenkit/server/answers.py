@@ -141,5 +141,5 @@ def stop_reason(
     sampling: SamplingParams, reason: str, matched: str | int | None
 ) -> dict[str, str | int]:
     """The stop string or token that a request named and that ended its answer, as a field."""
-    named = isinstance(matched, str) or matched in sampling.stop_token_ids
+    named = matched in sampling.stop or matched in sampling.stop_token_ids
     return {"stop_reason": matched} if reason == "stop" and named and matched is not None else {}

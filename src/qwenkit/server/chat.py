@@ -12,10 +12,11 @@ from fastapi import Request
 from starlette.responses import Response
 
 from qwenkit.api.choices import Choices
+from qwenkit.api.replies import PreparedReply, ReplyReader, reply_sampling
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.service import AsyncEventStream
 from qwenkit.errors import QwenkitError
-from qwenkit.server import conversation
+from qwenkit.server import chat_tools, conversation
 from qwenkit.server.answers import (
     Answers,
     check_finish,
@@ -31,7 +32,6 @@ from qwenkit.server.route import group
 from qwenkit.server.served import Served, Target
 from qwenkit.server.sse import DONE, Streamed, compact, event, json_answer, json_text
 from qwenkit.server.usage import usage_of
-from qwenkit.server.voice import Voice
 from qwenkit.server.wire.chat import ChatAnswer, ChatRequest, JsonObjectFormat, TextFormat
 from qwenkit.server.wire.generation import check_stream_options, sampling_changes
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
@@ -49,7 +49,7 @@ class Chat:
     target: Target
     choices: Choices
     answers: Answers
-    voices: list[Voice]
+    readers: list[ReplyReader]
     usage_in_stream: bool
     id: str
     created: int
@@ -102,25 +102,27 @@ async def prepared(body: ChatRequest, served: Served, facts: Facts) -> Chat:
         if served.settings.log_prompts:
             facts.prompt = messages
         continued = conversation.continues(body)
+        tools, tool_options = chat_tools.tools_of(body)
 
-        def render() -> Any:
+        def render() -> tuple[Choices, PreparedReply]:
             rendered = served.llm.render(
                 messages,
+                tools=tools,
+                tool_options=tool_options,
                 add_generation_prompt=body.add_generation_prompt is not False,
                 continue_final_message=continued,
+                template_kwargs=body.chat_template_kwargs,
             )
-            sampling = _within_length(choices, body.max_length, len(rendered.ids))
-            request = served.llm.request(rendered.ids, sampling.candidates()[0], options)
+            limited = _within_length(choices, body.max_length, len(rendered.ids))
+            sampling = reply_sampling(limited.candidates()[0], rendered.reply)
+            request = served.llm.request(rendered.ids, sampling, options)
             served.llm.check(request)
-            return sampling, request
+            return limited, PreparedReply(request, rendered)
 
-        choices, first = await served.in_thread(facts.client, render)
+        choices, reply = await served.in_thread(facts.client, render)
     except QwenkitError as error:
         raise described(error) from error
-    requests = [
-        replace(first, id=secrets.token_hex(8), sampling=sampling)
-        for sampling in choices.candidates()
-    ]
+    requests = reply.requests(choices.n, choices.best_of)
     answers = Answers(served, facts, requests, [0] * len(requests))
     return Chat(
         served=served,
@@ -129,7 +131,7 @@ async def prepared(body: ChatRequest, served: Served, facts: Facts) -> Chat:
         target=target,
         choices=choices,
         answers=answers,
-        voices=[Voice() for _ in requests],
+        readers=[reply.reader() for _ in requests],
         usage_in_stream=usage_in_stream,
         id=f"chatcmpl-{secrets.token_hex(12)}",
         created=int(time.time()),
@@ -144,7 +146,7 @@ async def answer(chat: Chat, stream: AsyncEventStream) -> dict[str, Any]:
         for place, one in batch:
             if isinstance(one, FinishEvent):
                 check_finish(one)
-            replies[place].push(chat.voices[place].push(one))
+            replies[place].push(chat.readers[place].read(one).deltas)
             collectors[place].add(one)
     completions = [collector.completion() for collector in collectors]
     sampling = chat.choices.sampling
@@ -216,8 +218,8 @@ class StreamWriter:
         return event(f'{self._head},"choices":[],"usage":{usage}}}') + DONE
 
     def _of_choice(self, index: int, events: Sequence[Event]) -> bytes:
-        voice, reply = self._chat.voices[index], self._replies[index]
-        written = reply.push(delta for one in events for delta in voice.push(one))
+        reader, reply = self._chat.readers[index], self._replies[index]
+        written = reply.push(delta for one in events for delta in reader.read(one).deltas)
         entries = []
         if self._logprobs is not None:
             entries = self._logprobs.entries(e for e in events if isinstance(e, TokenEvent))
