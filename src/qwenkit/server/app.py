@@ -24,6 +24,7 @@ from qwenkit.server import (
     models,
     ollama,
     ollama_models,
+    responses,
     schema,
     tokens,
 )
@@ -39,6 +40,7 @@ from qwenkit.server.wire.base import refusal
 _GROUPS = (
     chat.router,
     completions.router,
+    responses.router,
     embeddings.router,
     models.router,
     tokens.router,

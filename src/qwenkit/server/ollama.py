@@ -20,6 +20,7 @@ from qwenkit.server.ollama_models import now, served_name
 from qwenkit.server.route import group
 from qwenkit.server.served import Served
 from qwenkit.server.sse import JsonLinesStream, compact, json_answer
+from qwenkit.server.wire.base import read
 from qwenkit.server.wire.chat import ChatRequest
 from qwenkit.server.wire.completions import CompletionRequest
 from qwenkit.server.wire.ollama import (
@@ -72,7 +73,7 @@ class Turn:
     facts: Facts
     name: str
     answers: Answers
-    read: Read
+    deltas: Read
     is_chat: bool
     names: dict[int, str] = field(default_factory=dict)
 
@@ -84,7 +85,7 @@ class Turn:
 
     def take(self, event: Event, said: Said) -> None:
         """Add what an event says."""
-        for delta in self.read(event):
+        for delta in self.deltas(event):
             if isinstance(delta, ContentDelta):
                 said.content += delta.text
             elif isinstance(delta, ReasoningDelta):
@@ -148,7 +149,7 @@ async def ollama_generate(body: OllamaGenerate, request: Request) -> Response:
 async def _chat_turn(
     fields: dict[str, Any], served: Served, facts: Facts, *, is_chat: bool
 ) -> Turn:
-    body = ChatRequest.model_validate(fields)
+    body = read(ChatRequest, fields)
     prepared = await chat.prepared(body, served, facts, any_turns=True)
     reader = prepared.readers[0]
     return Turn(
@@ -156,7 +157,7 @@ async def _chat_turn(
         facts=facts,
         name=prepared.target.name,
         answers=prepared.answers,
-        read=lambda event: reader.read(event).deltas,
+        deltas=lambda event: reader.read(event).deltas,
         is_chat=is_chat,
     )
 
@@ -164,14 +165,14 @@ async def _chat_turn(
 async def _raw_turn(prompt: str, fields: dict[str, Any], served: Served, facts: Facts) -> Turn:
     fields.pop("chat_template_kwargs", None)
     fields["max_tokens"] = fields.get("max_tokens") or served.llm.context_tokens
-    body = CompletionRequest.model_validate(fields | {"prompt": prompt})
+    body = read(CompletionRequest, fields | {"prompt": prompt})
     prepared = await completions.prepared(body, served, facts)
     return Turn(
         served=served,
         facts=facts,
         name=prepared.target.name,
         answers=prepared.answers,
-        read=lambda one: () if isinstance(one, PromptEvent) else (ContentDelta(one.text),),
+        deltas=lambda one: () if isinstance(one, PromptEvent) else (ContentDelta(one.text),),
         is_chat=False,
     )
 
