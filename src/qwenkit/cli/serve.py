@@ -13,6 +13,7 @@ import typer
 
 from qwenkit.cli import console, loading, options
 from qwenkit.cli.grouped import grouped
+from qwenkit.cli.serving import Adapters, KvCacheTokens, ServedNames, public_name, read_adapters
 from qwenkit.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
@@ -20,34 +21,10 @@ if TYPE_CHECKING:
 
 HOST, PORT = "127.0.0.1", 8000
 KEY_VARIABLE = "QWENKIT_API_KEY"
-_DEFAULT = "[default: as many as one answer of the full context takes]"
 
 CheckpointPath = Annotated[
     str | None,
     typer.Option("-c", "--checkpoint-path", metavar="MODEL", help="Another way to give the model."),
-]
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        metavar="NAME=PATH",
-        help="A LoRA adapter that requests name as their model; may be given several times.",
-    ),
-]
-ServedNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--served-model-name",
-        metavar="NAME",
-        help="What requests call the model; several times for several names, of which answers bear "
-        "the first. [default: the model's own]",
-    ),
-]
-KvCacheTokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", min=1, help=f"Room for prompts and answers of all requests. {_DEFAULT}"
-    ),
 ]
 CpuOnly = Annotated[
     bool, typer.Option("--cpu-only", help="Compute on the CPU, as without --device.")
@@ -191,12 +168,7 @@ def command(
     name = options.check_model_name(name)
     host = options.one_of({"--host": door.host, "--server-name": door.server_name}) or HOST
     port = _port(door)
-    adapters: dict[str, str] = {}
-    for given in adapter or ():
-        read = loading.read_adapter_option(given)
-        if set(read) & set(adapters):
-            raise UsageError(f"--adapter: the name {next(iter(read))!r} is there twice.")
-        adapters |= read
+    adapters = read_adapters(adapter)
     try:
         from qwenkit.server import run
     except ImportError as error:
@@ -279,15 +251,6 @@ def _settings(
         max_prompts=limits.max_prompts,
         drain_s=float(limits.drain_seconds),
     )
-
-
-def public_name(given: str, own_name: str) -> str:
-    """What a model is called where nothing else is said: its name on a hub as it was given, else
-    what its files say; never a path of this machine.
-    """
-    if given == options.DEFAULT_MODEL or options.is_local(given):
-        return own_name
-    return given
 
 
 def _url(address: tuple[str, int]) -> str:
