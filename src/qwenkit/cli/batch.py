@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from qwenkit.cli import console, loading, options
 from qwenkit.cli.grouped import grouped
 from qwenkit.cli.serving import Adapters, KvCacheTokens, ServedNames, public_name, read_adapters
 from qwenkit.errors import MissingDependencyError
-
-if TYPE_CHECKING:
-    pass
 
 Source = Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, one a line.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, one a line.")]
@@ -70,24 +67,21 @@ def command(
         if done:
             console.note(f"{len(done)} of {len(asked)} requests are answered already.")
         llm = loading.load_served_model(name, loaded_as, adapters, kv_cache_tokens)
+        from qwenkit.api.bar import bar
+
         settings = ServerSettings(
             names=tuple(served_model_name or [public_name(name, llm.record.name)]),
             max_requests=10**9,  # how many run at a time is said here
             max_body_bytes=10**9,
         )
 
-        async def run() -> int:
-            from qwenkit.api.bar import bar
-            from qwenkit.server.served import Served
-
-            served = Served(llm, settings)
-            with bar(len(asked) - len(done), None) as advance:
-                return await batch.run_batch(
-                    served, source, file, done, at_once=at_once, advance=advance
-                )
-
         try:
-            failed = asyncio.run(run())
+            with bar(len(asked) - len(done), None) as advance:
+                failed = asyncio.run(
+                    batch.run_batch(
+                        llm, settings, source, file, done, at_once=at_once, advance=advance
+                    )
+                )
         finally:
             llm.close_now()
     console.note(f"{output} answers all {len(asked)} requests.")

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from qwenkit.api import AsyncLLM
+from qwenkit.api.bar import Advance
 from qwenkit.errors import QwenkitError, UsageError
 from qwenkit.server.app import guarded
 from qwenkit.server.errors import ApiError
@@ -23,6 +25,7 @@ from qwenkit.server.guard import Guard
 from qwenkit.server.json_body import parse_json
 from qwenkit.server.local import post
 from qwenkit.server.served import DEAD, Served
+from qwenkit.server.settings import ServerSettings
 from qwenkit.server.sse import compact
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
@@ -78,19 +81,21 @@ def open_output(path: Path, asked: set[str]) -> tuple[IO[bytes], set[str]]:
 
 
 async def run_batch(
-    served: Served,
+    llm: AsyncLLM,
+    settings: ServerSettings,
     source: Path,
     output: IO[bytes],
     done: set[str],
     *,
     at_once: int,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> int:
     """Answer what is not `done`, so many requests `at_once`; how many of them failed.
 
     Every answer is a line of `output` as soon as it is there, whichever comes first. `advance` is
     told of each with the tokens that it took. Raises QwenkitError when the engine has ended.
     """
+    served = Served(llm, settings)
     app = guarded(served)
     waiting = (asked for asked in _requests(source) if asked.custom_id not in done)
     failed = 0
