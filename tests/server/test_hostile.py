@@ -15,7 +15,7 @@ FINE = frozenset((200, 400, 404, 405, 413))
 def test_hostile_requests_amid_live_streams(tiny: Path) -> None:
     async def use(client: Client) -> None:
         def victim(seed: int) -> asyncio.Task[str]:
-            fields = {"seed": seed, "max_tokens": 60, "ignore_eos": True, "logprobs": True}
+            fields = {"seed": seed, "max_tokens": 25, "ignore_eos": True, "logprobs": True}
             return asyncio.create_task(text(client.chat(**fields)))
 
         async def text(answer: object) -> str:
