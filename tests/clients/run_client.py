@@ -1,5 +1,5 @@
-"""Runs what docs/clients.md shows of one client, then the client's own checks. A program of its own,
-started with the Python of that client's environment: `run_client.py HEADING CHECKS http://…`.
+"""Runs what docs/clients.md shows of one client, then the checks of its answers. Started with the
+Python of that client's environment: `run_client.py HEADING CHECKS http://…`.
 
 Any connection to something other than this machine, tried in Python, is reported and fails the run.
 """

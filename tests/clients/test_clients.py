@@ -88,7 +88,7 @@ def server_url() -> Iterator[str]:
     command = [sys.executable, "-m", "scripted_server", str(HERE / "replies.py"), "default"]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]),
         "PYTHONUTF8": "1",
     }
     with subprocess.Popen(

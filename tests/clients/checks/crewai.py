@@ -21,9 +21,7 @@ def check(shown: dict[str, Any], url: str) -> None:
     assert usage.successful_requests == 2
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens > 0
     assert shown["model"].call("Hello!") == GREETING
-    streaming = LLM(
-        model="hosted_vllm/default", base_url=f"{url}/v1", api_key="none", stream=True
-    )
+    streaming = LLM(model="hosted_vllm/default", base_url=f"{url}/v1", api_key="none", stream=True)
     assert streaming.call("Hello!") == GREETING
     told = shown["model"].call("Which city has the Eiffel Tower?", response_model=City)
     assert (told if isinstance(told, City) else City.model_validate_json(told)) == City(**CITY)

@@ -30,7 +30,7 @@ def check_published_functions() -> None:
         {
             "name_for_human": "Google Search",
             "name_for_model": "google_search",
-            "description_for_model": "A general search engine. Format the arguments as a JSON object.",
+            "description_for_model": "A search engine. Format the arguments as a JSON object.",
             "parameters": [
                 {
                     "name": "search_query",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -123,18 +124,20 @@ def check_around(client: OpenAI) -> None:
     assert told.model == models[0]
     raw = client.chat.completions.with_raw_response.create(model="default", messages=HELLO)
     assert raw.headers["x-request-id"]
+    unknown = refusal(lambda: client.chat.completions.create(model="no-such", messages=HELLO))
+    assert (type(unknown), unknown.code) == (openai.NotFoundError, "model_not_found")
+    cold = refusal(
+        lambda: client.chat.completions.create(model="default", messages=HELLO, temperature=-1)
+    )
+    assert (type(cold), cold.param) == (openai.BadRequestError, "temperature")
+
+
+def refusal(ask: Callable[[], Any]) -> openai.APIStatusError:
     try:
-        client.chat.completions.create(model="no-such-model", messages=HELLO)
-    except openai.NotFoundError as error:
-        assert error.code == "model_not_found"
-    else:
-        raise AssertionError("a model that is not there answered")
-    try:
-        client.chat.completions.create(model="default", messages=HELLO, temperature=-1)
-    except openai.BadRequestError as error:
-        assert error.param == "temperature"
-    else:
-        raise AssertionError("a temperature below 0 was taken")
+        ask()
+    except openai.APIStatusError as error:
+        return error
+    raise AssertionError("the request was not refused")
 
 
 async def check_async(url: str, tools: Any) -> None:

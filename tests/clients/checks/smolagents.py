@@ -1,4 +1,4 @@
-"""smolagents: the agent that calls tools, step by step and streamed, and the one that writes code."""
+"""smolagents: the agent that calls tools, at once and streamed, and the one that writes code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from smolagents.memory import ActionStep
 def check(shown: dict[str, Any], url: str) -> None:
     assert shown["answer"] == ANSWER
     check_steps(shown["agent"])
+    for step in steps_of(shown["agent"]):  # it would also look for calls in the text by itself
+        (choice,) = step.model_output_message.raw.choices
+        assert choice.finish_reason == "tool_calls"
     streamed = ToolCallingAgent(
         tools=[shown["get_weather"]], model=shown["model"], stream_outputs=True
     )
@@ -21,8 +24,12 @@ def check(shown: dict[str, Any], url: str) -> None:
     assert writer.run(QUESTION) == ANSWER
 
 
+def steps_of(agent: Any) -> list[ActionStep]:
+    return [step for step in agent.memory.steps if isinstance(step, ActionStep)]
+
+
 def check_steps(agent: Any) -> None:
-    asked, told = [step for step in agent.memory.steps if isinstance(step, ActionStep)]
+    asked, told = steps_of(agent)
     (call,) = asked.tool_calls
     assert (call.name, call.arguments) == ("get_weather", {"city": "Paris"})
     assert asked.observations == RESULT
