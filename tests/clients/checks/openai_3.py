@@ -29,6 +29,7 @@ def check(shown: dict[str, Any], url: str) -> None:
     check_stream_helper(client, tools)
     check_parsed_arguments(client)
     check_around(client)
+    check_texts_and_vectors(client)
     asyncio.run(check_async(url, tools))
 
 
@@ -130,6 +131,20 @@ def check_around(client: OpenAI) -> None:
         lambda: client.chat.completions.create(model="default", messages=HELLO, temperature=-1)
     )
     assert (type(cold), cold.param) == (openai.BadRequestError, "temperature")
+
+
+def check_texts_and_vectors(client: OpenAI) -> None:
+    """Completions without a template; embeddings, which this client asks for in base64."""
+    plain = client.completions.create(model="default", prompt="Hello!", temperature=0)
+    assert (plain.choices[0].text, plain.choices[0].finish_reason) == (GREETING, "stop")
+    stream = client.completions.create(model="default", prompt="Hello!", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == GREETING
+    texts = ["Hello!", "Good evening"]
+    packed = client.embeddings.create(model="default", input=texts)
+    written = client.embeddings.create(model="default", input=texts, encoding_format="float")
+    for one, other in zip(packed.data, written.data, strict=True):
+        assert len(one.embedding) > 1
+        assert all(abs(x - y) < 1e-6 for x, y in zip(one.embedding, other.embedding, strict=True))
 
 
 def refusal(ask: Callable[[], Any]) -> openai.APIStatusError:
