@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from qwenkit.errors import suggest
 from qwenkit.server.errors import ApiError
 
+Model = TypeVar("Model", bound=BaseModel)
 UNKNOWN, REFUSED, SAID = "unknown_field", "refused_field", "said"
 
 
@@ -73,6 +74,14 @@ def refusal(errors: Sequence[Any], body: Any) -> ApiError:
     return ApiError(
         400, f"{param or 'the body'}: {message}, got {shown}.", param or None, "invalid_value"
     )
+
+
+def read(shape: type[Model], fields: Mapping[str, Any]) -> Model:
+    """Fields that another API's request was put into. Raises ApiError for what they may not be."""
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        raise refusal(error.errors(), fields) from error
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:
