@@ -123,8 +123,10 @@ class Guard:
                 await self._allow_preflight(headers, answer)
                 return
             body = await self._let_in(scope, receive, answer, headers)
-        except ApiError as error:
-            await answer.refuse(error, None if scope["method"] in _NO_BODY else receive)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("a request failed", extra={"fields": facts.line()})
+            await answer.refuse(described(error), None if scope["method"] in _NO_BODY else receive)
             return
         inner = {**scope, KEY: facts}
         if scope["method"] == "HEAD":

@@ -66,11 +66,13 @@ class ChatMessage(Wire):
 
 
 class FunctionDefinition(Wire):
-    """A function that may be called; `parameters` is a JSON schema."""
+    """A function that may be called; `parameters` is a JSON schema, or Qwen's own list of
+    parameters.
+    """
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | list[dict[str, Any]] | None = None
     strict: bool | None = Field(None, description="The arguments keep to the schema, always.")
 
 
@@ -99,7 +101,7 @@ class QwenFunction(Wire):
 
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, Any] | list[Any] | None = None
+    parameters: dict[str, Any] | list[dict[str, Any]] | None = None
     name_for_human: str | None = None
     name_for_model: str | None = None
     description_for_model: str | None = None
