@@ -86,14 +86,13 @@ def test_the_page_names_the_versions_under_test() -> None:
 def server_url() -> Iterator[str]:
     """A server of the default model with scripted tokens, for every client of this process."""
     command = [sys.executable, "-m", "scripted_server", str(HERE / "replies.py"), "default"]
+    command += ["--served-model-name", "SmolLM2", "--served-model-name", "Qwen", "--port", "0"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]),
         "PYTHONUTF8": "1",
     }
-    with subprocess.Popen(
-        [*command, "--port", "0"], stderr=subprocess.PIPE, env=environment
-    ) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
         try:
             yield address_of(process)
         finally:
