@@ -19,6 +19,9 @@ from qwenkit.cli.serving import Adapters, KvCacheTokens, ServedNames, public_nam
 from qwenkit.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from qwenkit.api import AsyncLLM
     from qwenkit.server.settings import Access, ServerSettings
 
 HOST, PORT = "127.0.0.1", 8000
@@ -184,18 +187,26 @@ def command(
     settings = _settings(
         name, llm.record.name, llm.record.model_type, served_model_name, access, limits
     )
-    address = _url(listening.getsockname())
-    _log_lines()
+    _run(llm, settings, listening, page_key=_page_key(access) if ui else None, host=host)
 
+
+def _run(
+    llm: AsyncLLM, settings: ServerSettings, listening: socket, *, page_key: str | None, host: str
+) -> None:
+    """Serve until the end; with a `page_key` (empty: none is needed) the chat page beside it."""
+    from qwenkit.server import run
+
+    port = listening.getsockname()[1]
+    address = _url((listening.getsockname()[0], port))
+    _log_lines()
     with ExitStack() as stack:
         stack.callback(llm.close_now)
 
         def ready() -> None:
             console.note(f"{settings.names[0]} answers at {address}/v1 ({address}/docs says how).")
-            if ui:
-                key = access.api_keys[-1] if access.api_keys else None
-                here = _url((_reachable(host), listening.getsockname()[1]))
-                page = beside.start_page(f"{here}/v1", api_key=key)
+            if page_key is not None:
+                here = _url((_reachable(host), port))
+                page = beside.start_page(f"{here}/v1", api_key=page_key or None)
                 stack.enter_context(beside.ending(page))
 
         run.serve(llm, settings, listening, ready=ready)
@@ -245,6 +256,10 @@ def _with_page_key(access: Access) -> Access:
     if access.is_open:
         return access
     return dataclasses.replace(access, api_keys=(*access.api_keys, secrets.token_urlsafe(24)))
+
+
+def _page_key(access: Access) -> str:
+    return access.api_keys[-1] if access.api_keys else ""
 
 
 def _reachable(host: str) -> str:
