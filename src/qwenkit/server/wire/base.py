@@ -30,12 +30,13 @@ class Wire(BaseModel):
     def _look_at_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        fields = [field.alias or name for name, field in cls.model_fields.items()]
         given = {}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in fields:
                 given[name] = value
             elif name not in cls.refused:
-                known = suggest(name, cls.model_fields)
+                known = suggest(name, fields)
                 raise PydanticCustomError(
                     UNKNOWN, "unknown field. {known}", {"name": name, "known": known}
                 )
