@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ CONVERSATION_TOKENS = 8192
 TEXT_TOKENS = 512
 _HELD_OUT = 8  # of so many rows one is kept for judging
 _MOST_HELD_OUT = 16
+_MOST_JUDGED_TOKENS = 8192
 _FEWEST_TOKENS = 2
 _ROLES = {
     "system": "system",
@@ -85,6 +87,7 @@ def read_rows(
         note = f"{len(judged)} rows of the data that were not calibrated on"
     elif not judging_files:
         judged, note = found, "the rows that were calibrated on: there are too few to keep any back"
+    judged = _within(judged)
     text = json.dumps([found, judged]).encode()
     return Rows(
         calibration=tuple(found),
@@ -92,6 +95,23 @@ def read_rows(
         digest=hashlib.sha256(text).hexdigest(),
         note=note,
     )
+
+
+def random_rows(tokenizer: BytePairTokenizer) -> tuple[tuple[int, ...], ...]:
+    """Rows that mean nothing, to look at matrices with where no text was given."""
+    chosen = random.Random(0)
+    most = tokenizer.vocab_size - 1
+    return tuple(tuple(chosen.randint(0, most) for _ in range(128)) for _ in range(4))
+
+
+def _within(rows: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """As much of the rows as is judged by."""
+    kept, left = [], _MOST_JUDGED_TOKENS
+    for row in rows:
+        if left >= _FEWEST_TOKENS:
+            kept.append(row[:left])
+            left -= len(row)
+    return kept
 
 
 def _spaced(rows: list[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:

@@ -37,12 +37,13 @@ BATCH_TOKENS = 2048  # of whole rows; a longer row is a batch of its own
 @dataclass(frozen=True, slots=True)
 class Held:
     """How a matrix lies in its files. `storage` is the tag of its format, None for plain numbers;
-    `size_bytes` are its bytes, scales included.
+    `size_bytes` are its bytes, scales included; `bits` those of a number, where the format has any.
     """
 
     storage: str | None
     size_bytes: int
     numbers: int
+    bits: int | None = None
 
 
 class LayerSource:
@@ -140,7 +141,9 @@ class LayerSource:
         """How a matrix lies in files; it becomes plain numbers."""
         weight = module.weight
         if isinstance(weight, QuantWeight):
-            held = Held(weight.storage, weight.size_bytes, weight.shape[0] * weight.shape[1])
+            first = next(iter(weight.children()), weight)  # of experts that are read one by one
+            bits, count = getattr(first, "bits", None), weight.shape[0] * weight.shape[1]
+            held = Held(weight.storage, weight.size_bytes, count, bits)
             numbers = weight.dequantize(torch.float32)
             del module.weight
             module.weight = nn.Parameter(numbers, requires_grad=False)
