@@ -25,7 +25,7 @@ CONVERSATION_TOKENS = 8192
 TEXT_TOKENS = 512
 _HELD_OUT = 8  # of so many rows one is kept for judging
 _MOST_HELD_OUT = 16
-_MOST_JUDGED_TOKENS = 8192
+_MOST_JUDGED_TOKENS = 4096
 _FEWEST_TOKENS = 2
 _ROLES = {
     "system": "system",

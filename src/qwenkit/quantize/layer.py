@@ -100,16 +100,18 @@ class LayerQuantizer:
         first, second = part.stages
         readers = {path: m for feed in first for path, m in feed.matrices.items()}
         target = next((t for path in readers if (t := self.targets[path])), None)
-        if target is not None:
-            total = Hessian(len(part.norm.weight))
-            for feed in first:
-                total.merge(sums[id(feed)].all())
+        total = Hessian(len(part.norm.weight))
+        for feed in first:
+            total.merge(sums[id(feed)].all())
+        if target is not None and total.tokens:
             scales = self._scales([_numbers(m) for m in readers.values()], total, target)
             # The norm is kept in few bits: what it can say is what the matrices are made up for.
-            norm = part.norm.weight
+            norm = part.norm.weight.data
             divided = (norm / scales).to(torch.bfloat16).float()
-            scales = torch.where(divided == 0, 1.0, norm / divided)
-            norm.data.copy_(torch.where(divided == 0, norm, divided))
+            untouched = (scales == 1) | (divided == 0)
+            divided = torch.where(untouched, norm, divided)
+            scales = torch.where(untouched, 1.0, norm / divided)
+            norm.copy_(divided)
             for matrix in (*readers.values(), *part.routers.values()):
                 _numbers(matrix).mul_(scales)
             for feed in first:

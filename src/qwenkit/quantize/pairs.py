@@ -15,8 +15,7 @@ from qwenkit.quantize.grid import round_to_nearest
 
 _YARDSTICK_GROUP = 128
 _FOLDED = 0.2  # a factor and its inverse agree within this
-_MOVED = 0.05  # a channel this far from its parent's size may have been folded
-_FEWEST_MOVED = 0.1
+_CORRELATED = 0.7  # rounding moves a row and its reader's column as well, but not together
 
 
 @dataclass(slots=True)
@@ -112,10 +111,15 @@ def folded_factors(
     """
     factors = _sizes(own, parent, 1)  # [rows]
     back = _sizes(reader_own, reader_parent, 0)  # [rows]
-    agree = (factors > 0) & (back > 0) & ((factors * back - 1).abs() < _FOLDED)
-    moved = agree & ((factors - 1).abs() > _MOVED)
-    if float(moved.float().mean()) < _FEWEST_MOVED:
+    both = (factors > 0) & (back > 0)
+    if float(both.float().mean()) < 0.5:
         return None
+    moved, returned = factors[both].log(), -back[both].log()
+    moved, returned = moved - moved.mean(), returned - returned.mean()
+    lengths = float(moved.norm() * returned.norm())
+    if lengths == 0 or float(moved @ returned) < _CORRELATED * lengths:
+        return None
+    agree = both & ((factors * back - 1).abs() < _FOLDED)
     return torch.where(agree, (factors / back).abs().sqrt(), 1.0)
 
 

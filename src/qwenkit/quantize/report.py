@@ -128,10 +128,8 @@ class Sheet:
             lines += [", ".join(said) + ".", ""]
         lines += _table(("", "parent", "model"), self._figures())
         lines += ["", f"Judged by {self.comparison.tokens:,} tokens: {self.text}.", ""]
-        lines += [
-            "Furthest from the parent: the error of a matrix's outputs, and what multiple it is"
-        ]
-        lines += ["of what rounding to nearest makes.", ""]
+        lines += ["Furthest from the parent: the error of a matrix's outputs, and what multiple"]
+        lines += ["it is of what rounding to nearest makes.", ""]
         worst = []
         for each in self.worst():
             beside = "" if each.beside_rounding is None else f"{each.beside_rounding:.2f}"

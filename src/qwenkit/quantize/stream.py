@@ -87,10 +87,12 @@ class LayerSource:
     def layer(self, number: int) -> tuple[nn.Module, dict[str, Held]]:
         """A decoder layer in fp32, and how its matrices lie in files, by their paths below it.
 
-        What its file has filled of the memory is let go.
+        The numbers may be changed. What its file has filled of the memory is let go.
         """
         path, layer = self.layer_path(number), self.meta_layer(number)
         self._fill(path, layer, torch.float32)
+        for parameter in layer.parameters():  # fp32 of a file would be the file's own pages
+            parameter.data = parameter.data.clone()
         held = {name: self._plain(path, name, m) for name, m in _matrices(layer)}
         self._release()
         return layer, held

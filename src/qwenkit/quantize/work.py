@@ -40,13 +40,14 @@ class WorkFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / _PLAN
-            if file.exists():
-                _check_same(self.path, json.loads(file.read_text(encoding="utf-8")), plan)
-            else:
-                with replacing(file) as written:
-                    written.write(json.dumps(plan, indent=1, ensure_ascii=False).encode())
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         except (OSError, ValueError) as error:
             raise CheckpointError(self.path, "folder", f"cannot be used: {error}.") from error
+        if found is None:
+            with replacing(file) as written:
+                written.write(json.dumps(plan, indent=1, ensure_ascii=False).encode())
+        else:
+            _check_same(self.path, found, plan)
 
     @property
     def result(self) -> Path:
