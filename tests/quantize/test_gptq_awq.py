@@ -8,11 +8,12 @@ import torch
 from qwenkit.errors import NonFiniteError
 from qwenkit.quantize.awq import round_clipped, search_scales
 from qwenkit.quantize.gptq import gptq
-from qwenkit.quantize.grid import find_grid, round_to, round_to_nearest
+from qwenkit.quantize.grid import Grid, find_grid, round_to, round_to_nearest
 from qwenkit.quantize.hessian import FeedSums, Hessian
 from qwenkit.quantize.layer import output_error
 
 ROWS, COLUMNS, SIZE, BITS = 24, 256, 64, 3
+GRID = Grid(BITS, SIZE, symmetric=True, least_zero=1)
 
 
 def _inputs(tokens: int = 600, seed: int = 0, columns: int = COLUMNS) -> torch.Tensor:
@@ -47,11 +48,9 @@ def _slowly(weight: torch.Tensor, hessian: torch.Tensor, damp: float) -> torch.T
     inverse = torch.linalg.inv(damped)
     for column in range(weight.shape[1]):
         if column % SIZE == 0:
-            scales, zeros = find_grid(
-                left[:, column : column + SIZE].float(), BITS, symmetric=True, least_zero=1
-            )
+            scales, zeros = find_grid(left[:, column : column + SIZE].float(), GRID)
         now = left[:, column].float()
-        level = round_to(now, scales, zeros, BITS)
+        level = round_to(now, scales, zeros, GRID)
         found[:, column] = (level - zeros) * scales
         off = (left[:, column] - found[:, column].double()) / inverse[column, column]
         left[:, column:] -= off[:, None] * inverse[column, column:]
@@ -75,16 +74,7 @@ def test_sums_are_those_of_the_rows() -> None:
 
 def test_columns_are_rounded_as_by_the_definition() -> None:
     weight, hessian = _weight(), _sums(_inputs()).matrix()
-    ours = gptq(
-        weight,
-        hessian.clone(),
-        BITS,
-        SIZE,
-        symmetric=True,
-        act_order=False,
-        damp=0.01,
-        least_zero=1,
-    )
+    ours = gptq(weight, hessian.clone(), GRID, act_order=False, damp=0.01)
     slow = _slowly(weight, hessian, 0.01)
     same = (ours.rounded.dequantize() == slow).float().mean()
     assert same > 0.99  # where two levels are equally near, the last bit decides
@@ -101,17 +91,9 @@ def test_columns_are_rounded_as_by_the_definition() -> None:
 @pytest.mark.parametrize("size", [32, 128, -1])
 def test_gptq_is_nearer_than_rounding(act_order: bool, symmetric: bool, size: int) -> None:
     weight, seen, other = _weight(), _inputs(seed=2), _inputs(seed=3)
-    plain = round_to_nearest(weight, BITS, size, symmetric=symmetric, least_zero=1)
-    found = gptq(
-        weight,
-        _sums(seen).matrix(),
-        BITS,
-        size,
-        symmetric=symmetric,
-        act_order=act_order,
-        damp=0.01,
-        least_zero=1,
-    ).rounded
+    grid = Grid(BITS, size, symmetric, least_zero=1)
+    plain = round_to_nearest(weight, grid)
+    found = gptq(weight, _sums(seen).matrix(), grid, act_order=act_order, damp=0.01).rounded
     assert _error(weight, found.dequantize(), other) < 0.6 * _error(
         weight, plain.dequantize(), other
     )
@@ -123,16 +105,8 @@ def test_gptq_is_nearer_than_rounding(act_order: bool, symmetric: bool, size: in
 
 def test_act_order_puts_the_largest_channels_into_the_first_group() -> None:
     x = _inputs()
-    found = gptq(
-        _weight(),
-        _sums(x).matrix(),
-        BITS,
-        32,
-        symmetric=True,
-        act_order=True,
-        damp=0.01,
-        least_zero=1,
-    ).rounded
+    grid = Grid(BITS, 32, symmetric=True)
+    found = gptq(_weight(), _sums(x).matrix(), grid, act_order=True, damp=0.01).rounded
     assert found.groups[::37].tolist() == [0] * len(found.groups[::37])
 
 
@@ -140,47 +114,30 @@ def test_a_column_that_nothing_reached_is_rounded_to_nearest() -> None:
     x = _inputs()
     x[:, 5] = 0
     weight = _weight()
-    found = gptq(
-        weight,
-        _sums(x).matrix(),
-        4,
-        COLUMNS,
-        symmetric=True,
-        act_order=False,
-        damp=0.01,
-        least_zero=1,
-    ).rounded
+    grid = Grid(4, -1, symmetric=True)
+    found = gptq(weight, _sums(x).matrix(), grid, act_order=False, damp=0.01).rounded
     step = found.scales[:, 0]
     assert bool(((found.dequantize()[:, 5] - weight[:, 5]).abs() <= step / 2 + 1e-6).all())
 
 
 def test_a_matrix_of_one_direction_is_damped_until_it_can_be_factored() -> None:
     x = torch.ones(40, 1) @ torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 1e4
-    found = gptq(
-        _weight(8, 64),
-        _sums(x).matrix(),
-        4,
-        32,
-        symmetric=True,
-        act_order=False,
-        damp=1e-12,
-        least_zero=1,
-    )
+    grid = Grid(4, 32, symmetric=True)
+    found = gptq(_weight(8, 64), _sums(x).matrix(), grid, act_order=False, damp=1e-12)
     assert found.damp > 1e-12
     assert bool(torch.isfinite(found.rounded.dequantize()).all())
 
 
 def test_awq_scales_channels_that_carry_much() -> None:
     weight, x, other = _weight(), _inputs(seed=2), _inputs(seed=3)
-    sums = _sums(x)
-    scales = search_scales([weight], sums.mean_absolute, sums.matrix(), BITS, SIZE, symmetric=False)
+    sums, grid = _sums(x), Grid(BITS, SIZE, symmetric=False)
+    scales = search_scales([weight], sums.mean_absolute, sums.matrix(), grid)
     assert float(scales[::37].mean()) > 1.5 * float(scales.mean())
     sums.scale_inputs(scales)
-    how = {"symmetric": False, "least_zero": 0}
-    plain = round_to_nearest(weight, BITS, SIZE, **how).dequantize()
+    plain = round_to_nearest(weight, grid).dequantize()
     errors = [_error(weight, plain, other)]
     for clip in (False, True):
-        found = round_clipped(weight * scales, sums.matrix(), BITS, SIZE, clip=clip, **how)
+        found = round_clipped(weight * scales, sums.matrix(), grid, clip=clip)
         errors.append(_error(weight, found.dequantize() / scales, other))
     assert errors[1] < 0.8 * errors[0]
     assert errors[2] < errors[1]
@@ -189,7 +146,8 @@ def test_awq_scales_channels_that_carry_much() -> None:
 def test_awq_leaves_alone_what_scaling_does_not_help() -> None:
     weight = torch.ones(4, 64)
     sums = _sums(torch.ones(8, 64))
-    scales = search_scales([weight], sums.mean_absolute, sums.matrix(), 4, 32, symmetric=False)
+    grid = Grid(4, 32, symmetric=False)
+    scales = search_scales([weight], sums.mean_absolute, sums.matrix(), grid)
     assert torch.equal(scales, torch.ones(64))
 
 
@@ -198,8 +156,9 @@ def test_a_grid_reaches_the_extremes(symmetric: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for shift in (0.0, 1.0, -1.0):
         numbers = torch.randn(50, 32, generator=generator) * 0.1 + shift
-        scales, zeros = find_grid(numbers, 4, symmetric=symmetric, least_zero=0)
-        levels = round_to(numbers, scales[:, None], zeros[:, None], 4)
+        grid = Grid(4, 32, symmetric)
+        scales, zeros = find_grid(numbers, grid)
+        levels = round_to(numbers, scales[:, None], zeros[:, None], grid)
         off = ((levels - zeros[:, None]) * scales[:, None] - numbers).abs()
         # the most positive number of a symmetric grid is half a step beyond its last level
         assert bool((off <= scales[:, None] * (0.5 + 0.02)).all())
@@ -209,14 +168,14 @@ def test_a_grid_reaches_the_extremes(symmetric: bool) -> None:
 def test_a_group_of_zeros_stays_zero() -> None:
     numbers = torch.zeros(2, 32)
     numbers[1] = 1e-9
-    found = round_to_nearest(numbers, 4, 32, symmetric=True, least_zero=1)
+    found = round_to_nearest(numbers, Grid(4, 32, symmetric=True))
     assert not found.dequantize()[0].any()
     assert bool((found.scales > 0).all())
 
 
 def test_a_scale_beyond_fp16_is_refused() -> None:
     with pytest.raises(NonFiniteError, match="too large for a scale"):
-        round_to_nearest(torch.full((1, 32), 1e6), 4, 32, symmetric=True, least_zero=1)
+        round_to_nearest(torch.full((1, 32), 1e6), Grid(4, 32, symmetric=True))
 
 
 def test_experts_that_few_tokens_chose_are_fitted_to_others_too() -> None:

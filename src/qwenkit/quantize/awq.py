@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qwenkit.quantize.grid import Rounded, find_grid, group_index, round_to, round_to_nearest
+from qwenkit.quantize.grid import Grid, Rounded, find_grid, group_index, round_to, round_to_nearest
 
 _RATIOS = 20
 _CLIP_STEPS = 20
@@ -25,10 +25,7 @@ def search_scales(
     weights: Sequence[torch.Tensor],
     mean_absolute: torch.Tensor,
     hessian: torch.Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    symmetric: bool,
+    grid: Grid,
 ) -> torch.Tensor:
     """What to multiply the columns of matrices with that read the same inputs: fp32 [columns].
 
@@ -37,7 +34,7 @@ def search_scales(
     """
     weight = torch.cat([_some_rows(each, len(weights)) for each in weights])  # [rows, columns]
     rows, columns = weight.shape
-    size = columns if group_size == -1 else group_size
+    size = grid.columns_of(weight)
     grouped = weight.abs().view(rows, columns // size, size)
     shares = grouped / (grouped.amax(2, keepdim=True) + 1e-6)
     weight_mean = shares.view(rows, columns).mean(0)
@@ -49,9 +46,7 @@ def search_scales(
             scales = mean_absolute**ratio / (weight_mean ** (1 - ratio) + _LEAST_SCALE)
             scales = scales.clamp(min=_LEAST_SCALE)
             scales = scales / (scales.max() * scales.min()).sqrt()
-        rounded = round_to_nearest(
-            weight * scales, bits, group_size, symmetric=symmetric, least_zero=0
-        )
+        rounded = round_to_nearest(weight * scales, grid)
         off = rounded.dequantize() / scales - weight
         loss = float(((off @ hessian) * off).sum())
         if loss < least:
@@ -60,46 +55,22 @@ def search_scales(
 
 
 def round_clipped(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    symmetric: bool,
-    least_zero: int,
-    clip: bool,
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, clip: bool
 ) -> Rounded:
     """Round fp32 [rows, columns] to nearest within each group's best range, as far as the group's
     own inputs tell; the whole range without `clip`.
     """
+    steps, size = _MOST_CLIPPED if clip else 1, grid.columns_of(weight)
     parts = [
-        _clipped(
-            weight[start : start + _ROWS_AT_ONCE],
-            hessian,
-            bits,
-            columns_of(weight, group_size),
-            how=(symmetric, least_zero),
-            steps=_MOST_CLIPPED if clip else 1,
-        )
+        _clipped(weight[start : start + _ROWS_AT_ONCE], hessian, grid, size, steps)
         for start in range(0, len(weight), _ROWS_AT_ONCE)
     ]
     numbers, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Rounded(numbers, scales, zeros, group_index(weight.shape[1], group_size), bits)
-
-
-def columns_of(weight: torch.Tensor, group_size: int) -> int:
-    """Columns of a group, -1 meaning all."""
-    return weight.shape[1] if group_size == -1 else group_size
+    return Rounded(numbers, scales, zeros, group_index(weight.shape[1], size), grid.bits)
 
 
 def _clipped(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    bits: int,
-    size: int,
-    *,
-    how: tuple[bool, int],
-    steps: int,
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, columns = weight.shape
     groups = columns // size
@@ -113,8 +84,8 @@ def _clipped(
     for step in range(steps):
         bound = most * (1 - step / _CLIP_STEPS)
         inside = torch.maximum(torch.minimum(grouped, bound), -bound)
-        scales, zeros = find_grid(inside, bits, symmetric=how[0], least_zero=how[1])
-        numbers = round_to(inside, scales[..., None], zeros[..., None], bits)
+        scales, zeros = find_grid(inside, grid)
+        numbers = round_to(inside, scales[..., None], zeros[..., None], grid)
         off = (numbers - zeros[..., None]) * scales[..., None] - grouped
         loss = ((off @ blocks) * off).sum(2)  # [groups, rows]
         found = (numbers.to(torch.uint8), scales, zeros.to(torch.uint8))

@@ -12,6 +12,29 @@ _SMALLEST = 2.0**-24  # of fp16
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """What levels a matrix's numbers may have: 2^bits of them, a scale for every `group_size`
+    columns (-1: for the whole row). With `symmetric` zero is in the middle; else zero points are
+    from `least_zero` on: GPTQ's files keep them minus one, and some readers take the missing one
+    before zero for 2^bits.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    least_zero: int = 0
+
+    @property
+    def top(self) -> int:
+        """The highest level."""
+        return (1 << self.bits) - 1
+
+    def columns_of(self, weight: torch.Tensor) -> int:
+        """Columns of a group in a matrix [rows, columns]."""
+        return weight.shape[1] if self.group_size == -1 else self.group_size
+
+
+@dataclass(frozen=True, slots=True)
 class Rounded:
     """A matrix in whole numbers: `numbers` uint8 [rows, columns] below 2^bits, `scales` fp32 that
     fp16 has and `zero_points` uint8, both [rows, groups], `groups` int64 [columns].
@@ -37,54 +60,47 @@ class Rounded:
         )
 
 
-def find_grid(
-    grouped: torch.Tensor, bits: int, *, symmetric: bool, least_zero: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def find_grid(grouped: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points, both fp32 [...], that reach the extremes of fp32 [..., columns].
 
-    Scales are numbers of fp16, as files keep them. Zero points are from `least_zero` on: GPTQ's
-    files keep them minus one, and some readers take the missing one before zero for 2^bits.
-    Raises NonFiniteError where a scale does not fit fp16.
+    Scales are numbers of fp16, as files keep them. Raises NonFiniteError where one does not fit.
     """
-    top = (1 << bits) - 1
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    if symmetric:
+    if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scales = ((high - low) / top).half().float()
+    scales = ((high - low) / grid.top).half().float()
     if not bool(torch.isfinite(scales).all()):
         raise NonFiniteError("the weight has numbers too large for a scale in fp16.")
     scales = torch.where(scales == 0, torch.where(high > low, _SMALLEST, 1.0), scales)
-    if symmetric:
-        return scales, torch.full_like(scales, (top + 1) / 2)
-    return scales, (-low / scales).round_().clamp_(least_zero, top)
+    if grid.symmetric:
+        return scales, torch.full_like(scales, (grid.top + 1) / 2)
+    return scales, (-low / scales).round_().clamp_(grid.least_zero, grid.top)
 
 
 def round_to(
-    numbers: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, bits: int
+    numbers: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
     """The nearest levels, fp32 whole numbers of the shape of `numbers`, which the others fit."""
-    return (numbers / scales).round_().add_(zero_points).clamp_(0, (1 << bits) - 1)
+    return (numbers / scales).round_().add_(zero_points).clamp_(0, grid.top)
 
 
 def group_index(columns: int, group_size: int) -> torch.Tensor:
     """The group of each column, in order: int64 [columns]."""
-    return torch.arange(columns) // (columns if group_size == -1 else group_size)
+    return torch.arange(columns) // group_size
 
 
-def round_to_nearest(
-    weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool, least_zero: int
-) -> Rounded:
+def round_to_nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
     """Each number of fp32 [rows, columns] to its nearest level: no data is needed."""
     rows, columns = weight.shape
-    size = columns if group_size == -1 else group_size
+    size = grid.columns_of(weight)
     grouped = weight.view(rows, columns // size, size)
-    scales, zeros = find_grid(grouped, bits, symmetric=symmetric, least_zero=least_zero)
-    numbers = round_to(grouped, scales[..., None], zeros[..., None], bits)
+    scales, zeros = find_grid(grouped, grid)
+    numbers = round_to(grouped, scales[..., None], zeros[..., None], grid)
     return Rounded(
         numbers.view(rows, columns).to(torch.uint8),
         scales,
         zeros.to(torch.uint8),
-        group_index(columns, group_size),
-        bits,
+        group_index(columns, size),
+        grid.bits,
     )

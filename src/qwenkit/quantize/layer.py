@@ -20,7 +20,7 @@ from qwenkit.layers.weight import QuantWeight
 from qwenkit.quantize.anatomy import Feed, Matrix, Part, capture, published_paths
 from qwenkit.quantize.awq import round_clipped, search_scales
 from qwenkit.quantize.gptq import gptq
-from qwenkit.quantize.grid import Rounded, round_to_nearest
+from qwenkit.quantize.grid import Grid, Rounded, round_to_nearest
 from qwenkit.quantize.hessian import FeedSums, Hessian
 from qwenkit.quantize.settings import QuantizeSettings, Target
 
@@ -140,14 +140,12 @@ class LayerQuantizer:
     def _scales(
         self, weights: Sequence[torch.Tensor], hessian: Hessian, target: Target
     ) -> torch.Tensor:
-        return search_scales(
-            weights,
-            hessian.mean_absolute,
-            hessian.matrix(),
-            target.bits,
-            target.group_size,
-            symmetric=self.settings.is_symmetric,
-        )
+        grid = self._grid(target)
+        return search_scales(weights, hessian.mean_absolute, hessian.matrix(), grid)
+
+    def _grid(self, target: Target) -> Grid:
+        least = 0 if self.settings.is_awq_layout else 1
+        return Grid(target.bits, target.group_size, self.settings.is_symmetric, least)
 
     def _feed(self, feed: Feed, sums: FeedSums | None) -> None:
         """Round the matrices of a feed: those that become alike by GPTQ, in one go."""
@@ -199,36 +197,14 @@ class LayerQuantizer:
         *,
         clip: bool,
     ) -> tuple[Rounded, str | None]:
-        settings = self.settings
-        symmetric, least_zero = settings.is_symmetric, 0 if settings.is_awq_layout else 1
+        settings, grid = self.settings, self._grid(target)
         if hessian is None:
-            rounded = round_to_nearest(
-                weight, target.bits, target.group_size, symmetric=symmetric, least_zero=least_zero
-            )
-            return rounded, None
-        if settings.method == "gptq":
-            found = gptq(
-                weight,
-                hessian.clone(),
-                target.bits,
-                target.group_size,
-                symmetric=symmetric,
-                act_order=settings.act_order,
-                damp=settings.damp,
-                least_zero=least_zero,
-            )
-            more = found.damp > settings.damp
-            return found.rounded, f"damped by {found.damp:g}" if more else None
-        rounded = round_clipped(
-            weight,
-            hessian,
-            target.bits,
-            target.group_size,
-            symmetric=symmetric,
-            least_zero=least_zero,
-            clip=clip,
-        )
-        return rounded, None
+            return round_to_nearest(weight, grid), None
+        if settings.method == "awq":
+            return round_clipped(weight, hessian, grid, clip=clip), None
+        order, damp = settings.act_order, settings.damp
+        found = gptq(weight, hessian.clone(), grid, act_order=order, damp=damp)
+        return found.rounded, f"damped by {found.damp:g}" if found.damp > damp else None
 
     def _kept(self, rounded: Rounded) -> QuantWeight:
         if self.settings.is_awq_layout:

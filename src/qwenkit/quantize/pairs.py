@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenkit.quantize.grid import round_to_nearest
+from qwenkit.quantize.grid import Grid, round_to_nearest
 
 _YARDSTICK_GROUP = 128
 _FOLDED = 0.2  # a factor and its inverse agree within this
@@ -92,8 +92,7 @@ def make_pair(
     yardstick = None
     if bits is not None:
         size = _YARDSTICK_GROUP if columns % _YARDSTICK_GROUP == 0 else -1
-        rounded = round_to_nearest(parent, bits, size, symmetric=False, least_zero=0)
-        yardstick = rounded.dequantize()
+        yardstick = round_to_nearest(parent, Grid(bits, size, symmetric=False)).dequantize()
     sums = torch.zeros(3, rows, dtype=torch.float64)
     return Pair(parent, own, bias, yardstick, factors_in, out, sums)
 
