@@ -85,7 +85,8 @@ def check_streamed_call(client: OpenAI, tools: Any) -> None:
     arguments = [part.function.arguments for part in parts if part.function.arguments]
     assert json.loads("".join(arguments)) == {"city": "Paris"}
     assert len(arguments) > 1, "the arguments came in one piece"
-    assert not "".join(delta.content or "" for delta in deltas).strip()
+    said = "".join(delta.content or "" for delta in deltas)  # ReAct's thought, else nothing
+    assert said.strip() in ("", "I should use get_weather.")
     reasons = [chunk.choices[0].finish_reason for chunk in chunks]
     assert reasons == [None] * (len(chunks) - 1) + ["tool_calls"]
 
@@ -135,9 +136,9 @@ def check_around(client: OpenAI) -> None:
 
 def check_texts_and_vectors(client: OpenAI) -> None:
     """Completions without a template; embeddings, which this client asks for in base64."""
-    plain = client.completions.create(model="default", prompt="Hello!", temperature=0)
+    plain = client.completions.create(model="default", prompt="Hello!", max_tokens=64)
     assert (plain.choices[0].text, plain.choices[0].finish_reason) == (GREETING, "stop")
-    stream = client.completions.create(model="default", prompt="Hello!", stream=True)
+    stream = client.completions.create(model="default", prompt="Hello!", max_tokens=64, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == GREETING
     texts = ["Hello!", "Good evening"]
     packed = client.embeddings.create(model="default", input=texts)
