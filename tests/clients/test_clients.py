@@ -60,6 +60,7 @@ CLIENTS = (
     Client("smolagents", "smolagents", "openai-3"),
     Client("LlamaIndex", "llama_index", "openai-2"),
     Client("CrewAI", "crewai", "openai-2"),
+    Client("Ollama", "ollama", "openai-3"),
 )
 # Each with the default model, which calls tools as Hermes; some with others, that have other words.
 CONVERSATIONS = (
