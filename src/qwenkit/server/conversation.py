@@ -82,6 +82,8 @@ def _message(message: ChatMessage, place: int, before: Sequence[dict[str, Any]])
         value["role"] = "system"
     elif role == "function":
         value |= {"role": "tool", "tool_call_id": _last_call_id(before)}
+    elif role == "tool":
+        value["tool_call_id"] = message.id
     for key in ("name", "tool_call_id", "reasoning_content"):
         given = getattr(message, key)
         if given is not None:

@@ -39,6 +39,7 @@ class FunctionCall(Wire):
 
     name: Name
     arguments: str | dict[str, Any] = "{}"
+    parsed_arguments: Any = Field(None, description="As the openai client adds it; not used.")
 
 
 class ToolCall(Wire):
@@ -66,6 +67,11 @@ class ChatMessage(Wire):
     reasoning_content: str | None = None
     refusal: str | None = Field(None, description="Of a reply given back; read as its content.")
     annotations: Few[Any] | None = Field(None, description="Of a reply given back; not used.")
+    parsed: Any = Field(None, description="As the openai client adds it to a reply; not used.")
+    id: str | None = Field(
+        None, description="Of a tool's result: its call, as qwen-agent names it for tool_call_id."
+    )
+    extra: dict[str, Any] | None = Field(None, description="qwen-agent's own notes; not used.")
 
 
 class FunctionDefinition(Wire):
