@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": "Talk with a model in the terminal, or ask it one question.",
     "generate": "Continue a text: raw completion, without a chat template.",
     "info": "Say what a model is: sizes, context, template, licence.",
+    "figures": "Say what was published about a model, with source and date.",
     "plan": "Say whether a model fits this machine, before it is downloaded.",
     "doctor": "Look at this machine, or for faults in a model's files.",
     "merge": "Put a LoRA adapter into a model's weights.",
