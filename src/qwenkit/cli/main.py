@@ -27,6 +27,7 @@ COMMANDS = {
     "figures": "Say what was published about a model, with source and date.",
     "plan": "Say whether a model fits this machine, before it is downloaded.",
     "doctor": "Look at this machine, or for faults in a model's files.",
+    "export": "Write a model as a GGUF file, quantized or not, or as a folder.",
     "merge": "Put a LoRA adapter into a model's weights.",
     "pull": "Download a model, resuming and checking it.",
     "tokenizer": "Look at the tokens of a text, add words to a vocabulary.",

@@ -62,6 +62,16 @@ class GgufSlot:
     def is_matrix(self) -> bool:
         return len(self.shape) > 1
 
+    @property
+    def columns(self) -> int:
+        """Numbers of a row."""
+        return self.shape[-1] if self.is_matrix else 1
+
+    @property
+    def matrices(self) -> int:
+        """As many as there are experts; 1 for any other matrix."""
+        return math.prod(self.shape[:-2])
+
     def of(self, value: torch.Tensor | QuantWeight) -> NamedTensor:
         """The tensor of the weight `value` that its module has: bytes as they are stored, and plain
         numbers as they are, but vectors in fp32 and where GGUF's engines expect that with rows of

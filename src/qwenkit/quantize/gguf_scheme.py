@@ -69,6 +69,16 @@ _VALUES = ("attn_v.weight", "attn_qkv.weight")
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """The storage tag of a tensor, and the one that the mixture wanted for it: another where the
+    blocks of that do not fill its rows.
+    """
+
+    tag: str
+    wanted: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the mixtures ask of a model beside its tensors. `arch` is GGUF's name of it."""
 
@@ -104,22 +114,23 @@ def choose_storages(
     facts: ModelFacts,
     *,
     has_importance: bool,
-) -> dict[str, str]:
-    """The storage tag of each of `tensors`, names and shapes as the file has them (outermost
-    first). Vectors, norms and the routers of experts are fp32 always.
+) -> dict[str, Choice]:
+    """The type of each of `tensors`, names and shapes as the file has them (outermost first).
+    Vectors, norms and the routers of experts are fp32 always.
     """
     values = sorted(_layer(name) for name, _ in tensors if name.endswith(_VALUES))
     is_tied = all(name != "output.weight" for name, _ in tensors)
     chosen = {}
     for name, shape in tensors:
         if not _is_quantized(name, shape):
-            chosen[name] = "F32"
+            chosen[name] = Choice("F32", "F32")
             continue
-        tag = scheme.base
+        wanted = tag = scheme.base
         if scheme.is_quantized:
             place = _Place(name, values, facts, has_importance, is_tied, shape[-1])
-            tag = _fitting(_mixed(scheme, place), shape[-1])
-        chosen[name] = tag
+            wanted = _mixed(scheme, place)
+            tag = _fitting(wanted, shape[-1])
+        chosen[name] = Choice(tag, wanted)
     return chosen
 
 
