@@ -107,8 +107,10 @@ class Tape:
                 break
         return "".join(taken)
 
-    def expect(self, literal: str) -> Steps[bool]:
-        """Take `literal` if it comes next; else nothing."""
+    def expect(self, literal: str, *, or_cut: bool = False) -> Steps[bool]:
+        """Take `literal` if it comes next; else nothing. With `or_cut` its beginning will do where
+        the reply was cut off.
+        """
         taken = ""
         while len(taken) < len(literal) and literal.startswith(taken):
             chunk = yield from self.chunk()
@@ -116,6 +118,8 @@ class Tape:
                 break
             taken += chunk
         found = taken.startswith(literal)
+        if or_cut and self.cut_off and literal.startswith(taken):
+            return True
         self.put_back(taken[len(literal) :] if found else taken)
         return found
 

@@ -116,8 +116,7 @@ def speed(
         console.say_json(result.to_json())
     else:
         show_speed(result)
-        for line in figures.beside(shape_name or model, "speed"):
-            console.say(line)
+        figures.say_beside(shape_name or model, "speed")
 
 
 @app.command()

@@ -140,6 +140,12 @@ def beside(name: str, *topics: str) -> list[str]:
     return []
 
 
+def say_beside(name: str, *topics: str) -> None:
+    """Say what `beside` knows."""
+    for line in beside(name, *topics):
+        console.say(line)
+
+
 def _own(figure: Figure, common: Mapping[str, object]) -> str:
     return described({k: v for k, v in figure.row_setting.items() if k not in common})
 

@@ -23,6 +23,8 @@ COMMANDS = {
     "chat": "Talk with a model in the terminal, or ask it one question.",
     "generate": "Continue a text: raw completion, without a chat template.",
     "serve": "Answer over HTTP: the OpenAI API, and Ollama's.",
+    "batch": "Answer a file of requests in OpenAI's batch format.",
+    "web": "Open a chat page for any OpenAI-compatible server.",
     "info": "Say what a model is: sizes, context, template, licence.",
     "figures": "Say what was published about a model, with source and date.",
     "plan": "Say whether a model fits this machine, before it is downloaded.",

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from qwenkit.chat.dialects.spec import Conversation, Dialect, Written
+from qwenkit.chat.grammar import CallGrammar, Calls
 from qwenkit.chat.json_repair import Repaired, repair_arguments, repair_object
 from qwenkit.chat.json_scan import JsonScan
 from qwenkit.chat.parse import read_arguments
@@ -142,7 +143,7 @@ def _between_marks(tape: Tape) -> Steps[None]:
         yield from tape.skip(_BETWEEN)
         if (yield from tape.expect("```")):
             yield from tape.skip(_SPACES)
-        if (yield from tape.expect(CLOSE)):
+        if (yield from tape.expect(CLOSE, or_cut=True)):
             return
         if not tape.may_call or not (yield from tape.expect("{")):
             return
@@ -218,4 +219,20 @@ def _call_of(tape: Tape, found: Repaired) -> tuple[str, str, bool] | None:
     return None if arguments is None else (name, arguments, True)
 
 
-DIALECT = Dialect(name="hermes", write=write, read=read, single_stops=(CLOSE,))
+def calls(grammar: CallGrammar) -> Calls:
+    """Calls between their marks, a line break between two."""
+    mark, close = grammar.mark(OPEN), grammar.mark(CLOSE)
+    more = f"({grammar.mark(OPEN, chr(10))} body {close})*" if grammar.several else ""
+    often = "*" if grammar.several else "?"
+    return Calls(
+        must=f"must_call: {mark} body {close} {more}",
+        may=f"may_call: (opened body {close}){often} REST",
+        rules=(
+            *grammar.bodies('\n{"name": {quoted}, "arguments": ', "}\n"),
+            grammar.until("opened", OPEN),
+            grammar.without("REST", OPEN),
+        ),
+    )
+
+
+DIALECT = Dialect(name="hermes", write=write, read=read, calls=calls, single_stops=(CLOSE,))

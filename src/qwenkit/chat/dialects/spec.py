@@ -15,6 +15,7 @@ from functools import cache
 from typing import cast
 
 import qwenkit.chat.dialects
+from qwenkit.chat.grammar import CallGrammar, Calls
 from qwenkit.chat.parse import Grammar
 from qwenkit.errors import RequestError, suggest
 from qwenkit.types.messages import Message, Tool
@@ -53,12 +54,14 @@ class Dialect:
 
     `write` raises RequestError naming the message that it has no place for. `read` is the grammar
     of a reply (`chat/parse.py`). `stops` end a reply that is to be followed by a tool's result;
-    `single_stops` too, where it may have only one call.
+    `single_stops` too, where it may have only one call. `calls` makes the rules of a grammar
+    (`chat/grammar.py`); None where nothing is known of calls.
     """
 
     name: str
     write: Callable[[Conversation], Written]
     read: Grammar
+    calls: Callable[[CallGrammar], Calls] | None = None
     stops: tuple[str, ...] = ()
     single_stops: tuple[str, ...] = ()
 
