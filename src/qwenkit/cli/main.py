@@ -29,6 +29,8 @@ COMMANDS = {
     "figures": "Say what was published about a model, with source and date.",
     "plan": "Say whether a model fits this machine, before it is downloaded.",
     "doctor": "Look at this machine, or for faults in a model's files.",
+    "quantize": "Write a model in fewer bits, with a sheet of what that cost.",
+    "compare": "Show what a model lost beside the one it was made of.",
     "export": "Write a model as a GGUF file, quantized or not, or as a folder.",
     "merge": "Put a LoRA adapter into a model's weights.",
     "pull": "Download a model, resuming and checking it.",

@@ -25,7 +25,8 @@ def check(shown: dict[str, Any], url: str) -> None:
     check_shown(shown)
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     check_plain(client)
-    check_streamed_call(client, tools)
+    # A busy machine may send several tokens at once, but not all of them five times in a row.
+    assert any(check_streamed_call(client, tools) > 1 for _ in range(5)), "all in one piece"
     check_stream_helper(client, tools)
     check_parsed_arguments(client)
     check_around(client)
@@ -70,8 +71,10 @@ def check_plain(client: OpenAI) -> None:
     assert GREETING.startswith(short.choices[0].message.content)
 
 
-def check_streamed_call(client: OpenAI, tools: Any) -> None:
-    """Chunks as they come: role first, then one call by parts, one reason, one id for all."""
+def check_streamed_call(client: OpenAI, tools: Any) -> int:
+    """Chunks as they come: role first, then one call by parts, one reason, one id for all. Returns
+    in how many pieces the arguments came.
+    """
     chunks = list(
         client.chat.completions.create(model="default", messages=ASK, tools=tools, stream=True)
     )
@@ -84,10 +87,11 @@ def check_streamed_call(client: OpenAI, tools: Any) -> None:
     assert len([part.id for part in parts if part.id]) == 1
     arguments = [part.function.arguments for part in parts if part.function.arguments]
     assert json.loads("".join(arguments)) == {"city": "Paris"}
-    assert len(arguments) > 1, "the arguments came in one piece"
-    assert not "".join(delta.content or "" for delta in deltas).strip()
+    said = "".join(delta.content or "" for delta in deltas)  # ReAct's thought, else nothing
+    assert said.strip() in ("", "I should use get_weather.")
     reasons = [chunk.choices[0].finish_reason for chunk in chunks]
     assert reasons == [None] * (len(chunks) - 1) + ["tool_calls"]
+    return len(arguments)
 
 
 def check_stream_helper(client: OpenAI, tools: Any) -> None:
@@ -135,9 +139,9 @@ def check_around(client: OpenAI) -> None:
 
 def check_texts_and_vectors(client: OpenAI) -> None:
     """Completions without a template; embeddings, which this client asks for in base64."""
-    plain = client.completions.create(model="default", prompt="Hello!", temperature=0)
+    plain = client.completions.create(model="default", prompt="Hello!", max_tokens=64)
     assert (plain.choices[0].text, plain.choices[0].finish_reason) == (GREETING, "stop")
-    stream = client.completions.create(model="default", prompt="Hello!", stream=True)
+    stream = client.completions.create(model="default", prompt="Hello!", max_tokens=64, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == GREETING
     texts = ["Hello!", "Good evening"]
     packed = client.embeddings.create(model="default", input=texts)
