@@ -7,10 +7,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from qwenkit.chat.dialects.spec import find
+from qwenkit.chat.dialects.spec import Conversation, dialects, find
 from qwenkit.chat.parse import ReplyCollector
 from qwenkit.chat.replies import ReplyFormat
-from qwenkit.types.completion import Reply
+from qwenkit.types.completion import Reply, ReplyCall
 from qwenkit.types.deltas import (
     CallArguments,
     CallEnd,
@@ -19,7 +19,7 @@ from qwenkit.types.deltas import (
     ReasoningDelta,
     ReplyDelta,
 )
-from qwenkit.types.messages import Tool
+from qwenkit.types.messages import Message, Tool, ToolCall
 
 WORDS = (
     *(
@@ -72,6 +72,7 @@ NONSENSE = (
     *('{"name": "now", "arguments": {}}', "```json\n", "\n```", "True", "//", "/*", "\\u12", '"""'),
     *("<function=now>", "<parameter=city>", "</parameter>", "</function>", "{" * 200, "\ufeff"),
 )
+DIALECTS = sorted(name for name, dialect in dialects().items() if dialect.calls)
 Call = tuple[str, dict[str, Any]]
 
 
@@ -105,28 +106,48 @@ def dumped(draw: random.Random, value: Any) -> str:
     return json.dumps(value, ensure_ascii=draw.random() < 0.3, indent=draw.choice([None, None, 1]))
 
 
-def written(dialect: str, draw: random.Random) -> tuple[str, str, list[tuple[str, str]]]:
-    """A well-formed reply: its text, what it says, and its calls with their arguments' texts."""
+def kept(dialect: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What of arguments a dialect can write: XML has no names with brackets in them, no value with
+    its own end in it, and keeps the types only of what the schema knows.
+    """
+    if dialect != "qwen_xml":
+        return arguments
+    return {
+        key: value
+        for key, value in arguments.items()
+        if key in ("city", "code") and isinstance(value, str) and "</parameter>" not in value
+    }
+
+
+def some_turn(dialect: str | None, draw: random.Random, *, usual: bool = False) -> Message:
+    """An assistant's turn with a few calls or none; with `usual` their JSON as Python writes it,
+    as it also is where a template or a dialect writes it anew.
+    """
     said = draw.choice(["", "", "Let me see.", "好的。\n\nOne, two."])
-    most = 1 if dialect == "react" else 3
-    made = [some_call(draw) for _ in range(draw.randrange(most + 1))]
-    calls = [(name, dumped(draw, arguments)) for name, arguments in made]
-    if dialect == "react":
-        if not calls:
-            return f"Thought: I know.\nFinal Answer: {said}", said, []
-        name, arguments = calls[0]
-        return f"Thought: {said}\nAction: {name}\nAction Input: {arguments}\n", said, calls
-    pieces = [said] if said else []
-    for name, arguments in calls:
-        if dialect == "qwen_fn":
-            pieces.append(f"✿FUNCTION✿: {name}\n✿ARGS✿: {arguments}")
-        else:
-            call = f'{{"name": "{name}", "arguments": {arguments}}}'
-            pieces.append(f"<tool_call>\n{call}\n</tool_call>")
-    text = "\n".join(pieces)
+    usual = usual or dialect == "qwen_xml"
+    calls = []
+    for _ in range(draw.randrange(2 if dialect == "react" else 4)):
+        name, arguments = some_call(draw)
+        arguments = kept(dialect, arguments)
+        text = json.dumps(arguments, ensure_ascii=False) if usual else dumped(draw, arguments)
+        calls.append(ToolCall(name, text))
+    return Message("assistant", said, tool_calls=tuple(calls))
+
+
+def written(dialect: str, draw: random.Random) -> tuple[str, Message]:
+    """A well-formed reply as its text, and what it is."""
+    turn = some_turn(dialect, draw)
+    given = Conversation(messages=(Message("user", "q"), turn), tools=TOOLS)
+    text = find(dialect).write(given).messages[-1].content
     if dialect == "hermes" and draw.random() < 0.3:
         text = f"<think>\nHm.\n</think>\n\n{text}"
-    return text, said, calls
+    return text, turn
+
+
+def check_turn(reply: Reply, turn: Message) -> None:
+    """What was read is what was written."""
+    assert reply.tool_calls == tuple(ReplyCall(c.name, c.arguments) for c in turn.tool_calls)
+    assert reply.content.strip() == turn.content
 
 
 def broken(dialect: str, draw: random.Random) -> str:

@@ -8,14 +8,21 @@ import random
 import time
 
 import pytest
-from reply_texts import broken, check, deltas_of, form, joined, reply_of, written
+from reply_texts import (
+    DIALECTS,
+    broken,
+    check,
+    check_turn,
+    deltas_of,
+    form,
+    joined,
+    reply_of,
+    written,
+)
 
 from qwenkit.chat.json_repair import repair_arguments, repair_object
 from qwenkit.chat.json_scan import JsonScan, is_object
 from qwenkit.chat.replies import ReplyFormat
-from qwenkit.types.completion import ReplyCall
-
-DIALECTS = ("hermes", "qwen_fn", "react")
 
 
 def streamed_equals_unstreamed(dialect: str, text: str, splits: list[int]) -> None:
@@ -33,11 +40,9 @@ def streamed_equals_unstreamed(dialect: str, text: str, splits: list[int]) -> No
 def test_well_formed_replies_come_whole(dialect: str) -> None:
     for seed in range(150):
         draw = random.Random(f"{dialect} {seed}")
-        text, said, calls = written(dialect, draw)
+        text, turn = written(dialect, draw)
         streamed_equals_unstreamed(dialect, text, [draw.randrange(len(text) + 1)])
-        reply = reply_of(deltas_of(form(dialect), [text]))
-        assert reply.tool_calls == tuple(ReplyCall(*call) for call in calls), text
-        assert reply.content == said
+        check_turn(reply_of(deltas_of(form(dialect), [text])), turn)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -103,6 +108,14 @@ LONG = {
         "✿FUNCTION✿: now\n✿ARGS✿: " + "// x\n" * 2_400,
         '✿FUNCTION✿: now\n✿ARGS✿: {"a": "' + "✿ARGS✿: {" * 480,
     ),
+    "qwen_xml": (
+        "<tool_call><function=now><parameter=a>\n</function>" * 480,
+        "<function=now><parameter=a>" + "\n</function>" * 800,
+        "<tool_call><function=run_code><parameter=code>" + '\n"é' * 4_000,
+        "<function=" * 800,
+        "<function=now>" + "\n" * 12_000 + "<parameter=a>1",
+        "<function=get_weather><parameter=n>" + "[" * 12_000,
+    ),
     "react": (
         "Thought: a\n" * 480,
         "\nAction: now\nAction Input:" * 480,
@@ -115,12 +128,17 @@ LONG = {
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_time_is_linear(dialect: str) -> None:
-    made = form(dialect)
-    for text in LONG[dialect]:
+    for text in LONG.get(dialect, LONG["hermes"]):
         for size in (1, 1_000):
-            short = min(_seconds(made, text[: len(text) // 10], size) for _ in range(3))
-            long = _seconds(made, text, size)
-            assert long <= 15 * short + 0.01, (text[:60], size, short, long)
+            assert any(_is_linear(form(dialect), text, size) for _ in range(5)), (text[:60], size)
+
+
+def _is_linear(made: ReplyFormat, text: str, size: int) -> bool:
+    """Ten times the text takes at most fifteen times as long; other work on the machine may make
+    one measurement wrong.
+    """
+    short = min(_seconds(made, text[: len(text) // 10], size) for _ in range(3))
+    return _seconds(made, text, size) <= 15 * short
 
 
 def _seconds(made: ReplyFormat, text: str, size: int) -> float:

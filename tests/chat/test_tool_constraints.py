@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -28,11 +29,15 @@ TOOLS = (
     Tool('we"ather', "Weather.", CITY, strict=True),
     Tool("get_time", "Time.", {"properties": {}, "additionalProperties": False}, strict=True),
 )
+ENUM = {"type": "string", "enum": ["a", "\n"]}  # a text of a certain length cannot be held there
+XML_CITY = CITY | {"properties": {"city": ENUM, "days": {"enum": [1, 2]}}}
+XML_TOOLS = (replace(TOOLS[0], parameters=XML_CITY), TOOLS[1])
 PLAIN = [name for name in CONTROL if name.startswith("<|")]
 DIALECTS = [
     *(("hermes", "", PLAIN), ("hermes", "", CONTROL)),
     *(("qwen_fn", "", PLAIN), ("qwen_fn", "✿RETURN✿", PLAIN)),
     *(("react", "", PLAIN), ("react", "Thought:", PLAIN)),
+    *(("qwen_xml", "", PLAIN), ("qwen_xml", "", CONTROL)),
 ]
 
 
@@ -41,7 +46,7 @@ def form(
 ) -> ReplyFormat:
     return ReplyFormat(
         dialect=find(dialect),
-        tools=TOOLS,
+        tools=XML_TOOLS if dialect == "qwen_xml" else TOOLS,
         options=ToolOptions(**options),
         start=start,
         thinks=thinks,
@@ -124,6 +129,7 @@ def test_a_named_call_is_that_one(dialect: str, start: str, control: Any) -> Non
 FREE = {
     "hermes": ("Well <tool_", 'Well.\n<tool_call>\n{"name": "get_time", "arguments": {'),
     "qwen_fn": ("Well ✿FUNCT", "Well.\n✿FUNCTION✿: get_time\n✿ARGS✿: {"),
+    "qwen_xml": ("Well <tool_", "Well.\n<tool_call>\n<function=get_time>\n"),
     "react": ("Thought: a\nFinal Answer: 7", "Thought: a\nAction: get_time\nAction Input: {"),
 }
 
@@ -139,6 +145,35 @@ def test_text_may_come_instead(dialect: str, start: str, control: Any) -> None:
         reply = made.parsed(walk(constraint, control, seed, calling))
         assert all(valid(call.name, call.arguments) for call in reply.tool_calls)
         assert reply.tool_calls
+
+
+def test_xml_of_any_parameters() -> None:
+    loose = ReplyFormat(
+        dialect=find("qwen_xml"),
+        tools=(
+            Tool("f", "", {}),
+            Tool("g", "", {"properties": {"n": {}, "o": {"type": "object"}}}),
+        ),
+        options=ToolOptions(choice="required", parallel=False),
+    )
+    constraint = loose.constraint(None)
+    assert constraint is not None
+    for first, arguments in (
+        ("f>\n<parameter=x>\na\n</b>\n</parameter>\n</function>", {"x": "a\n</b>"}),
+        ('g>\n<parameter=o>\n{"a": 1}\n</parameter>\n</function>', {"o": {"a": 1}}),
+        ("g>\n</function>", {}),
+    ):
+        text = walk(constraint, PLAIN, 0, f"<tool_call>\n<function={first}")
+        (call,) = loose.parsed(text).tool_calls
+        assert json.loads(call.arguments) == arguments
+    strict = replace(loose, options=replace(loose.options, constrained=True), tools=loose.tools[1:])
+    constraint = strict.constraint(None)
+    assert constraint is not None
+    text = "<tool_call>\n<function=g>\n<parameter=n>\n</a>\n</parameter>\n<parameter=o>\n{"
+    for seed in range(4):
+        (call,) = strict.parsed(walk(constraint, PLAIN, seed, text)).tool_calls
+        assert json.loads(call.arguments)["n"] == "</a>"
+        assert isinstance(json.loads(call.arguments)["o"], dict)
 
 
 def test_nothing_is_asked_of_free_calls() -> None:
@@ -178,6 +213,8 @@ def test_what_does_not_go_together_is_refused() -> None:
     )
     with pytest.raises(RequestError, match="'template' cannot make"):
         silent.constraint(None)
+    with pytest.raises(RequestError, match=r"tools: we.ather.city: maxLength cannot be held"):
+        ReplyFormat(dialect=find("qwen_xml"), tools=TOOLS).constraint(None)
     big = Tool("f", "", {"enum": ["x" * 70_000]}, strict=True)
     with pytest.raises(RequestError, match="tools: the grammar of their calls has"):
         ReplyFormat(dialect=find("hermes"), tools=(big,)).constraint(None)

@@ -55,22 +55,27 @@ class CallGrammar:
             return f"{name}: {_ANY_TEXT}"
         return f"{name}: {_ANY_TEXT} & ~/(?s:.*){_regex(mark)}(?s:.*)/"
 
+    def callable_tools(self) -> list[tuple[int, Tool]]:
+        """The tools that may be called, each with its place."""
+        named = self.options.named
+        return [(i, t) for i, t in enumerate(self.tools) if named is None or t.name == named]
+
+    def is_strict(self, tool: Tool) -> bool:
+        """True where its arguments must be those of its schema."""
+        return self.options.constrained or tool.strict
+
     def bodies(self, begin: str, end: str) -> list[str]:
-        """The rules `body`, a call of any of the tools, and what it is made of.
+        """The rules `body`, a call of any of the tools with arguments in JSON, and its parts.
 
         `begin` and `end` are the texts around the arguments, {name} and {quoted} in them the tool's
         name and the same as JSON.
         """
-        named = self.options.named
         rules: list[str] = []
         bodies: list[str] = []
-        for i, tool in enumerate(self.tools):
-            if named is not None and tool.name != named:
-                continue
+        for i, tool in self.callable_tools():
             quoted = json.dumps(tool.name, ensure_ascii=False)
             first = begin.replace("{quoted}", quoted).replace("{name}", tool.name)
-            strict = self.options.constrained or tool.strict
-            schema = dict(tool.parameters) if strict else _ANY_OBJECT
+            schema = dict(tool.parameters) if self.is_strict(tool) else _ANY_OBJECT
             if "type" not in schema and "$ref" not in schema:
                 schema = {"type": "object", **schema}
             rules.append(f"arguments_{i}: {json_rule(schema)}")
@@ -110,7 +115,7 @@ def reply_constraint(
     Raises RequestError where `asked` does not go together with that.
     """
     options = grammar.options
-    strict = options.constrained or any(tool.strict for tool in grammar.tools)
+    strict = any(map(grammar.is_strict, grammar.tools))
     rules = list(calls.rules) if calls is not None else []
     if calls is not None and options.must_call:
         if asked is not None:

@@ -28,6 +28,8 @@ COMMANDS = {
     "info": "Say what a model is: sizes, context, template, licence.",
     "plan": "Say whether a model fits this machine, before it is downloaded.",
     "doctor": "Look at this machine, or for faults in a model's files.",
+    "quantize": "Write a model in fewer bits, with a sheet of what that cost.",
+    "compare": "Show what a model lost beside the one it was made of.",
     "merge": "Put a LoRA adapter into a model's weights.",
     "pull": "Download a model, resuming and checking it.",
     "tokenizer": "Look at the tokens of a text, add words to a vocabulary.",

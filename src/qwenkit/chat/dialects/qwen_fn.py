@@ -16,6 +16,7 @@ from dataclasses import replace
 from qwenkit.chat.dialects.spec import Conversation, Dialect, Written
 from qwenkit.chat.grammar import CallGrammar, Calls, literal
 from qwenkit.chat.parse import read_arguments
+from qwenkit.chat.rewrite import with_instruction
 from qwenkit.chat.tape import Steps, Tape
 from qwenkit.errors import RequestError
 from qwenkit.types.messages import Message, Tool
@@ -140,10 +141,7 @@ def _with_tools(messages: Sequence[Message], conversation: Conversation) -> list
     tools = "\n\n".join(_described(tool, language) for tool in conversation.tools)
     names = ",".join(tool.name for tool in conversation.tools)
     instruction = _TOOLS[language].format(tools=tools) + form.format(names=names)
-    if messages and messages[0].role == "system":
-        content = f"{messages[0].content}\n\n{instruction}"
-        return [replace(messages[0], content=content), *messages[1:]]
-    return [Message("system", instruction), *messages]
+    return list(with_instruction(messages, instruction))
 
 
 def _described(tool: Tool, language: str) -> str:
