@@ -167,8 +167,8 @@ def test_a_line_of_log_for_each_request(tiny: Path, with_prompts: bool) -> None:
 
     async def use(client: Client) -> None:
         with scripted(client.served.llm, script_of([["", "Reply\u2028."]])):
-            await client.chat()
-            await client.chat(stream=True)
+            await client.chat(max_tokens=20)
+            await client.chat(stream=True, max_tokens=20)
             await client.post("/v1/completions", {"prompt": "Hello", "user": "u\nv"})
         await client.chat([{"role": "user", "content": "Secret"}], unknown="Secret")
 
