@@ -232,12 +232,9 @@ def _write_folder(source: Path, out: Path, pad_for_tp: int | None, group_size: i
         )
     count = len(done.weights)
     console.say(f"{out}: {count} file{'s' if count > 1 else ''} of weights.")
-    if pad_for_tp is not None and not done.widths:
-        console.say(f"Every width splits over {pad_for_tp} devices as it is.")
-    for width in done.widths:
-        console.say(f"{width.key}: {width.before:,} wide, padded to {width.after:,}.")
-    for remark in done.remarks:
-        console.say(remark)
+    if pad_for_tp is not None and done.padded is not None:
+        for line in done.padded.said(pad_for_tp):
+            console.say(line)
 
 
 def _report(done: Exported) -> list[str]:
