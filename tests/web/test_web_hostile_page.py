@@ -90,7 +90,6 @@ def click_what_can_be_clicked(chat: Chat) -> None:
 
 def test_hostile_conversations_that_were_kept_do_nothing(chat: Chat, outside: Outside) -> None:
     """The list of titles, and the page loaded anew."""
-    chat.page.evaluate("indexedDB.deleteDatabase('qwenkit-conversations')")
     chat.open()
     texts = [text for text in hostile(outside.address) if len(text) < _LONG][::9]
     for text in texts:
