@@ -73,10 +73,10 @@ def test_a_tool_as_the_first_generation_has_it() -> None:
 def test_tools_of_openai() -> None:
     function = {"name": "f", "description": None, "parameters": {"type": "object"}, "strict": True}
     expected = Tool("f", "", {"type": "object"}, strict=True)
-    assert parse_tools([{"type": "function", "function": function}, function]) == (
-        expected,
-        expected,
-    )
+    for given in ({"type": "function", "function": function}, function, expected):
+        assert parse_tools([given]) == (expected,)
+    with pytest.raises(RequestError, match=r"tools\[1\]: there is another tool of the name 'f'"):
+        parse_tools([function, expected])
     assert parse_tools([{"name": "f"}]) == (Tool("f", "", {}),)
     for wrong, message in (
         ({}, r"tools\[0\]: expected"),
