@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import os
 import secrets
@@ -16,8 +15,15 @@ import typer
 
 from qwenkit.cli import beside, console, loading, options
 from qwenkit.cli.grouped import grouped
-from qwenkit.cli.serving import Adapters, KvCacheTokens, ServedNames, public_name, read_adapters
-from qwenkit.errors import MissingDependencyError, UsageError
+from qwenkit.cli.serving import (
+    Adapters,
+    KvCacheTokens,
+    ServedNames,
+    check_installed,
+    public_name,
+    read_adapters,
+)
+from qwenkit.errors import UsageError
 
 if TYPE_CHECKING:
     from socket import socket
@@ -174,9 +180,7 @@ def command(
     host = options.one_of({"--host": door.host, "--server-name": door.server_name}) or HOST
     port = _port(door)
     adapters = read_adapters(adapter)
-    for package in ("fastapi", "httptools", "prometheus_client", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(package, "serve", "qwenkit serve")
+    check_installed("qwenkit serve")
     from qwenkit.server.door import bind, check_access
 
     access = _access(door)
