@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import secrets
@@ -173,16 +174,17 @@ def command(
     host = options.one_of({"--host": door.host, "--server-name": door.server_name}) or HOST
     port = _port(door)
     adapters = read_adapters(adapter)
-    try:
-        from qwenkit.server import run
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "fastapi", "serve", "serving") from error
+    for package in ("fastapi", "httptools", "prometheus_client", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "serve", "qwenkit serve")
+    from qwenkit.server.door import bind, check_access
+
     access = _access(door)
-    run.check_access(host, access, no_auth=door.no_auth)
+    check_access(host, access, no_auth=door.no_auth)
     if ui:
         beside.check_page()
         access = _with_page_key(access)
-    listening = run.bind(host, port)  # a port in use is known before the model is loaded
+    listening = bind(host, port)  # a port in use is known before the model is loaded
     llm = loading.load_served_model(name, loaded_as, adapters, kv_cache_tokens)
     settings = _settings(
         name, llm.record.name, llm.record.model_type, served_model_name, access, limits
@@ -304,12 +306,13 @@ def _url(address: tuple[str, int]) -> str:
 
 
 def _log_lines() -> None:
-    """Each request is one line of JSON on standard error."""
+    """What is logged is lines of JSON on standard error, one for each request."""
     from qwenkit.server.guard import JsonLines
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("qwenkit.server", "uvicorn"):
+    for name in ("qwenkit", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO if name == "qwenkit.server" else logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("qwenkit.server").setLevel(logging.INFO)
