@@ -129,6 +129,11 @@ class WorkerProcess:
         self._messages.close()
         self._link.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def hello(self) -> tuple[str, str]:
         """Its version and how it holds the weights: its first line, once the model is loaded."""
         message = self._read()
