@@ -13,12 +13,12 @@ import torch
 from qwenkit.checkpoint import open_checkpoint, write_gguf, write_safetensors
 from qwenkit.checkpoint.storages import TAGS
 from qwenkit.errors import CheckpointError
+from qwenkit.fill import fill
 from qwenkit.formats.ggml import GgmlWeight
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Linear
 from qwenkit.layers.weight import QuantWeight
-from qwenkit.load import fill
 from qwenkit.models.published import gguf_tensors, published_tensors
 from qwenkit.models.spec import CausalModel, find
 

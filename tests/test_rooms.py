@@ -97,7 +97,7 @@ EFFECTS = {
     "threads": (
         {"threading", "_thread", "concurrent.futures", "concurrent"},
         {
-            "engine/service.py",
+            "engine/worker.py",
             "engine/constrain.py",  # compiles in a thread, within a time
             "kernels/build.py",  # one build at a time
             "kernels/cpu/bind.py",

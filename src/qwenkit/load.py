@@ -1,47 +1,28 @@
-"""Room 4: the only place where model × checkpoint × format meet.
-
-A checkpoint's tensors are looked up by the built model's own module paths; a format turns each
-linear layer's tensors into a weight in the slot. A tensor left over or missing is an error.
-"""
+"""Room 4: a checkpoint's path becomes a built model with its tokenizer and record."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from qwenkit.adapters.lora import Merging
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
-from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
-from qwenkit.errors import (
-    CheckpointError,
-    ConfigError,
-    NonFiniteError,
-    TokenizerError,
-    UsageError,
-)
-from qwenkit.formats.plan import WeightPlan, check_finite, put
-from qwenkit.formats.spec import Format, claim
+from qwenkit.checkpoint.spec import Checkpoint
+from qwenkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
+from qwenkit.fill import fill
+from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels.cpu import give_back_freed_memory
 from qwenkit.kernels.devices import choose_precision, find_device
-from qwenkit.layers.grouped import GroupedLinear
-from qwenkit.layers.linear import Embedding, Linear
-from qwenkit.layers.weight import QuantWeight
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig, find
 from qwenkit.record import read_record
-from qwenkit.tensor_names import tensors_by_our_names
 from qwenkit.tokenizer import BytePairTokenizer, from_folder, from_gguf
 from qwenkit.types.record import ModelRecord
 
-PLAIN_STORAGES = ("F32", "F16", "BF16", "F64")
 _log = logging.getLogger(__name__)
-_MATRICES = (Linear, Embedding, GroupedLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,87 +128,6 @@ def check_layers(checkpoint: Checkpoint, config: ModelConfig) -> None:
         )
 
 
-def fill(
-    model: CausalModel,
-    architecture: Architecture,
-    checkpoint: Checkpoint,
-    *,
-    device: str | Mapping[str, str] = "cpu",
-    plan: WeightPlan | None = None,
-    merging: Merging | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> None:
-    """Put every tensor of the checkpoint into its slot of a model built on the meta device.
-
-    Raises CheckpointError naming a tensor that is missing, left over or of another shape,
-    NonFiniteError naming one with NaN or infinity in it.
-    """
-    tensors = tensors_by_our_names(architecture, checkpoint, model.config.head_dim)
-    slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
-    _arrange_experts(slots, tensors, checkpoint)
-    tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
-    if merging is not None:
-        merging.check(model, tied=tied)
-    # A plan copies what it reads: without this a file would be in memory beside its copy.
-    releases = {t.release for t in checkpoint.tensors.values() if plan is not None and t.release}
-    for done, (path, module) in enumerate(slots):
-        if module is tied:
-            continue
-        below = {p: tensors.pop(f"{path}.{p}") for p in _parts(tensors, path)}
-        place = device if isinstance(device, str) else _device_of(path, device)
-        matrix = below.get("weight") or next(iter(below.values()), None)
-        _fill_module(path, module, below, model, checkpoint, place, plan)
-        if merging is not None:
-            merging.into(path, module, model.dtype)
-        if plan is not None and isinstance(module, _MATRICES):
-            is_head = isinstance(module, Embedding) or path == "lm_head"
-            assert matrix is not None, "a missing matrix is refused"
-            with _blaming(matrix):
-                put(module, plan.apply(path, module.weight, is_head=is_head))
-        for release in releases:
-            release()
-        if progress is not None:
-            progress((done + 1) / len(slots))
-    if tied is not None:
-        _tie(model, tied, tensors.pop("lm_head.weight", None), checkpoint, plan)
-    left = [n for n in tensors if not n.endswith(architecture.ignored)]
-    if left:
-        names = ", ".join(sorted(left)[:5])
-        raise CheckpointError(
-            checkpoint.path, "tensors", f"{len(left)} belong to no part of the model: {names}."
-        )
-
-
-def _arrange_experts(
-    slots: list[tuple[str, nn.Module]], tensors: dict[str, StoredTensor], checkpoint: Checkpoint
-) -> None:
-    """Bring the experts' tensors into the one layout that the modules have."""
-    unfuse(tensors)
-    for path, module in slots:
-        if isinstance(module, GroupedLinear):
-            gather(
-                tensors,
-                path,
-                groups=module.groups,
-                paths=module.published_paths(path),
-                shape=(module.out_features, module.in_features),
-                checkpoint=checkpoint.path,
-            )
-        elif isinstance(module, Linear) and module.out_features == 1:
-            stored = tensors.get(f"{path}.weight")
-            if stored is not None and checkpoint.container == "gguf":  # which drops sizes of one
-                tensors[f"{path}.weight"] = as_matrix(stored)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
-
-
-def _device_of(path: str, devices: Mapping[str, str]) -> str:
-    """The device of the part that a module is or belongs to."""
-    return next(d for part, d in devices.items() if f"{path}.".startswith(f"{part}."))
-
-
 def _compute_dtype(
     checkpoint: Checkpoint, dtype: str, device: str | Mapping[str, str], plan: WeightPlan | None
 ) -> torch.dtype:
@@ -243,132 +143,3 @@ def _compute_dtype(
 def matrix_storages(checkpoint: Checkpoint) -> set[str]:
     """The storage tags of a checkpoint's matrices."""
     return {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
-
-
-def _parts(tensors: Mapping[str, StoredTensor], path: str) -> list[str]:
-    prefix = f"{path}."
-    return [n[len(prefix) :] for n in tensors if n.startswith(prefix)]
-
-
-def _fill_module(
-    path: str,
-    module: nn.Module,
-    below: dict[str, StoredTensor],
-    model: CausalModel,
-    checkpoint: Checkpoint,
-    device: str,
-    plan: WeightPlan | None,
-) -> None:
-    expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    matrix = below.get("weight") or next(iter(below.values()), None)
-    if isinstance(module, _MATRICES):
-        storage = {part: t.storage for part, t in below.items() if part != "bias"}
-        chosen = claim(storage, checkpoint.config.get("quantization_config") or {})
-        if chosen is not None:
-            rows, columns = expected.pop("weight")
-            _check_shape(checkpoint, f"{path}.weight", below.get("weight"), (rows, columns))
-            weight = _quantized(path, chosen, below, storage, (rows, columns))
-            del module.weight
-            module.weight = weight.to(device)
-            if plan is None and matrix is not None:
-                with _blaming(matrix):
-                    check_finite(module.weight)
-    for part, shape in expected.items():
-        name = f"{path}.{part}"
-        stored = below.pop(part, None)
-        _check_shape(checkpoint, name, stored, shape)
-        assert stored is not None
-        if stored.storage not in PLAIN_STORAGES:
-            raise CheckpointError(
-                stored.file, name, f"no known format reads tensors stored as {stored.storage}."
-            )
-        value = stored.read()
-        planned = plan is not None and part == "weight" and isinstance(module, _MATRICES)
-        value = value.to(device=device, dtype=None if planned else model.dtype)
-        if not planned:
-            with _blaming(stored):
-                check_finite(value)
-        setattr(module, part, nn.Parameter(value, requires_grad=False))
-    if below:
-        names = ", ".join(f"{path}.{part}" for part in sorted(below))
-        raise CheckpointError(
-            checkpoint.path, "tensors", f"belong to no part of the model: {names}."
-        )
-
-
-@contextmanager
-def _blaming(stored: StoredTensor) -> Iterator[None]:
-    """Say of numbers that are not finite which file and tensor they come from."""
-    try:
-        yield
-    except NonFiniteError as error:
-        told = str(error).removeprefix(f"{stored.name}: ")
-        raise NonFiniteError(f"{stored.file}: {stored.name}: {told}") from error
-
-
-def _quantized(
-    path: str,
-    chosen: Format,
-    below: dict[str, StoredTensor],
-    storage: Mapping[str, str],
-    shape: tuple[int, int],
-) -> QuantWeight:
-    """The weight of a layer in its storage format; takes its tensors out of `below`."""
-    stored = {part: below.pop(part) for part in storage}
-    tag = storage.get("weight", chosen.name)
-    try:
-        tensors = {part: tensor.read() for part, tensor in stored.items()}
-        return chosen.weight.from_tensors(tensors, shape=shape, storage=tag)
-    except CheckpointError as error:
-        file = next(iter(stored.values())).file
-        raise CheckpointError(file, path, f"cannot be read as {tag}: {error}") from error
-
-
-def _check_shape(
-    checkpoint: Checkpoint, name: str, stored: StoredTensor | None, shape: tuple[int, ...]
-) -> None:
-    if stored is None:
-        raise CheckpointError(checkpoint.path, name, f"is missing; the model needs it, {shape}.")
-    if stored.shape != shape:
-        raise CheckpointError(
-            stored.file, name, f"has shape {stored.shape}; config.json asks for {shape}."
-        )
-
-
-def _tie(
-    model: CausalModel,
-    head: nn.Module,
-    stored: StoredTensor | None,
-    checkpoint: Checkpoint,
-    plan: WeightPlan | None,
-) -> None:
-    """Make the head use the embedding's own weight; a head in the file must be the same."""
-    embedding = next(m for m in model.modules() if isinstance(m, Embedding))
-    weight = embedding.weight
-    if stored is not None and not _same(weight, stored, plan):
-        raise CheckpointError(
-            stored.file,
-            "lm_head.weight",
-            "differs from the embedding although config.json says tie_word_embeddings; "
-            "set it to false to use both.",
-        )
-    del head.weight
-    head.weight = weight
-
-
-def _same(
-    weight: nn.Parameter | QuantWeight, stored: StoredTensor, plan: WeightPlan | None
-) -> bool:
-    if stored.storage not in PLAIN_STORAGES:
-        return False
-    value: torch.Tensor | QuantWeight = stored.read()
-    if plan is not None:
-        value = plan.apply("lm_head", value, is_head=True)
-    if isinstance(weight, QuantWeight) and isinstance(value, QuantWeight):
-        ours, theirs = dict(weight.named_buffers()), dict(value.named_buffers())
-        return ours.keys() == theirs.keys() and all(
-            torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
-        )
-    if isinstance(weight, torch.Tensor) and isinstance(value, torch.Tensor):
-        return torch.equal(weight, value.to(weight.dtype))
-    return False

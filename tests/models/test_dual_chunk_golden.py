@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.runner import Runner
+from qwenkit.fill import fill
 from qwenkit.kernels.ops.dual_chunk_attention import dual_chunk_attention
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.position import DualChunk, Rotary, choose_extension
-from qwenkit.load import fill
 from qwenkit.models.spec import CausalModel, find
 from qwenkit.types.extension import NO_EXTENSION, Extension
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.load import fill
+from qwenkit.fill import fill
 from qwenkit.models.spec import CausalModel, find
 
 transformers = pytest.importorskip("transformers")

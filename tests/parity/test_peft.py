@@ -17,10 +17,10 @@ from qwenkit.adapters.bank import AdapterBank, Segment
 from qwenkit.adapters.lora import LoraLinear, Merging
 from qwenkit.adapters.peft_files import LoraAdapter, to_tensors
 from qwenkit.checkpoint import open_checkpoint
+from qwenkit.fill import fill
 from qwenkit.kernels import cpu
 from qwenkit.kernels.ops.add_low_rank import add_low_rank
 from qwenkit.layers.attention import PackedCausal
-from qwenkit.load import fill
 from qwenkit.models import qwen
 from qwenkit.models.spec import CausalModel, find
 

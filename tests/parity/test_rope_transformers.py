@@ -15,10 +15,10 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
 from qwenkit.engine.settings import EngineSettings
+from qwenkit.fill import fill
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.position import Rotary, choose_extension, extended
 from qwenkit.layers.rope import rotary_tables
-from qwenkit.load import fill
 from qwenkit.models.spec import CausalModel, find
 from qwenkit.types.events import FinishEvent, TokenEvent
 from qwenkit.types.sampling import SamplingParams

@@ -47,6 +47,12 @@ class AsyncLLM(Session):
         request = self._chat_request(messages, sampling, tools, continue_final_message, options)
         return self._service.astream(request)
 
+    def stream_requests(self, requests: Iterable[Request]) -> AsyncEventStream:
+        """Events of several requests together, each named by its request's id; see
+        `Session.request`. If one of them is refused, none is submitted.
+        """
+        return self._service.astream_many(requests)
+
     @overload
     async def generate(
         self, prompts: str, sampling: Sampling = None, *, options: Options = None

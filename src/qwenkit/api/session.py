@@ -111,6 +111,7 @@ class Session:
             raise UsageError(f"draft: {draft} was given beside {speculation!r}; drop one.")
         asked = _asked_places(device, device_map)
         plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
+        self.weights = plan
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
         room = kv_cache_tokens or context_tokens
@@ -185,6 +186,13 @@ class Session:
         """The names of the loaded adapters."""
         return self._service.engine.adapters
 
+    @property
+    def is_alive(self) -> bool:
+        """False when nothing will be answered any more: after `close`, or when the engine's thread
+        has ended. Any thread may ask.
+        """
+        return self._service.is_alive
+
     def status(self) -> SchedulerStatus:
         """How busy the engine is, and its counts until now. Any thread may ask."""
         return self._service.engine.status()
@@ -257,16 +265,32 @@ class Session:
             chosen = self.record.sampling.replace(**sampling_changes(chosen))
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt as the model is given it: a text encoded, with the model's first token if it
+        wants one; ids as they are. Raises RequestError.
+        """
+        if not isinstance(prompt, str):
+            return prompt_ids(prompt)
+        ids = self.tokenizer.encode(prompt)
+        bos = self.record.bos_token_id
+        return [bos, *ids] if self.record.add_bos_token and bos is not None else ids
+
+    def request(
+        self, prompt: Prompt, sampling: Sampling = None, options: Options = None
+    ) -> Request:
+        """A request to go on with a text or ids. Raises RequestError; whether the engine can take
+        it, is found where it is handed over, or by `check`.
+        """
+        return self._request(prompt, sampling, options)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that could never be served. Any thread may ask."""
+        self._service.engine.check(request)
+
     def _request(
         self, prompt: Prompt, sampling: Sampling = None, options: Options = None
     ) -> Request:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-            bos = self.record.bos_token_id
-            if self.record.add_bos_token and bos is not None:
-                ids.insert(0, bos)
-        else:
-            ids = prompt_ids(prompt)
+        ids = self.prompt_ids(prompt)
         name, chosen = secrets.token_hex(8), self.sampling(sampling)
         asked = request_options(options)
         if asked.adapter is None and self.default_adapter is not None:

@@ -20,6 +20,7 @@ import qwenkit.formats
 from qwenkit.layers.weight import QuantWeight
 
 Claim = Callable[[Mapping[str, str], Mapping[str, Any]], bool]
+Tag = Callable[[Mapping[str, str], Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,10 @@ class Case:
     relative_error: float
 
 
+def _weight_tag(storage: Mapping[str, str], quantization_config: Mapping[str, Any]) -> str:
+    return storage["weight"]
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """One storage format.
@@ -40,13 +45,16 @@ class Format:
     `claim` is given the storage tags of the tensors below a layer's path (such as
     {"weight": "Q4_1"}) and the checkpoint's `quantization_config` (empty when it has none), and
     says whether `weight.from_tensors` reads them. `cases` yields weights of every variant that the
-    format has; the contract test runs on them.
+    format has; the contract test runs on them. `tag`, of the same arguments as `claim`, is the
+    storage tag that `from_tensors` is given: all that the tensors themselves do not say. It raises
+    CheckpointError for a config that the format cannot be read by. Default: the tag of "weight".
     """
 
     name: str
     weight: type[QuantWeight]
     claim: Claim
     cases: Callable[[], Iterable[Case]]
+    tag: Tag = _weight_tag
 
 
 @cache

@@ -169,6 +169,16 @@ def _unpack_iq4_nl(blocks: torch.Tensor) -> Parts:
     return Parts(levels[codes.int()].unsqueeze(1), _half(blocks, 0))
 
 
+def _unpack_iq4_xs(blocks: torch.Tensor) -> Parts:
+    """A factor, 2 bytes of upper and 4 of lower parts of eight 6-bit scales, 128 of codes."""
+    levels = torch.tensor(IQ4_NL_LEVELS, dtype=torch.int8, device=blocks.device)
+    codes = _fields(blocks[:, 8:], 4, sections=8)  # [blocks, 256]
+    low = _fields(blocks[:, 4:8], 4, sections=4)  # [blocks, 8]
+    high = _fields(blocks[:, 2:4], 2, sections=2)  # [blocks, 8]
+    scales = _signed(low | (high << 4), 32).unsqueeze(-1)
+    return Parts(levels[codes.int()].view(-1, 8, 32), _half(blocks, 0) * scales.float())
+
+
 def _unpack_q2_k(blocks: torch.Tensor) -> Parts:
     """16 bytes of 4-bit scales and minimums, 64 of 2-bit codes, two factors."""
     codes = _fields(blocks[:, 16:80], 2, sections=2).view(-1, 16, 16)
@@ -230,6 +240,7 @@ def _layouts() -> Iterator[BlockLayout]:
     yield BlockLayout("Q5_1", 32, 24, (0, 2), partial(shifted, has_fifth_bit=True))
     yield BlockLayout("Q8_0", 32, 34, (0,), _unpack_q8_0)
     yield BlockLayout("IQ4_NL", 32, 18, (0,), _unpack_iq4_nl)
+    yield BlockLayout("IQ4_XS", 256, 136, (0,), _unpack_iq4_xs)
     yield BlockLayout("Q2_K", 256, 84, (80, 82), _unpack_q2_k)
     yield BlockLayout("Q3_K", 256, 110, (108,), _unpack_q3_k)
     yield BlockLayout("Q4_K", 256, 144, (0, 2), _unpack_q4_k)

@@ -11,14 +11,10 @@ import torch
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import UsageError
+from qwenkit.fill import PLAIN_STORAGES
 from qwenkit.kernels import devices
 from qwenkit.kernels.devices import ACCELERATORS, Device, choose_precision, find_cpu, find_device
-from qwenkit.load import (
-    PLAIN_STORAGES,
-    check_layers,
-    matrix_storages,
-    read_architecture,
-)
+from qwenkit.load import check_layers, matrix_storages, read_architecture
 from qwenkit.models.spec import Architecture, ModelConfig
 from qwenkit.parallel.connect import model_parts
 from qwenkit.parallel.device_map import (

@@ -13,7 +13,7 @@ import torch
 
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import CheckpointError, ConfigError, suggest
-from qwenkit.load import fill
+from qwenkit.fill import fill
 from qwenkit.survey.doctor_facts import Facts, Finding, fault, note
 from qwenkit.tensor_names import tensors_by_our_names
 

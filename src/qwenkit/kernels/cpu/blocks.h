@@ -84,14 +84,15 @@ struct Q8_0 : Simple {
     }
 };
 
+// The sixteen levels of both IQ4 types, from -127 to 113, each plus 127.
+static constexpr uint8_t levels_of_iq4[16] = {0,   23,  44,  62,  78,  92,  105, 117,
+                                              128, 140, 152, 165, 180, 196, 216, 240};
+
 struct IQ4_NL : Simple {
     static constexpr int elements = 32, bytes = 18;
     static Group decode(const uint8_t* block, int, Nothing) {
-        // The sixteen levels of this type, from -127 to 113, each plus 127.
-        static constexpr uint8_t levels[16] = {0,   23,  44,  62,  78,  92,  105, 117,
-                                               128, 140, 152, 165, 180, 196, 216, 240};
         vec scale = two_halves(block).first;
-        return affine(look_up(nibbles(block + 2), levels), scale, scale * splat(-127));
+        return affine(look_up(nibbles(block + 2), levels_of_iq4), scale, scale * splat(-127));
     }
 };
 
@@ -152,6 +153,27 @@ struct Q3_K {
 
 struct EightLevels {
     float scale[8], offset[8];
+};
+
+struct IQ4_XS {
+    static constexpr int elements = 256, bytes = 136;
+    using Levels = EightLevels;
+    static Levels levels(const uint8_t* block) {
+        float scale = half(block);
+        uint16_t high;
+        std::memcpy(&high, block + 2, 2);
+        Levels levels;
+        for (int i = 0; i < 8; i++) {  // low halves in four bytes, two high bits in two
+            int low = block[4 + i / 2] >> (i % 2 * 4) & 15;
+            levels.scale[i] = scale * float((low | (high >> (2 * i) & 3) << 4) - 32);
+            levels.offset[i] = levels.scale[i] * -127;
+        }
+        return levels;
+    }
+    static Group decode(const uint8_t* block, int part, const Levels& levels) {
+        bytes32 q = look_up(nibbles(block + 8 + part * 16), levels_of_iq4);
+        return affine(q, splat(levels.scale[part]), splat(levels.offset[part]));
+    }
 };
 
 // Q4_K and Q5_K: eight scales and eight minimums of 6 bits in 12 bytes after two fp16 numbers.
@@ -240,6 +262,7 @@ bool with_block_type(int number, Visit&& visit) {
         case 13: visit(Q5_K{}); return true;
         case 14: visit(Q6_K{}); return true;
         case 20: visit(IQ4_NL{}); return true;
+        case 23: visit(IQ4_XS{}); return true;
         default: return false;
     }
 }
