@@ -222,9 +222,7 @@ async def measure_second_turn(
     return SecondTurn(tuple(firsts), tuple(seconds), cached, prompt)
 
 
-async def _ask(
-    target: Target, shape: LoadShape, messages: Sequence[Mapping[str, str]]
-) -> Reply:
+async def _ask(target: Target, shape: LoadShape, messages: Sequence[Mapping[str, str]]) -> Reply:
     content = {
         "model": shape.model,
         "messages": list(messages),

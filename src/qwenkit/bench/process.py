@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,28 @@ def run_worker(what: str, module: str, argument: str, say: Callable[[str], None]
         if process.returncode:
             raise QwenkitError(f"{what}: {_last_words(messages.read(), process.returncode)}")
     return answer
+
+
+def run_program(command: Sequence[str], *, cwd: Path, timeout_s: float) -> str:
+    """Run a program to its end; what it wrote. Raises QwenkitError when it cannot start or does not
+    end in time.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+        )
+    except OSError as error:
+        raise QwenkitError(f"cannot start {command[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise QwenkitError(f"{command[0]} did not end within {timeout_s:g} s") from error
+    return done.stdout
 
 
 class WorkerProcess:

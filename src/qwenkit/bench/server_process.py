@@ -87,9 +87,7 @@ class ServerProcess:
                 with suppress(OSError):  # what is still in the buffer of a full disk
                     file.close()
 
-    async def wait_until_ready(
-        self, path: str = READY, within_s: float = _READY_WITHIN_S
-    ) -> float:
+    async def wait_until_ready(self, path: str = READY, within_s: float = _READY_WITHIN_S) -> float:
         """Seconds from the start of the process until it is ready to answer.
 
         Raises QwenkitError with its last words when it ends, or is not ready in time.

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -138,7 +139,7 @@ class InProcess:
         result = TurnResult(requests=len(times), seconds=max(own[-1] for own in times))
         for own in times:
             result.tokens += len(own)
-            result.between_s += [b - a for a, b in zip(own, own[1:], strict=False)]
+            result.between_s += [later - sooner for sooner, later in pairwise(own)]
         return result
 
 
@@ -214,7 +215,9 @@ async def _our_server(
     progress("starting our server", 0.0)
     speed = settings.speed
     options = Options(threads=speed.threads, most_prompt_tokens=1, most_positions=1)
-    launch = launch_for(OURS, sys.executable, speed.source, options, speed.cache / "bench", progress)
+    launch = launch_for(
+        OURS, sys.executable, speed.source, options, speed.cache / "bench", progress
+    )
     server = stack.enter_context(
         ServerProcess.ours(launch.model, *_own_options(settings), "--threads", str(speed.threads))
     )

@@ -1,4 +1,4 @@
-"""vLLM on a CPU, eager: bf16, fp32, int8 weights and activations (W8A8), or int4 weights (W4A16)."""
+"""vLLM on a CPU, eager: bf16, fp32, W8A8 (int8 weights and activations) or W4A16 (int4 weights)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,9 @@
+"""Row 3: nothing that a .bin file brings along ever runs."""
+
+from qwenkit.bench.reliability.tested import tests_row
+
+ROW = tests_row(
+    3,
+    "a hostile pickle is refused and nothing in it runs",
+    "tests/checkpoint/test_torch_bin.py",
+)
