@@ -73,7 +73,10 @@ def asked(
 
     async def run() -> Any:
         loading.setdefault("kv_cache_tokens", 4096)
-        async with AsyncLLM(folder, threads=1, **loading) as llm, client_of(llm, settings) as client:
+        async with (
+            AsyncLLM(folder, threads=1, **loading) as llm,
+            client_of(llm, settings) as client,
+        ):
             return await use(client)
 
     return asyncio.run(run())

@@ -109,9 +109,7 @@ class EngineService:
 class EventStream(Iterator[Event]):
     """The events of one or more requests, as they come, until all have finished."""
 
-    def __init__(
-        self, service: EngineService, worker: Worker, requests: Sequence[Request]
-    ) -> None:
+    def __init__(self, service: EngineService, worker: Worker, requests: Sequence[Request]) -> None:
         self._pending: set[str] = set()  # until they are accepted there is nothing to abort
         self._service = service  # kept alive by its streams
         self._worker = worker
@@ -157,9 +155,7 @@ class AsyncEventStream(AsyncIterator[Event]):
     was made, until all have finished.
     """
 
-    def __init__(
-        self, service: EngineService, worker: Worker, requests: Sequence[Request]
-    ) -> None:
+    def __init__(self, service: EngineService, worker: Worker, requests: Sequence[Request]) -> None:
         self._pending: set[str] = set()  # until they are accepted there is nothing to abort
         self._service = service  # kept alive by its streams
         self._worker = worker

@@ -148,7 +148,8 @@ class Guard:
     ) -> bytes:
         """The body of a request that may be served. Raises ApiError."""
         facts, settings = answer.facts, self._settings
-        if sum(len(n) + len(v) + 4 for n, v in headers) > settings.max_header_bytes:
+        line = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+        if line + sum(len(n) + len(v) + 4 for n, v in headers) > settings.max_header_bytes:
             raise header_too_large(settings.max_header_bytes)
         if scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
             return b""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import Request
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from qwenkit.server.served import Served
 from qwenkit.server.sse import json_answer
 from qwenkit.server.wire.base import Shape
 
+Responses = dict[int | str, dict[str, Any]]
 router = group()
 
 
@@ -27,8 +28,10 @@ class Ready(Shape):
     status: Literal["ready", "dead", "draining"]
 
 
-_UNWELL = {503: {"model": Health, "description": "The engine has ended: start the server again."}}
-_NOT_READY = {503: {"model": Ready, "description": "No new requests are taken."}}
+_UNWELL: Responses = {
+    503: {"model": Health, "description": "The engine has ended: start the server again."}
+}
+_NOT_READY: Responses = {503: {"model": Ready, "description": "No new requests are taken."}}
 
 
 @router.get("/health", response_model=Health, responses=_UNWELL, summary="Whether it lives.")

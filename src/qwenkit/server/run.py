@@ -15,7 +15,7 @@ from qwenkit.api import AsyncLLM
 from qwenkit.errors import UsageError
 from qwenkit.server.app import guarded
 from qwenkit.server.hosts import is_loopback
-from qwenkit.server.protocol import bounded
+from qwenkit.server.protocol import Bounds, bounded
 from qwenkit.server.served import Served
 from qwenkit.server.settings import Access, ServerSettings
 
@@ -76,12 +76,14 @@ async def _serve(
     llm: AsyncLLM, settings: ServerSettings, listening: socket.socket, ready: Callable[[], None]
 ) -> None:
     served = Served(llm, settings)
-    protocol = bounded(
-        max_header_bytes=settings.max_header_bytes, header_timeout_s=settings.header_timeout_s
+    bounds = Bounds(
+        max_connections=settings.max_connections,
+        max_header_bytes=settings.max_header_bytes,
+        header_timeout_s=settings.header_timeout_s,
     )
     config = uvicorn.Config(
         guarded(served),
-        http=protocol,
+        http=bounded(bounds),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -89,7 +91,6 @@ async def _serve(
         server_header=False,
         proxy_headers=False,
         backlog=_BACKLOG,
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=round(settings.idle_timeout_s),
         timeout_graceful_shutdown=round(settings.drain_s) + 5,
     )
@@ -125,4 +126,6 @@ def serve(
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     """uvloop's, where it is installed: a third of the time for each token that is sent."""
-    return uvicorn.Config(None, loop="auto").get_loop_factory() or asyncio.new_event_loop  # type: ignore[arg-type]
+    found: Callable[[], asyncio.AbstractEventLoop] | None
+    found = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
+    return found or asyncio.new_event_loop

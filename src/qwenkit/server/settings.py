@@ -69,7 +69,7 @@ class ServerSettings:
     max_requests: int = 512
     max_choices: int = 128
     max_prompts: int = 128
-    max_connections: int = 2048
+    max_connections: int = 1000
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     idle_timeout_s: float = 60.0
