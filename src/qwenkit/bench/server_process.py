@@ -34,6 +34,16 @@ def free_port() -> int:
         return port
 
 
+def own_address() -> str:
+    """This machine's address towards others; another one of loopback where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.2"
+
+
 def own_command(model: Path | str, port: int, options: Sequence[str] = ()) -> list[str]:
     """The command line of `qwenkit serve` with this Python."""
     command = [sys.executable, "-m", "qwenkit", "serve", str(model)]

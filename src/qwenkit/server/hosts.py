@@ -56,8 +56,8 @@ class Origins:
             return None
         raise ApiError(
             403,
-            f"Pages of {given[:100]!r} may not use this server. Start it with --allow-origin to let "
-            "them.",
+            f"Pages of {given[:100]!r} may not use this server. Start it with --allow-origin to "
+            "let them.",
             code="bad_origin",
         )
 

@@ -49,9 +49,7 @@ async def run(board: Board, tally: Tally) -> None:
     tally.figures["answers of victims"] = victims.rounds
 
 
-async def _attack(
-    target: Target, model: str, generator: random.Random, tally: Tally
-) -> None:
+async def _attack(target: Target, model: str, generator: random.Random, tally: Tally) -> None:
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def attacker(number: int, choice: int) -> None:

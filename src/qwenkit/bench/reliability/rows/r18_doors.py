@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import statistics
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from qwenkit.bench.http_client import Connection, Header, Target, ask
 from qwenkit.bench.reliability.board import KEY, Board
 from qwenkit.bench.reliability.spec import Row, Tally
 from qwenkit.bench.reliability.wire import CHAT
-from qwenkit.bench.server_process import ServerProcess, free_port, own_command
+from qwenkit.bench.server_process import ServerProcess, free_port, own_address, own_command
 
 OPEN = {("GET", "/health"), ("GET", "/ready")}  # what may answer without a key
 _CHECKERS = ("compare_digest",)
@@ -152,7 +151,7 @@ async def _addresses(board: Board, tally: Tally) -> None:
     where = command.index("--host")
     with ServerProcess([*command[:where], *command[where + 2 :]], target) as server:
         await server.wait_until_ready()
-        own = _reachable(_own_address(), port)
+        own = await _is_reachable(Target(host=own_address(), port=port))
         tally.check("the default is loopback", not own, "it listens on other addresses too")
     public = [*command[: where + 1], "0.0.0.0", *command[where + 2 :]]
     with ServerProcess(public, target) as server:
@@ -161,20 +160,12 @@ async def _addresses(board: Board, tally: Tally) -> None:
         tally.check("a public address without a key", refused, f"status {status}")
 
 
-def _own_address() -> str:
-    """This machine's address towards others; loopback's second one where it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.2"
-
-
-def _reachable(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(2.0)
-        return probe.connect_ex((address, port)) == 0
+async def _is_reachable(target: Target) -> bool:
+    try:
+        (await Connection.open(target)).close()
+    except OSError:
+        return False
+    return True
 
 
 ROW = Row(
