@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from qwenkit.api.choices import Choices
-from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import AsyncEventStream
 from qwenkit.server.errors import ApiError
 from qwenkit.server.facts import Facts
+from qwenkit.server.logprobs import LogprobWriter
 from qwenkit.server.served import Served, Target
 from qwenkit.server.wire.generation import GenerationFields
-from qwenkit.types.completion import Completion
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
 from qwenkit.types.options import RequestOptions
+from qwenkit.types.sampling import SamplingParams
+
+
+class Asking(Protocol):
+    """The fields that say whose request it is and how urgent."""
+
+    @property
+    def priority(self) -> int | None: ...
+    @property
+    def timeout_s(self) -> float | None: ...
+    @property
+    def cache_salt(self) -> str | None: ...
 
 
 def request_options(
-    served: Served, given: GenerationFields, facts: Facts, target: Target, user: str | None
+    served: Served, given: Asking, facts: Facts, target: Target, user: str | None
 ) -> RequestOptions:
     """Whose request it is and how urgent. Raises ApiError.
 
@@ -73,17 +85,15 @@ class Answers:
     facts: Facts
     requests: Sequence[Request]
     prompts: Sequence[int]
-    stream: AsyncEventStream | None = None
 
-    @contextmanager
-    def running(self) -> Iterator[AsyncEventStream]:
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[AsyncEventStream]:
         """Submit all; on the way out, what has not finished is aborted.
 
         Raises ApiError when there is no room, RequestError when one cannot be served.
         """
         with self.served.admitted(self.facts.client, len(self.requests)):
-            stream = self.served.llm.stream_requests(self.requests)
-            self.stream = self.served.watch(stream)
+            stream = await self.served.submit(self.facts.client, self.requests)
             try:
                 yield stream
             finally:
@@ -104,16 +114,6 @@ class Answers:
                     counted.add(prompt)
             yield [(places[event.request_id], event) for event in events]
 
-    async def completions(self, stream: AsyncEventStream) -> list[Completion]:
-        """All answers, when the last has ended. Raises ApiError for one that failed."""
-        collectors = [Collector(request) for request in self.requests]
-        async for batch in self.batches(stream):
-            for place, event in batch:
-                if isinstance(event, FinishEvent):
-                    check_finish(event)
-                collectors[place].add(event)
-        return [collector.completion() for collector in collectors]
-
 
 def check_finish(event: FinishEvent) -> None:
     """Raises ApiError for an answer that failed, or that the server's end cut off."""
@@ -129,3 +129,17 @@ def failed(event: FinishEvent) -> ApiError:
     if message.startswith("RequestError: "):  # found where the request was run
         return ApiError(400, message.removeprefix("RequestError: "), code="invalid_value")
     return ApiError(500, f"The answer failed: {message}", code="engine_error")
+
+
+def writer_of(served: Served, sampling: SamplingParams) -> LogprobWriter:
+    """Writes the log-probabilities of answers that are sampled so."""
+    model_stops = () if sampling.ignore_eos else served.llm.record.stop_token_ids
+    return LogprobWriter(served.llm.tokenizer, {*model_stops, *sampling.stop_token_ids})
+
+
+def stop_reason(
+    sampling: SamplingParams, reason: str, matched: str | int | None
+) -> dict[str, str | int]:
+    """The stop string or token that a request named and that ended its answer, as a field."""
+    named = matched in sampling.stop or matched in sampling.stop_token_ids
+    return {"stop_reason": matched} if reason == "stop" and named and matched is not None else {}

@@ -12,16 +12,25 @@ from starlette.responses import Response
 
 from qwenkit import __version__
 from qwenkit.api import AsyncLLM
-from qwenkit.server import chat, health, models
+from qwenkit.server import chat, completions, embeddings, health, metrics, models, tokens
 from qwenkit.server.conversation import incorrect_role
 from qwenkit.server.errors import ApiError, described
-from qwenkit.server.facts import Facts, facts_of
+from qwenkit.server.facts import facts_of
 from qwenkit.server.guard import Guard
+from qwenkit.server.metrics import Metrics
 from qwenkit.server.served import Served
 from qwenkit.server.settings import ServerSettings
 from qwenkit.server.wire.base import refusal
 
-_GROUPS = (chat.router, models.router, health.router)
+_GROUPS = (
+    chat.router,
+    completions.router,
+    embeddings.router,
+    models.router,
+    tokens.router,
+    health.router,
+    metrics.router,
+)
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings) -> Guard:
@@ -49,16 +58,19 @@ def guarded(served: Served) -> Guard:
         strict_content_type=False,
     )
     app.state.served = served
+    app.state.metrics = Metrics(served)
     for group in _GROUPS:
         app.include_router(group)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(HTTPException, _refuse_route)
-    return Guard(app, served.settings, draining=lambda: served.draining, observe=_observe)
-
-
-def _observe(facts: Facts) -> None:
-    pass
+    app.add_exception_handler(Exception, _refuse)
+    return Guard(
+        app,
+        served.settings,
+        draining=lambda: served.draining,
+        observe=app.state.metrics.observe,
+    )
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

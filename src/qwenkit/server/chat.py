@@ -12,20 +12,26 @@ from fastapi import Request
 from starlette.responses import Response
 
 from qwenkit.api.choices import Choices
+from qwenkit.api.replies import PreparedReply, ReplyReader, reply_sampling
 from qwenkit.engine.collector import Collector
 from qwenkit.engine.service import AsyncEventStream
 from qwenkit.errors import QwenkitError
-from qwenkit.server import conversation
-from qwenkit.server.answers import Answers, check_finish, choices_of, request_options
+from qwenkit.server import chat_tools, conversation
+from qwenkit.server.answers import (
+    Answers,
+    check_finish,
+    choices_of,
+    request_options,
+    stop_reason,
+    writer_of,
+)
 from qwenkit.server.chat_reply import ChatReply
 from qwenkit.server.errors import ApiError, described
 from qwenkit.server.facts import Facts, facts_of
-from qwenkit.server.logprobs import LogprobWriter
 from qwenkit.server.route import group
 from qwenkit.server.served import Served, Target
 from qwenkit.server.sse import DONE, Streamed, compact, event, json_answer, json_text
 from qwenkit.server.usage import usage_of
-from qwenkit.server.voice import Voice
 from qwenkit.server.wire.chat import ChatAnswer, ChatRequest, JsonObjectFormat, TextFormat
 from qwenkit.server.wire.generation import check_stream_options, sampling_changes
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
@@ -43,7 +49,7 @@ class Chat:
     target: Target
     choices: Choices
     answers: Answers
-    voices: list[Voice]
+    readers: list[ReplyReader]
     usage_in_stream: bool
     id: str
     created: int
@@ -62,17 +68,6 @@ class Chat:
         """An empty answer."""
         return ChatReply(legacy=bool(self.body.functions))
 
-    def stop_reason(self, reason: str, matched: str | int | None) -> dict[str, Any]:
-        """The stop string or token that a request named and that ended an answer."""
-        named = isinstance(matched, str) or matched in self.choices.sampling.stop_token_ids
-        return {"stop_reason": matched} if reason == "stop" and named else {}
-
-    def writer(self) -> LogprobWriter:
-        """Writes the log-probabilities of an answer."""
-        record, sampling = self.served.llm.record, self.choices.sampling
-        model_stops = () if sampling.ignore_eos else record.stop_token_ids
-        return LogprobWriter(self.served.llm.tokenizer, {*model_stops, *sampling.stop_token_ids})
-
 
 @router.post(
     "/v1/chat/completions",
@@ -86,7 +81,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         keep_alive_s = chat.served.settings.keep_alive_s
         return Streamed(stream_pieces(chat), keep_alive_s=keep_alive_s)
     try:
-        with chat.answers.running() as stream:
+        async with chat.answers.running() as stream:
             return json_answer(await answer(chat, stream))
     except QwenkitError as error:
         raise described(error) from error
@@ -107,25 +102,27 @@ async def prepared(body: ChatRequest, served: Served, facts: Facts) -> Chat:
         if served.settings.log_prompts:
             facts.prompt = messages
         continued = conversation.continues(body)
+        tools, tool_options = chat_tools.tools_of(body)
 
-        def render() -> Any:
+        def render() -> tuple[Choices, PreparedReply]:
             rendered = served.llm.render(
                 messages,
+                tools=tools,
+                tool_options=tool_options,
                 add_generation_prompt=body.add_generation_prompt is not False,
                 continue_final_message=continued,
+                template_kwargs=body.chat_template_kwargs,
             )
-            sampling = _within_length(choices, body.max_length, len(rendered.ids))
-            request = served.llm.request(rendered.ids, sampling.candidates()[0], options)
+            limited = _within_length(choices, body.max_length, len(rendered.ids))
+            sampling = reply_sampling(limited.candidates()[0], rendered.reply)
+            request = served.llm.request(rendered.ids, sampling, options)
             served.llm.check(request)
-            return sampling, request
+            return limited, PreparedReply(request, rendered)
 
-        choices, first = await served.in_thread(facts.client, render)
+        choices, reply = await served.in_thread(facts.client, render)
     except QwenkitError as error:
         raise described(error) from error
-    requests = [
-        replace(first, id=secrets.token_hex(8), sampling=sampling)
-        for sampling in choices.candidates()
-    ]
+    requests = reply.requests(choices.n, choices.best_of)
     answers = Answers(served, facts, requests, [0] * len(requests))
     return Chat(
         served=served,
@@ -134,7 +131,7 @@ async def prepared(body: ChatRequest, served: Served, facts: Facts) -> Chat:
         target=target,
         choices=choices,
         answers=answers,
-        voices=[Voice() for _ in requests],
+        readers=[reply.reader() for _ in requests],
         usage_in_stream=usage_in_stream,
         id=f"chatcmpl-{secrets.token_hex(12)}",
         created=int(time.time()),
@@ -149,10 +146,11 @@ async def answer(chat: Chat, stream: AsyncEventStream) -> dict[str, Any]:
         for place, one in batch:
             if isinstance(one, FinishEvent):
                 check_finish(one)
-            replies[place].push(chat.voices[place].push(one))
+            replies[place].push(chat.readers[place].read(one).deltas)
             collectors[place].add(one)
     completions = [collector.completion() for collector in collectors]
-    writer = chat.writer()
+    sampling = chat.choices.sampling
+    writer = writer_of(chat.served, sampling)
     listed = []
     for index, place in enumerate(chat.choices.ranked(completions)):
         done, reply = completions[place], replies[place]
@@ -165,7 +163,7 @@ async def answer(chat: Chat, stream: AsyncEventStream) -> dict[str, Any]:
             "logprobs": logprobs,
             "finish_reason": reply.finish_reason(done.finish_reason),
         }
-        listed.append(choice | chat.stop_reason(done.finish_reason, done.matched_stop))
+        listed.append(choice | stop_reason(sampling, done.finish_reason, done.matched_stop))
         if chat.facts.prompt is not None:
             chat.facts.replies.append(done.text)
     return {**chat.head("chat.completion"), "choices": listed, "usage": usage_of(chat.facts)}
@@ -177,8 +175,7 @@ async def stream_pieces(chat: Chat) -> AsyncGenerator[bytes]:
     """
     written = StreamWriter(chat)
     try:
-        with chat.answers.running() as stream:
-            await stream.accepted()
+        async with chat.answers.running() as stream:
             for index in range(len(chat.answers.requests)):
                 yield written.chunk(index, '{"role":"assistant","content":"","refusal":null}')
             async for batch in chat.answers.batches(stream):
@@ -195,7 +192,8 @@ class StreamWriter:
         self._chat = chat
         self._head = compact(chat.head("chat.completion.chunk"))[:-1]
         self._tail = ',"usage":null}' if chat.usage_in_stream else "}"
-        self._logprobs = chat.writer() if chat.body.logprobs else None
+        self._sampling = chat.choices.sampling
+        self._logprobs = writer_of(chat.served, self._sampling) if chat.body.logprobs else None
         self._replies = [chat.reply() for _ in chat.answers.requests]
 
     def chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null") -> bytes:
@@ -220,8 +218,8 @@ class StreamWriter:
         return event(f'{self._head},"choices":[],"usage":{usage}}}') + DONE
 
     def _of_choice(self, index: int, events: Sequence[Event]) -> bytes:
-        voice, reply = self._chat.voices[index], self._replies[index]
-        written = reply.push(delta for one in events for delta in voice.push(one))
+        reader, reply = self._chat.readers[index], self._replies[index]
+        written = reply.push(delta for one in events for delta in reader.read(one).deltas)
         entries = []
         if self._logprobs is not None:
             entries = self._logprobs.entries(e for e in events if isinstance(e, TokenEvent))
@@ -235,7 +233,7 @@ class StreamWriter:
         last = events[-1]
         if isinstance(last, FinishEvent):
             check_finish(last)
-            more = self._chat.stop_reason(last.reason, last.matched_stop)
+            more = stop_reason(self._sampling, last.reason, last.matched_stop)
             reason = json_text(reply.finish_reason(last.reason))
             shown = "".join(f',"{name}":{compact(value)}' for name, value in more.items())
             pieces.append(self.chunk(index, "{}", finish=reason + shown))

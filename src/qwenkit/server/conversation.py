@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from qwenkit.server.errors import ApiError
+from qwenkit.server.errors import ApiError, in_old_words
 from qwenkit.server.wire.chat import ChatMessage, ChatRequest, FunctionCall, RefusalPart
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -28,37 +28,22 @@ def library_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 def check_turns(messages: Sequence[ChatMessage]) -> None:
     """Raises ApiError 400 where a turn cannot stand, in the words of the first generation."""
     if not any(message.role == "user" for message in messages):
-        raise _old("Expecting at least one user message.", "messages")
+        raise in_old_words("Expecting at least one user message.", "messages")
     spoken = [m.role for m in messages if m.role not in ("system", "developer")]
     places = [i for i, m in enumerate(messages) if m.role not in ("system", "developer")]
     for index, (role, place) in enumerate(zip(spoken, places, strict=True)):
         before = spoken[index - 1] if index else None
         if role in ("function", "tool") and before not in ("assistant", "function", "tool"):
-            raise _old(f"Expecting role assistant before role {role}.", f"messages[{place}]")
-        if role == "assistant" and before is None:
-            raise _old("Expecting role user before role assistant.", f"messages[{place}]")
-
-
-def check_old_turns(messages: Sequence[ChatMessage]) -> None:
-    """The same for conversations with `functions`, which the ReAct prompt has one place each for
-    question and answer.
-    """
-    before = None
-    for place, message in enumerate(messages):
-        role = message.role
-        if role in ("system", "developer"):
-            continue
-        if role == "user" and before == "user":
-            raise _old(
-                "Expecting exactly one user (or function) role before every assistant role.",
-                f"messages[{place}]",
+            raise in_old_words(
+                f"Expecting role assistant before role {role}.", f"messages[{place}]"
             )
-        before = role
+        if role == "assistant" and before is None:
+            raise in_old_words("Expecting role user before role assistant.", f"messages[{place}]")
 
 
 def incorrect_role(role: object, param: str) -> ApiError:
     """What is said of a role that there is none of."""
-    error = _old(f"Incorrect role {role}.", param)
+    error = in_old_words(f"Incorrect role {role}.", param)
     error.message += f" Allowed: {', '.join(ROLES)}."
     return error
 
@@ -143,8 +128,3 @@ def _last_call_id(before: Sequence[dict[str, Any]]) -> str | None:
             identifier: str | None = call.get("id")
             return identifier
     return None
-
-
-def _old(reason: str, param: str) -> ApiError:
-    text = f"Invalid request: {reason}"
-    return ApiError(400, text, param, "invalid_value", old_detail=text)

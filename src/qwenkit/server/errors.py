@@ -15,6 +15,7 @@ from qwenkit.errors import (
     UsageError,
 )
 
+_OLD_WORDS = ("Expecting ", "Incorrect role ")
 INVALID = "invalid_request_error"
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Fields of the library, and what they are called in a request.
@@ -90,8 +91,16 @@ def _of_request(error: RequestError, prompt_field: str) -> ApiError:
         too_long = "of which at least one is for the answer" in reason
         code = "context_length_exceeded" if too_long else "invalid_value"
         return ApiError(400, f"{prompt_field}: {reason}", prompt_field, code)
+    if error.field.startswith("messages") and reason.startswith(_OLD_WORDS):
+        return in_old_words(reason, error.field)
     name = error.field
     for ours, theirs in _FIELDS.items():
         if name == ours or name.startswith((f"{ours}.", f"{ours}[")):
             name = theirs + name[len(ours) :]
     return ApiError(400, f"{name}: {reason}", name, "invalid_value")
+
+
+def in_old_words(reason: str, param: str) -> ApiError:
+    """A refusal of a conversation, as the first generation's server wrote it."""
+    text = f"Invalid request: {reason}"
+    return ApiError(400, text, param, "invalid_value", old_detail=text)

@@ -177,7 +177,7 @@ class Guard:
             name = encoding.decode("latin-1")
             raise ApiError(
                 415,
-                f"A body in the encoding {name[:40]!r} is not taken; send it plain.",
+                f"A body in the encoding {name!r:.40} is not taken; send it plain.",
                 code="bad_encoding",
             )
         lengths = _values(headers, b"content-length")

@@ -38,7 +38,7 @@ class Origins:
             return given
         raise ApiError(
             421,
-            f"This server is not known as {name[:100]!r}. Start it with --allowed-host {name:.100} "
+            f"This server is not known as {name!r:.100}. Start it with --allowed-host {name:.100} "
             "to let that name in.",
             code="bad_host",
         )
@@ -56,8 +56,8 @@ class Origins:
             return None
         raise ApiError(
             403,
-            f"Pages of {given[:100]!r} may not use this server. Start it with --allow-origin to "
-            "let them.",
+            f"Pages of {given!r:.100} may not use this server. Start it with --allow-origin to let "
+            "them.",
             code="bad_origin",
         )
 

@@ -31,6 +31,10 @@ class LogprobWriter:
         known = done.logprobs or ()
         return [self._with_top(one) for one in known if one.token_id not in self._stops]
 
+    def is_stop(self, token_id: int) -> bool:
+        """True for a token that only ends an answer."""
+        return token_id in self._stops
+
     def text(self, token_id: int) -> str:
         """The text of one token; bytes that are no character by themselves as U+FFFD."""
         return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
@@ -47,13 +51,11 @@ class LogprobWriter:
 class CompletionLogprobs:
     """What the `logprobs` of a completion has: four lists with an entry for each token."""
 
-    def __init__(self, writer: LogprobWriter, offset: int = 0) -> None:
+    def __init__(self, writer: LogprobWriter) -> None:
         self._writer = writer
-        self._offset = offset
+        self._offset = 0  # characters of all tokens so far
 
-    def content(
-        self, tokens: Sequence[tuple[int, TokenLogprob | None]], stop_ids: Collection[int] = ()
-    ) -> dict[str, Any]:
+    def content(self, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
         """The lists of the next tokens, each an id and what is known of it."""
         content: dict[str, Any] = {
             "tokens": [],
@@ -62,8 +64,6 @@ class CompletionLogprobs:
             "text_offset": [],
         }
         for token_id, known in tokens:
-            if token_id in stop_ids:
-                continue
             text = self._writer.text(token_id)
             content["tokens"].append(text)
             content["token_logprobs"].append(None if known is None else known.logprob)

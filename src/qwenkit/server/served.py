@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 from qwenkit import __version__
 from qwenkit.api import AsyncLLM
+from qwenkit.engine.request import Request
 from qwenkit.engine.service import AsyncEventStream
 from qwenkit.errors import suggest
 from qwenkit.server.errors import ApiError
@@ -21,6 +22,8 @@ from qwenkit.server.settings import ServerSettings
 
 _LOOK_S = 0.25  # how often it is asked whether the engine lives
 _AT_ONCE = 2  # prompts of one client that are made in threads at one time
+_COMPILED_AT_ONCE = 2
+_COMPILE_S = 10.0  # for all answers of a request; the engine bounds each one
 DEAD = "the engine has ended; the server must be started again."
 T = TypeVar("T")
 
@@ -51,6 +54,7 @@ class Served:
         self.draining = False
         self._waiting: Counter[str] = Counter()  # answers that are asked for, by client
         self._turns: dict[str, _Turn] = {}
+        self._compiling = asyncio.Semaphore(_COMPILED_AT_ONCE)
         self._streams: WeakSet[AsyncEventStream] = WeakSet()
         self._fingerprint = _fingerprint(llm)
 
@@ -126,17 +130,42 @@ class Served:
         """What `work` gives, computed beside the event loop. One client has few threads at a time,
         so that its many requests do not keep the others waiting for one.
         """
+        async with self._turn(client):
+            return await asyncio.to_thread(work)
+
+    async def submit(self, client: str, requests: Sequence[Request]) -> AsyncEventStream:
+        """The stream of requests that the engine has taken. What their outputs must be is compiled
+        before, for few at a time. Raises RequestError, and ApiError when compiling takes long.
+        """
+        if all(request.sampling.constraint is None for request in requests):
+            return self._watched(self.llm.stream_requests(requests))
+        async with self._turn(client), self._compiling:
+            stream = self._watched(self.llm.stream_requests(requests))
+            try:
+                async with asyncio.timeout(_COMPILE_S):
+                    await stream.accepted()
+            except TimeoutError:
+                raise ApiError(
+                    400,
+                    f"What the output must be takes more than {_COMPILE_S:g} s to compile for all "
+                    f"{len(requests)} answers; ask for fewer, or for something simpler.",
+                    code="invalid_value",
+                ) from None
+        return stream
+
+    @asynccontextmanager
+    async def _turn(self, client: str) -> AsyncIterator[None]:
         turn = self._turns.setdefault(client, _Turn())
         turn.users += 1
         try:
             async with turn.free:
-                return await asyncio.to_thread(work)
+                yield
         finally:
             turn.users -= 1
             if not turn.users:
                 del self._turns[client]
 
-    def watch(self, stream: AsyncEventStream) -> AsyncEventStream:
+    def _watched(self, stream: AsyncEventStream) -> AsyncEventStream:
         """The stream, which ends with an error should the engine end without a word."""
         self._streams.add(stream)
         return stream

@@ -114,4 +114,5 @@ class JsonLinesStream(Streamed):
 
 
 async def _send(send: Send, piece: bytes) -> None:
-    await send({"type": "http.response.body", "body": piece, "more_body": True})
+    if piece:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -45,8 +45,8 @@ class BoardReport:
         """The table, with what each row promises, and what is missing."""
         lines = [
             f"`{self.command}`, {self.size} form, seed {self.seed}, "
-            f"{self.seconds / 60:.1f} minutes. {self.machine}. Memory is what the server took beyond "
-            "what it had at rest.",
+            f"{self.seconds / 60:.1f} minutes. {self.machine}. Memory is what the server "
+            "took beyond what it had at rest.",
             "",
             "| row | | kept | worst time | most memory | what it promises |",
             "| ---: | --- | ---: | ---: | ---: | --- |",
