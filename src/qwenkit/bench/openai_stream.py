@@ -65,9 +65,16 @@ class Reply:
             if piece or delta.get("tool_calls"):
                 self.pieces.append(piece)
                 self.times_s.append(now_s)
-            if choice.get("logprobs"):
-                self.logprobs.append(choice["logprobs"])
+            self.logprobs += _by_token(choice.get("logprobs") or {})
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+
+def _by_token(given: Mapping[str, Any]) -> list[Any]:
+    """Log-probabilities one token after another, however many came in one event."""
+    if "content" in given:
+        return list(given["content"] or ())
+    names = [name for name in ("tokens", "token_logprobs", "top_logprobs") if given.get(name)]
+    return [list(each) for each in zip(*(given[name] for name in names), strict=True)]
 
 
 async def stream_reply(

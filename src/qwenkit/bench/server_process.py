@@ -179,7 +179,7 @@ class ServerProcess:
         return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
 
 
-def status_bytes(pid: int, name: str) -> int:
+def status_bytes(pid: int | str, name: str) -> int:
     """A line of /proc/PID/status in bytes; 0 where it is missing: the process is gone."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()

@@ -16,6 +16,7 @@ from qwenkit.bench.server_process import ServerProcess
 from qwenkit.errors import UsageError
 
 KEY, OTHER_KEY = "board-key-of-everybody", "board-key-of-somebody-else"
+_ROOM_TOKENS = 65_536  # of the server that rows share: nobody has to make room
 _ROWS_APART = 1000  # seeds of one row, beside those of the next
 T = TypeVar("T")
 
@@ -85,7 +86,8 @@ class Board:
             raise UsageError("url: this row needs a server of its own.")
         if self._shared is None or not self._shared.is_alive:
             self.say("starting a server")
-            started = self.new_server("--api-key", OTHER_KEY)
+            options = ("--api-key", OTHER_KEY, "--kv-cache-tokens", str(_ROOM_TOKENS))
+            started = self.new_server(*options)
             self._shared = await self._stack.enter_async_context(started)
         return self._shared
 

@@ -13,7 +13,10 @@ from qwenkit.errors import QwenkitError
 
 METRICS = "/metrics"
 # Of a server at rest these are 0.
-AT_REST = ("qwenkit_requests_running", "qwenkit_requests_waiting", "qwenkit_kv_blocks_used")
+AT_REST = ("qwenkit_engine_running", "qwenkit_engine_waiting", "qwenkit_answers")
+_FREE, _TOTAL = "qwenkit_engine_free_blocks", "qwenkit_engine_total_blocks"
+_OURS = 1  # the connection that asked for the metrics may still be there
+_POOL = 8  # threads of Python's pool for blocking work, which are made when they are needed
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{[^}]*\})?\s+([-+.\w]+)", re.MULTILINE)
 
 
@@ -54,13 +57,16 @@ async def time_to_rest(server: ServerProcess, before: Rest, within_s: float) -> 
 
 async def _not_at_rest(server: ServerProcess, before: Rest) -> str:
     values = await gauges(server.target)
-    missing = [name for name in AT_REST if name not in values]
+    missing = [name for name in (*AT_REST, _FREE, _TOTAL) if name not in values]
     if missing:
         return f"no metric {', '.join(missing)}"
     wrong = [f"{name} {values[name]:g}" for name in AT_REST if values[name]]
+    taken = values[_TOTAL] - values[_FREE]
+    if taken:
+        wrong.append(f"{taken:g} blocks of the cache")
     now = Rest.of(server)
-    if now.open_files > before.open_files:
+    if now.open_files > before.open_files + _OURS:
         wrong.append(f"open files {before.open_files} -> {now.open_files}")
-    if now.threads > before.threads:
+    if now.threads > before.threads + _POOL:
         wrong.append(f"threads {before.threads} -> {now.threads}")
     return ", ".join(wrong)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _GROW = "{{% set n = namespace(x={0}) %}}{{% for i in range(60) %}}{1}{{% endfor %}}{{{{ n.x }}}}"
-_BIG = "{% set x = 'y' * 900000 %}{% for i in range(99999) %}"
+_BIG = "{% set x = 'y' * 290000 %}{% for i in range(99999) %}"
 
 CODE = {
     "globals of a function": "{{ raise_exception.__globals__ }}",
@@ -64,7 +64,7 @@ BOMBS = {
     "deep list": "{% set n = namespace(x=[]) %}{% for i in range(99999) %}"
     "{% set n.x = [n.x] %}{% endfor %}{{ n.x }}",
     "much text": "{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
-    "{% set n.x = n.x + ['y' * 900000] %}{% endfor %}",
+    "{% set n.x = n.x + ['y' * 290000] %}{% endfor %}",
     "much output": "{% set x = 'y' * 90000 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
     "many lists": "".join(f"{{% set a{i} = range(40000)|list %}}" for i in range(500)),
     "many texts": "".join(f"{{% set a{i} = 'y' * 90000 %}}" for i in range(900)),

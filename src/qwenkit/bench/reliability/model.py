@@ -14,7 +14,7 @@ from qwenkit.bench.random_model import write_random_weights
 from qwenkit.errors import MissingDependencyError
 
 VOCABULARY_FILE = "qwen.tiktoken"
-CONTEXT_TOKENS = 2048
+CONTEXT_TOKENS = 1024
 DEFAULT_ANSWER_TOKENS = 48  # of a request that does not say how many
 LOGITS = 151_936  # a row of the head; the last ones stand for no token
 TEMPLATE = (

@@ -34,7 +34,7 @@ async def run(board: Board, tally: Tally) -> None:
     server = await board.server()
     victims = Victims(server.target, board.served_name, count=4)
     await victims.record()
-    await _settle(server.target, board.served_name)
+    await _warm(server.target, board.served_name)
     before = Rest.of(server)
     generator, room = board.random(12), asyncio.Semaphore(_AT_ONCE)
 
@@ -60,7 +60,7 @@ async def run(board: Board, tally: Tally) -> None:
     await victims.check_all(tally, "nobody")
 
 
-async def _settle(target: Target, model: str) -> None:
+async def _warm(target: Target, model: str) -> None:
     """As many connections at once as there will be, so that what is made once is there."""
     generator = random.Random(0)
     leaving = (leave(target, model, n, "in the stream", generator.random()) for n in range(4))
@@ -100,7 +100,7 @@ async def leave(target: Target, model: str, number: int, moment: str, wait_s: fl
 
 def _content(model: str, number: int, moment: str) -> dict[str, object]:
     long = moment == "in the prefill"
-    text = f"{number} " + ("word " * 1200 if long else "Tell me of rivers.")
+    text = f"{number} " + ("word " * 800 if long else "Tell me of rivers.")
     return {
         "model": model,
         "messages": [{"role": "user", "content": text}],

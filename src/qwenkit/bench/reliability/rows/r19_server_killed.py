@@ -16,7 +16,7 @@ from qwenkit.bench.server_process import HOST, ServerProcess, free_port, own_com
 
 _STREAMS = 20
 _WITHIN_S = 2.0
-_LONG_TOKENS = 1500
+_LONG_TOKENS = 900
 _SHORT_TOKENS = 200
 _FAULTY = "qwenkit.bench.reliability.faulty_server"
 
