@@ -28,7 +28,8 @@ async def run(board: Board, tally: Tally) -> None:
     """Each on a server of its own with a short line, in parallel where it only waits."""
     async with board.new_server("--max-requests", str(_MOST_REQUESTS)) as server:
         target, model = server.target, board.served_name
-        await _answered(target, model, tally, "before")
+        crowd = (_answered(target, model, tally, "before") for _ in range(_MOST_REQUESTS))
+        await asyncio.gather(*crowd)  # what the engine needs for so many at once is there now
         board.watch(server)
         before = server.resident_bytes()
         slow = [
