@@ -99,33 +99,36 @@ def save_folder(
         else:
             kept = named.tensor
             tensors[named.name] = Planned(tuple(kept.shape), kept.dtype, _cast(kept, kept.dtype))
-    config = {**_published_keys(loaded), "torch_dtype": str(dtype).removeprefix("torch.")}
+    published = published_config(loaded.checkpoint, loaded.config)
+    config = {**published, "torch_dtype": str(dtype).removeprefix("torch.")}
     return write_model_folder(
         folder,
         loaded.checkpoint,
         config,
         tensors,
-        tokenizer_files=tokenizer_files or partial(_same_tokenizer, loaded),
+        tokenizer_files=tokenizer_files
+        or partial(write_same_tokenizer, loaded.tokenizer, loaded.checkpoint),
         shard_bytes=shard_bytes,
     )
 
 
-def _published_keys(loaded: Loaded) -> dict[str, Any]:
+def published_config(source: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     """What config.json says; of a GGUF in the architecture's own words, for its own code."""
-    given = loaded.checkpoint.config
-    write_config = find(loaded.record.model_type).write_config
-    if loaded.checkpoint.container != "gguf" or write_config is None:
-        return dict(given)
-    return write_config(loaded.config) | {k: v for k, v in given.items() if k.endswith("_token_id")}
+    write_config = find(str(source.config["model_type"])).write_config
+    if source.container != "gguf" or write_config is None:
+        return dict(source.config)
+    return write_config(config) | {
+        k: v for k, v in source.config.items() if k.endswith("_token_id")
+    }
 
 
-def _same_tokenizer(loaded: Loaded, target: Path) -> None:
-    source = loaded.checkpoint
+def write_same_tokenizer(tokenizer: BytePairTokenizer, source: Checkpoint, folder: Path) -> None:
+    """Write the tokenizer of `source` into `folder`: its own files, where it has some."""
     if source.folder is None:
-        write_tokenizer(loaded.tokenizer, target, source, source.chat_template)
+        write_tokenizer(tokenizer, folder, source, source.chat_template)
     else:
         extra = source.tokenizer_config.get("extra_vocab_file")
-        copy_files(source.folder, target, [*TOKENIZER_FILES, *([extra] if extra else [])])
+        copy_files(source.folder, folder, [*TOKENIZER_FILES, *([extra] if extra else [])])
 
 
 def write_model_folder(

@@ -115,13 +115,13 @@ def _text_parameter(schema: Schema) -> str | None:
     required = schema.get("required")
     names = [n for n in required if n in properties] if isinstance(required, list) else []
     names = names or list(properties)
-    if len(names) != 1 or not _takes_text(_member(schema, names[0])):
+    if len(names) != 1 or not takes_text(member(schema, names[0])):
         return None
     return str(names[0])
 
 
-def _member(schema: Schema, name: str) -> Schema:
-    """The schema of a property, {} where it is not known."""
+def member(schema: Schema, name: str) -> Schema:
+    """The schema of a property; {} where it is not known."""
     properties = schema.get("properties")
     found = properties.get(name) if isinstance(properties, Mapping) else None
     return found if isinstance(found, Mapping) else {}
@@ -132,13 +132,16 @@ def _items(schema: Schema) -> Schema:
     return found if isinstance(found, Mapping) else {}
 
 
-def _takes_text(schema: Schema) -> bool:
+def takes_text(schema: Schema) -> bool:
     """True where a text may stand: it is allowed, or nothing is said."""
     kind = schema.get("type")
     if isinstance(kind, list):
         return "string" in kind
     if kind is None and isinstance(schema.get("enum"), list):
         return any(isinstance(value, str) for value in schema["enum"])
+    for key in ("anyOf", "oneOf"):
+        if kind is None and isinstance(schema.get(key), list):
+            return any(isinstance(each, Mapping) and takes_text(each) for each in schema[key])
     return kind in (None, "string")
 
 
@@ -164,7 +167,7 @@ class _Rewriter:
             self.at += 1
             self.out.append(f"{gap}:{self._gap()}")
             value, begin = len(self.out), self.at
-            self._value(_member(schema, key), level)
+            self._value(member(schema, key), level)
             if level == 1:
                 self.members[key] = "".join(self.out[value:]), self.source[begin : self.at]
         self._end()
@@ -313,7 +316,7 @@ class _Rewriter:
             written = _LITERALS[word]
         elif (number := _NUMBER.fullmatch(word)) and not _only_text(schema):
             written = _number(number)
-        elif word and _takes_text(schema):
+        elif word and takes_text(schema):
             written = json.dumps(word, ensure_ascii=False)
         else:
             raise _HopelessError

@@ -33,6 +33,7 @@ _RESERVED = (
     "messages tools documents add_generation_prompt bos_token eos_token pad_token "
     "range dict namespace raise_exception strftime_now"
 )
+_USUAL_DIALECT = {"chatml": "react", "template": "template"}
 _BASE_MODEL = (
     "{name} is a base model: it continues text and knows no chat format. Load a chat model "
     '("Qwen/Qwen-7B-Chat" rather than "Qwen/Qwen-7B", "Qwen/Qwen2-7B-Instruct" rather than '
@@ -105,8 +106,7 @@ def render(
         continues=continue_final_message,
         template=template,
     )
-    usual = "react" if record.chat_format == "chatml" else "template"
-    dialect = find(options.dialect or record.dialect or usual)
+    dialect = find(options.dialect or record.dialect or _USUAL_DIALECT[record.chat_format])
     has_tools = conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)
     written = dialect.write(conversation) if has_tools else Written(messages=tuple(messages))
     start = written.reply_start
@@ -129,6 +129,7 @@ def render(
             options=options,
             start=open_turn(pieces, record.stop_token_ids) if start is None else start,
             thinks=thinks(template),
+            control_tokens=frozenset(tokenizer.control_tokens),
         ),
         dropped_messages=prompt.dropped_messages,
         dropped_tokens=prompt.dropped_tokens,

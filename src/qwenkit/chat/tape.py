@@ -45,6 +45,7 @@ class Tape:
         self._parallel = parallel
         self._input: deque[str] = deque()
         self._ended = False
+        self._absent: set[str] = set()
         self._deltas: list[ReplyDelta] = []
         self._space = ""
         self._said = False
@@ -91,7 +92,12 @@ class Tape:
             held = text[len(text) - keep :]
             give(text[: len(text) - keep])
         give(held)
+        self._absent.update(markers)
         return None
+
+    def is_absent(self, marker: str) -> bool:
+        """True where the text was searched for a marker to its end and there was none."""
+        return marker in self._absent
 
     def skip(self, pattern: re.Pattern[str]) -> Steps[str]:
         """Take and return characters while `pattern`, which says of each by itself whether it
@@ -107,8 +113,10 @@ class Tape:
                 break
         return "".join(taken)
 
-    def expect(self, literal: str) -> Steps[bool]:
-        """Take `literal` if it comes next; else nothing."""
+    def expect(self, literal: str, *, or_cut: bool = False) -> Steps[bool]:
+        """Take `literal` if it comes next; else nothing. With `or_cut` its beginning will do where
+        the reply was cut off.
+        """
         taken = ""
         while len(taken) < len(literal) and literal.startswith(taken):
             chunk = yield from self.chunk()
@@ -116,6 +124,8 @@ class Tape:
                 break
             taken += chunk
         found = taken.startswith(literal)
+        if or_cut and self.cut_off and literal.startswith(taken):
+            return True
         self.put_back(taken[len(literal) :] if found else taken)
         return found
 

@@ -39,6 +39,8 @@ class AwqWeight(QuantWeight):
     qzeros: torch.Tensor
     scales: torch.Tensor
 
+    bits = BITS
+
     def __init__(
         self,
         qweight: torch.Tensor,

@@ -31,8 +31,11 @@ class NamedTensor:
     tensor: torch.Tensor
 
 
-def published_tensors(model: CausalModel) -> Iterator[NamedTensor]:
-    """Under the names of the published checkpoints; every expert has tensors of its own."""
+def published_tensors(model: nn.Module) -> Iterator[NamedTensor]:
+    """Under the names of the published checkpoints; every expert has tensors of its own.
+
+    Of a part of a model, such as one layer, under their names below it.
+    """
     for path, module, part, value in _own_weights(model):
         if isinstance(module, GroupedLinear):
             for group, own_path in enumerate(module.published_paths(path)):
@@ -87,7 +90,7 @@ def pairs_from_halves(rows: int, head_dim: int) -> torch.Tensor:
 
 
 def _own_weights(
-    model: CausalModel,
+    model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module, str, torch.Tensor | QuantWeight]]:
     """(path, module, part, weight) of every module, what is shared once."""
     seen: set[int] = set()

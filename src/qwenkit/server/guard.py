@@ -30,7 +30,7 @@ from qwenkit.server.settings import ServerSettings
 OPEN_PATHS = frozenset(("/health", "/ready"))  # what answers without a key
 log = logging.getLogger("qwenkit.server.requests")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_BODY_METHODS = frozenset(("POST", "PUT", "PATCH", "DELETE"))
+_NO_BODY = frozenset(("GET", "HEAD", "OPTIONS"))
 _DRAINED_BYTES = 1 << 16
 _DRAINED_S = 1.0
 Pairs = list[tuple[bytes, bytes]]
@@ -60,7 +60,7 @@ class _Answer:
         so that a client that still sends gets to read why, and then the connection is closed.
         """
         self.facts.error = error.code or error.kind
-        body = error.body()
+        body = error.body(self.facts.path)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -77,7 +77,8 @@ class _Answer:
 
 
 class Guard:
-    """`app` behind the checks. `draining` says when no new work is taken; `observe` is called with
+    """`app` behind the checks. `takes_body` says to which paths something is posted: any other body
+    stays unread. `draining` says when no new work is taken; `observe` is called with
     the facts of each request that has ended.
     """
 
@@ -86,6 +87,7 @@ class Guard:
         app: ASGIApp,
         settings: ServerSettings,
         *,
+        takes_body: Callable[[str], bool],
         draining: Callable[[], bool],
         observe: Callable[[Facts], None],
     ) -> None:
@@ -93,6 +95,7 @@ class Guard:
         self._settings = settings
         self._doorman = Doorman(settings.access)
         self._origins = Origins(settings.access)
+        self._takes_body = takes_body
         self._draining = draining
         self._observe = observe
 
@@ -120,8 +123,10 @@ class Guard:
                 await self._allow_preflight(headers, answer)
                 return
             body = await self._let_in(scope, receive, answer, headers)
-        except ApiError as error:
-            await answer.refuse(error, receive if scope["method"] in _BODY_METHODS else None)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("a request failed", extra={"fields": facts.line()})
+            await answer.refuse(described(error), None if scope["method"] in _NO_BODY else receive)
             return
         inner = {**scope, KEY: facts}
         if scope["method"] == "HEAD":
@@ -163,11 +168,10 @@ class Guard:
             facts.client = str(scope["client"][0])
         if self._draining():
             raise shutting_down()
-        if scope["method"] not in _BODY_METHODS:
+        if scope["method"] != "POST" or not self._takes_body(scope["path"]):
             return b""
         body = await self._body(receive, headers)
-        if scope["method"] != "DELETE" or body:
-            facts.value = parse_json(body)
+        facts.value = parse_json(body)
         return body
 
     async def _body(self, receive: Receive, headers: Pairs) -> bytes:

@@ -183,16 +183,19 @@ def _parse_tool(field: str, item: object) -> Tool:
     )
 
 
+_NOT_OF_A_SCHEMA = ("name", "required", "schema")
+
+
 def _schema_of_list(parameters: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The schema of parameters in the first generation's shape: a list of {"name": …, "required":
-    …, "schema": …}.
+    """The schema of parameters in Qwen's own shape: a list of {"name": …, "required": …, "schema":
+    …}, or with what the schema says beside the name.
     """
     named = {str(each.get("name")): each for each in parameters}
     return {
         "type": "object",
         "properties": {
             name: {
-                **({"description": each["description"]} if "description" in each else {}),
+                **{key: said for key, said in each.items() if key not in _NOT_OF_A_SCHEMA},
                 **(each["schema"] if isinstance(each.get("schema"), Mapping) else {}),
             }
             for name, each in named.items()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from qwenkit.errors import suggest
 from qwenkit.server.errors import ApiError
 
+Model = TypeVar("Model", bound=BaseModel)
 UNKNOWN, REFUSED, SAID = "unknown_field", "refused_field", "said"
 
 
@@ -29,12 +30,13 @@ class Wire(BaseModel):
     def _look_at_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        fields = [field.alias or name for name, field in cls.model_fields.items()]
         given = {}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in fields:
                 given[name] = value
             elif name not in cls.refused:
-                known = suggest(name, cls.model_fields)
+                known = suggest(name, fields)
                 raise PydanticCustomError(
                     UNKNOWN, "unknown field. {known}", {"name": name, "known": known}
                 )
@@ -73,6 +75,14 @@ def refusal(errors: Sequence[Any], body: Any) -> ApiError:
     return ApiError(
         400, f"{param or 'the body'}: {message}, got {shown}.", param or None, "invalid_value"
     )
+
+
+def read(shape: type[Model], fields: Mapping[str, Any]) -> Model:
+    """Fields that another API's request was put into. Raises ApiError for what they may not be."""
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        raise refusal(error.errors(), fields) from error
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:

@@ -36,6 +36,7 @@ class FunctionCall(Wire):
 
     name: Name
     arguments: str | dict[str, Any] = "{}"
+    parsed_arguments: Any = Field(None, description="As the openai client adds it; not used.")
 
 
 class ToolCall(Wire):
@@ -63,14 +64,21 @@ class ChatMessage(Wire):
     reasoning_content: str | None = None
     refusal: str | None = Field(None, description="Of a reply given back; read as its content.")
     annotations: list[Any] | None = Field(None, description="Of a reply given back; not used.")
+    parsed: Any = Field(None, description="As the openai client adds it to a reply; not used.")
+    id: str | None = Field(
+        None, description="Of a tool's result: its call, as qwen-agent names it for tool_call_id."
+    )
+    extra: dict[str, Any] | None = Field(None, description="qwen-agent's own notes; not used.")
 
 
 class FunctionDefinition(Wire):
-    """A function that may be called; `parameters` is a JSON schema."""
+    """A function that may be called; `parameters` is a JSON schema, or Qwen's own list of
+    parameters.
+    """
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | list[dict[str, Any]] | None = None
     strict: bool | None = Field(None, description="The arguments keep to the schema, always.")
 
 
@@ -99,7 +107,7 @@ class QwenFunction(Wire):
 
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, Any] | list[Any] | None = None
+    parameters: dict[str, Any] | list[dict[str, Any]] | None = None
     name_for_human: str | None = None
     name_for_model: str | None = None
     description_for_model: str | None = None
