@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qwenkit.bench.http_client import Target
-from qwenkit.bench.reliability.model import board_model
+from qwenkit.bench.reliability.model import BoardModel, board_model
 from qwenkit.bench.reliability.spec import Size, Tally
 from qwenkit.bench.server_process import ServerProcess
 from qwenkit.errors import UsageError
@@ -70,7 +70,11 @@ class Board:
     @property
     def model(self) -> Path:
         """The folder of the board's model, made at the first call."""
-        return board_model(self.settings.cache / "bench")
+        return self.make_model(BoardModel())
+
+    def make_model(self, model: BoardModel) -> Path:
+        """The folder of another one like it."""
+        return board_model(self.settings.cache / "bench", model)
 
     @property
     def served_name(self) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from qwenkit.errors import MissingDependencyError
 
 VOCABULARY_FILE = "qwen.tiktoken"
 CONTEXT_TOKENS = 1024
-DEFAULT_ANSWER_TOKENS = 48  # of a request that does not say how many
 LOGITS = 151_936  # a row of the head; the last ones stand for no token
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content"
@@ -31,7 +31,6 @@ _CONFIG: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT_TOKENS,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
@@ -53,20 +52,37 @@ def vocabulary_path() -> Path:
     raise MissingDependencyError("dashscope", "bench-serve", "the board's model")
 
 
-def board_model(cache: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path:
-    """The folder of the model below `cache`, written if it is not there; None: no template.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardModel:
+    """What may differ from one such model to the next; `answer_tokens` is the length of an answer
+    of which nothing else is said.
+    """
+
+    seed: int = 0
+    template: str = TEMPLATE
+    context_tokens: int = CONTEXT_TOKENS
+    answer_tokens: int = 48
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        key = hashlib.sha256(repr((self, _CONFIG)).encode()).hexdigest()[:8]
+        return f"board-{key}"
+
+
+def board_model(cache: Path, model: BoardModel) -> Path:
+    """The folder of the model below `cache`, written if it is not there.
 
     Raises MissingDependencyError.
     """
     vocabulary = vocabulary_path()
-    name = f"board-{seed}" if template == TEMPLATE else f"board-{seed}-{_short(template)}"
-    folder = cache / "random" / name
+    folder = cache / "random" / model.name
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        _write(place, vocabulary, seed, template)
+        _write(place, vocabulary, model)
         place.rename(folder)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
@@ -74,25 +90,24 @@ def board_model(cache: Path, *, seed: int = 0, template: str | None = TEMPLATE) 
     return folder
 
 
-def _write(folder: Path, vocabulary: Path, seed: int, template: str | None) -> None:
+def _write(folder: Path, vocabulary: Path, model: BoardModel) -> None:
     shutil.copy(vocabulary, folder / VOCABULARY_FILE)
-    tokenizer = {"tokenizer_class": "QWenTokenizer", "pad_token": "<|endoftext|>"}
-    if template is not None:
-        tokenizer["chat_template"] = template
+    config = _CONFIG | {"max_position_embeddings": model.context_tokens}
+    tokenizer = {
+        "tokenizer_class": "QWenTokenizer",
+        "pad_token": "<|endoftext|>",
+        "chat_template": model.template,
+    }
     generation = {
         "do_sample": False,
         "eos_token_id": [151_645, 151_643],
-        "max_new_tokens": DEFAULT_ANSWER_TOKENS,
+        "max_new_tokens": model.answer_tokens,
     }
     files = {
-        "config.json": _CONFIG,
+        "config.json": config,
         "tokenizer_config.json": tokenizer,
         "generation_config.json": generation,
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    write_random_weights(folder / "model.safetensors", _CONFIG, seed=seed)
-
-
-def _short(template: str | None) -> str:
-    return "plain" if template is None else hashlib.sha256(template.encode()).hexdigest()[:12]
+    write_random_weights(folder / "model.safetensors", config, seed=model.seed)

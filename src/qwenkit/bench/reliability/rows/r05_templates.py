@@ -13,7 +13,7 @@ from qwenkit.bench.openai_stream import stream_reply
 from qwenkit.bench.process import run_program
 from qwenkit.bench.reliability.board import Board
 from qwenkit.bench.reliability.hostile_templates import BOMBS, CODE, HOSTILE
-from qwenkit.bench.reliability.model import board_model
+from qwenkit.bench.reliability.model import BoardModel
 from qwenkit.bench.reliability.spec import Row, Tally
 from qwenkit.bench.reliability.victims import Victims
 from qwenkit.bench.reliability.wire import CHAT, COMPLETIONS, Wire, fault_of_answer
@@ -75,8 +75,7 @@ async def _of_requests(board: Board, tally: Tally) -> None:
 async def _served(board: Board, tally: Tally) -> None:
     """A model whose own template is a bomb: its chat is refused, and nobody waits for it."""
     board.say("row 5, a model whose template is a bomb")
-    cache = board.settings.cache / "bench"
-    model = await asyncio.to_thread(board_model, cache, template=_BOMB)
+    model = board.make_model(BoardModel(template=_BOMB))
     async with board.new_server(model=model) as server:
         plain = {"model": board.served_name, "prompt": "a", "max_tokens": 4}
         for _ in range(3):
