@@ -91,12 +91,12 @@ def fill_part(
     checkpoint: Checkpoint,
     tensors: Mapping[str, StoredTensor],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> None:
     """Fill the modules of one `part` of a model, which is on the meta device and stands at `path`.
 
-    `tensors` are the whole checkpoint's by our names. Plain weights are in `dtype`, quantized ones
-    in their format. Raises as `fill`.
+    `tensors` are the whole checkpoint's by our names. Plain weights are in `dtype`, None: in that
+    which they are stored in; quantized ones are in their format. Raises as `fill`.
     """
     own = {n: t for n, t in tensors.items() if n.startswith(f"{path}.")}
     found = ((f"{path}.{n}" if n else path, m) for n, m in part.named_modules())
@@ -191,7 +191,7 @@ def _fill_module(
     path: str,
     module: nn.Module,
     below: dict[str, StoredTensor],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     checkpoint: Checkpoint,
     device: str,
     plan: WeightPlan | None,
@@ -346,15 +346,25 @@ def _tie(
     """Make the head use the embedding's own weight; a head in the file must be the same."""
     embedding = next(m for m in model.modules() if isinstance(m, Embedding))
     weight = embedding.weight
-    if stored is not None and not _same(weight, stored, plan):
+    if stored is not None:
+        refuse_another(weight, stored, plan)
+    del head.weight
+    head.weight = weight
+
+
+def refuse_another(
+    weight: nn.Parameter | QuantWeight, stored: StoredTensor, plan: WeightPlan | None = None
+) -> None:
+    """Raises CheckpointError for a stored head that is not the embedding's `weight`, which is to be
+    both.
+    """
+    if not _same(weight, stored, plan):
         raise CheckpointError(
             stored.file,
             "lm_head.weight",
             "differs from the embedding although config.json says tie_word_embeddings; "
             "set it to false to use both.",
         )
-    del head.weight
-    head.weight = weight
 
 
 def _same(

@@ -9,6 +9,7 @@ RESULT = "Paris: 18 degrees, sunny"
 ANSWER = "It is 18 degrees and sunny in Paris."
 GREETING = "Hello! How can I help you today?"
 CITY: dict[str, object] = {"name": "Paris", "country": "France"}
+TWO_CITIES = "What is the weather in Paris, and what is it in Rome?"
 MADE_UP = "Paris: 40 degrees, snow"  # what a model writes on if nobody stops it
 
 
@@ -21,6 +22,9 @@ def reply(prompt: str) -> str:
         if "A singer from Taiwan." in prompt:
             return answer(prompt, "Jay Chou is a singer from Taiwan.")
         return call_as_asked(prompt, "google_search", {"search_query": "Jay Chou"})
+    if TWO_CITIES in prompt:
+        both = [("get_weather", {"city": city}) for city in ("Paris", "Rome")]
+        return calls_as_asked(prompt, both)
     if QUESTION not in prompt:
         return GREETING
     for mark, own_words in OWN_WORDS.items():
@@ -38,14 +42,26 @@ def reply(prompt: str) -> str:
 # -- the server's dialects ------------------------------------------------------------------------
 
 
+Call = tuple[str, dict[str, object]]
+
+
 def call_as_asked(prompt: str, name: str, arguments: dict[str, object]) -> str:
     """A call in the form that the prompt asks for."""
+    return calls_as_asked(prompt, [(name, arguments)])
+
+
+def calls_as_asked(prompt: str, wanted: list[Call]) -> str:
+    """Calls in the form that the prompt asks for; ReAct has one at a time."""
     if "You have access to the following APIs:" in prompt:
+        name, arguments = wanted[0]
         thought = f"Thought: I should use {name}.\nAction: {name}\n"
         return f"{thought}Action Input: {json.dumps(arguments)}\nObservation: {MADE_UP}"
     if "✿FUNCTION✿" in prompt:
-        return f"✿FUNCTION✿: {name}\n✿ARGS✿: {json.dumps(arguments)}\n✿RESULT✿: {MADE_UP}"
-    return call(name, arguments)
+        lines = [f"✿FUNCTION✿: {name}\n✿ARGS✿: {json.dumps(given)}\n" for name, given in wanted]
+        text = f"{''.join(lines)}✿RESULT✿: {MADE_UP}"
+        begun = f"✿FUNCTION✿: {wanted[0][0]}"  # in the prompt already, if this tool must be called
+        return text.removeprefix(begun) if prompt.endswith(begun) else text
+    return "\n".join(call(name, arguments) for name, arguments in wanted)
 
 
 def call(name: str, arguments: dict[str, object]) -> str:

@@ -161,7 +161,10 @@ def test_a_conversation_with_a_tool(
     if not (client.python.parents[1] / ".installed").exists():
         pytest.skip(f"needs .venv-{client.environment}, which `make oracles` makes")
     done = subprocess.run(
-        [client.python, HERE / "run_client.py", client.heading, client.checks, url_of(dialect)],
+        [
+            *(client.python, HERE / "run_client.py"),
+            *(client.heading, client.checks, url_of(dialect), dialect),
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
 from pydantic import BaseModel
-from replies import ANSWER, CITY, GREETING, QUESTION, RESULT
+from replies import ANSWER, CITY, GREETING, QUESTION, RESULT, TWO_CITIES
 
 ASK = [{"role": "user", "content": QUESTION}]
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -28,6 +28,9 @@ def check(shown: dict[str, Any], url: str) -> None:
     # A busy machine may send several tokens at once, but not all of them five times in a row.
     assert any(check_streamed_call(client, tools) > 1 for _ in range(5)), "all in one piece"
     check_stream_helper(client, tools)
+    check_choice(client, tools)
+    if shown["dialect"] != "react":  # it has one action at a time
+        check_two_calls(client, tools)
     check_parsed_arguments(client)
     check_around(client)
     check_texts_and_vectors(client)
@@ -108,6 +111,40 @@ def check_stream_helper(client: OpenAI, tools: Any) -> None:
     with client.chat.completions.stream(model="default", messages=messages, tools=tools) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
     assert text == stream.get_final_completion().choices[0].message.content == ANSWER
+
+
+def check_choice(client: OpenAI, tools: Any) -> None:
+    """A call that must come, of any tool or of one that is named, and one that must not."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("required", named):
+        told = client.chat.completions.create(
+            model="default", messages=ASK, tools=tools, tool_choice=choice
+        )
+        (call,) = told.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+    told = client.chat.completions.create(
+        model="default", messages=HELLO, tools=tools, tool_choice="none"
+    )
+    assert told.choices[0].message.content == GREETING
+    assert told.choices[0].message.tool_calls is None
+
+
+def check_two_calls(client: OpenAI, tools: Any) -> None:
+    """Two calls in one reply, whole and streamed; one, where they may not come together."""
+    ask = [{"role": "user", "content": TWO_CITIES}]
+    told = client.chat.completions.create(model="default", messages=ask, tools=tools)
+    whole = told.choices[0].message.tool_calls
+    with client.chat.completions.stream(model="default", messages=ask, tools=tools) as stream:
+        streamed = stream.get_final_completion().choices[0].message.tool_calls
+    for calls in (whole, streamed):
+        given = [json.loads(call.function.arguments) for call in calls]
+        assert given == [{"city": "Paris"}, {"city": "Rome"}]
+        assert len({call.id for call in calls}) == 2
+    told = client.chat.completions.create(
+        model="default", messages=ask, tools=tools, parallel_tool_calls=False
+    )
+    (call,) = told.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
 
 
 def check_parsed_arguments(client: OpenAI) -> None:
