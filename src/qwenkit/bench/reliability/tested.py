@@ -15,17 +15,33 @@ from qwenkit.bench.reliability.spec import Row, Tally
 _TIMEOUT_S = 600.0
 
 
-def tests_row(number: int, promise: str, *targets: str) -> Row:
-    """A row whose cases are pytest's; `targets` are files or tests, from the root of a checkout."""
+def row_of_tests(
+    number: int, promise: str, *targets: str, quick_marks: str = "", environment: str = ""
+) -> Row:
+    """A row whose cases are pytest's; `targets` are files or tests, from the root of a checkout.
+
+    `quick_marks` leaves tests out of the quick form, in pytest's words for marks; `environment` is
+    the checkout's own one that runs them, where it is there.
+    """
 
     async def run(board: Board, tally: Tally) -> None:
-        await run_tests(board, tally, targets)
+        marks = board.pick(quick_marks, "")
+        await run_tests(board, tally, targets, marks=marks, environment=environment)
 
     return Row(id=number, promise=promise, run=run, needs_own_server=False)
 
 
-async def run_tests(board: Board, tally: Tally, targets: tuple[str, ...]) -> None:
-    """Count the tests of `targets` into the tally; what is skipped is named and not counted."""
+async def run_tests(
+    board: Board,
+    tally: Tally,
+    targets: tuple[str, ...],
+    *,
+    marks: str = "",
+    environment: str = "",
+) -> None:
+    """Count the tests of `targets` into the tally; what is skipped is not counted, and where all of
+    them are, the reason is given.
+    """
     checkout = board.settings.checkout
     if checkout is None:
         tally.unavailable = "needs a source checkout: its cases are tests of the tree"
@@ -36,7 +52,9 @@ async def run_tests(board: Board, tally: Tally, targets: tuple[str, ...]) -> Non
         return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "pytest", "-q", *targets]
+        own = checkout / environment / "bin" / "python"
+        python = str(own) if environment and own.exists() else sys.executable
+        command = ["env", "OMP_NUM_THREADS=1", python, "-m", "pytest", "-q", *targets, "-m", marks]
         command += ["-p", "no:cacheprovider", f"--junitxml={report}", "-o", "addopts="]
         done = await asyncio.to_thread(run_program, command, cwd=checkout, timeout_s=_TIMEOUT_S)
         if not report.exists():
@@ -46,12 +64,17 @@ async def run_tests(board: Board, tally: Tally, targets: tuple[str, ...]) -> Non
 
 
 def _count(root: ElementTree.Element, tally: Tally) -> None:
+    reasons: list[str] = []
     for case in root.iter("testcase"):
         name = f"{case.get('classname', '')}::{case.get('name', '')}"
-        if case.find("skipped") is not None:
+        skipped = case.find("skipped")
+        if skipped is not None:
             tally.count("skipped")
+            reasons.append((skipped.text or skipped.get("message", "")).strip("()'"))
             continue
         wrong = next((e for e in case if e.tag in ("failure", "error")), None)
         detail = "" if wrong is None else wrong.get("message", "")
         tally.check(name, wrong is None, detail)
         tally.took(float(case.get("time", 0)))
+    if reasons and not tally.total:
+        tally.unavailable = reasons[0]

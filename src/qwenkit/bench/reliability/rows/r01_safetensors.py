@@ -1,8 +1,8 @@
 """Row 1: damaged safetensors files are refused, or read as they say."""
 
-from qwenkit.bench.reliability.tested import tests_row
+from qwenkit.bench.reliability.tested import row_of_tests
 
-ROW = tests_row(
+ROW = row_of_tests(
     1,
     "a damaged file is refused by file and field, or read as it says",
     "tests/checkpoint/test_mutations.py::test_damaged_files_are_refused_or_read_as_they_say"

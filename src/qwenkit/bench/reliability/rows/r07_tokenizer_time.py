@@ -1,8 +1,8 @@
 """Row 7: a million characters of anything are tokenized in near linear time."""
 
-from qwenkit.bench.reliability.tested import tests_row
+from qwenkit.bench.reliability.tested import row_of_tests
 
-ROW = tests_row(
+ROW = row_of_tests(
     7,
     "any text is tokenized in near linear time and never raises",
     "tests/tokenizer/test_tokenizer_fast.py::test_a_million_characters_of_anything",
