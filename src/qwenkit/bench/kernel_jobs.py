@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 
 from qwenkit.kernels.blocks import block_layout, example_blocks
-from qwenkit.kernels.ops.packed_matmul import example_matrix
-from qwenkit.kernels.packed import Packed
+from qwenkit.kernels.ops.packed_matmul import Setting
+from qwenkit.kernels.packed import KINDS, Packed
 from qwenkit.kernels.registry import Arguments
 
 ROWS = (1, 2, 4, 8, 16, 512)
@@ -24,7 +24,19 @@ _MOST_COPIES = 64
 _CACHES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _CONTEXT = 512  # tokens that a decoding sequence has
 _BLOCK_TOKENS = 16
-_PACKED = (("int4", 32), ("int4", 128), ("int8", 32), ("int8", 128), ("bf16", 2), ("fp32", 1))
+_PACKED = (
+    Setting("int4", 32),
+    Setting("int4", 64),
+    Setting("int4", 128),
+    Setting("int4", 128, "zeros"),  # AWQ, and GPTQ that is not symmetric
+    Setting("nf4", 64, wide=True),
+    Setting("int8", 32),
+    Setting("int8", 128),
+    Setting("llm_int8", wide=True),
+    Setting("fp8", 128, wide=True),
+    Setting("bf16"),
+    Setting("fp32"),
+)
 _STORED = ("Q4_0", "Q4_1", "Q8_0")
 _HEAD_ROWS = 16  # the head computes sampled rows only
 
@@ -75,55 +87,71 @@ def _x(rows: int, columns: int) -> torch.Tensor:
 def _packed_matmul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     generator = torch.Generator().manual_seed(0)
     for name, out, columns in _matrices(config):
-        for kind, group in _PACKED:
-            if columns % group:
+        for setting in _PACKED:
+            if columns % (setting.group or 1):
                 continue
-            matrix = example_matrix(kind, out, columns, generator, group=group)
-            tensors = [matrix.data] if matrix.scales is None else [matrix.data, matrix.scales]
-            size = sum(t.numel() * t.itemsize for t in tensors)
-            copies = [[t.clone() for t in tensors] for _ in range(_copies(size))]
-            torchs = _torch_products(kind, group, out, columns, generator)
+            matrix = setting.matrix(out, columns, generator)
+            [one] = _lists([matrix], 1)
+            size = _bytes(one)
+            copies = list(_lists([matrix], _copies(size)))
+            torchs = _torch_products(setting, out, columns, generator)
             for n in _rows_of(name, rows):
                 x = _x(n, columns)
                 tail = (matrix.kind, matrix.rows, matrix.zero_point, name == "head")
                 yield Job(
-                    what=f"{name} {out}x{columns} {kind}" + (f" g{group}" if group > 2 else ""),
+                    what=f"{name} {out}x{columns} {_name(setting)}",
                     rows=n,
-                    calls=[
-                        (x, c[0], c[1] if len(c) > 1 else None, None, None, None, *tail)
-                        for c in copies
-                    ],
+                    calls=[(x, *map(_first, c), None, None, *tail) for c in copies],
                     bytes_read=size,
                     operations=2 * n * out * columns,
-                    kind={"int4": "int8", "int8": "int8"}.get(kind, kind),
+                    kind=_ceiling(setting),
                     torch_calls=None if torchs is None else torchs(x),
                 )
 
 
-def _lists(matrices: list[Packed], copies: int) -> Iterator[tuple[Any, Any, Any]]:
+def _lists(matrices: list[Packed], copies: int) -> Iterator[tuple[list[torch.Tensor], ...]]:
     """(data, scales, minimums) of some matrices together, in so many copies."""
     for _ in range(copies):
         scales = [m.scales.clone() for m in matrices if m.scales is not None]
-        yield [m.data.clone() for m in matrices], scales, []
+        mins = [m.mins.clone() for m in matrices if m.mins is not None]
+        yield [m.data.clone() for m in matrices], scales, mins
+
+
+def _bytes(lists: tuple[list[torch.Tensor], ...]) -> int:
+    return sum(t.numel() * t.itemsize for tensors in lists for t in tensors)
+
+
+def _first(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return tensors[0] if tensors else None
+
+
+def _name(setting: Setting) -> str:
+    group = f" g{setting.group}" if setting.group else ""
+    return setting.kind + group + (f" {setting.offsets}" if setting.offsets != "none" else "")
+
+
+def _ceiling(setting: Setting) -> str:
+    """What multiplies, of the ceilings that a machine has."""
+    form = KINDS[setting.kind].form
+    return {"int4": "int8", "fp8": "fp32"}.get(form, form)
 
 
 def _packed_together(
     what: str, outs: list[int], columns: int, rows: tuple[int, ...]
-) -> Iterator[tuple[str, int, Any, int, int, torch.Tensor, list[Any]]]:
+) -> Iterator[tuple[str, int, Packed, str, int, torch.Tensor, list[Any]]]:
     """For each kind of weights and number of rows what the fused products have in common: a name,
-    bytes, kind, zero point, rows, x and the matrices' copies.
+    bytes, one of the matrices, its ceiling, rows, x and the matrices' copies.
     """
     generator = torch.Generator().manual_seed(0)
-    for kind, group in _PACKED:
-        if columns % group:
+    for setting in _PACKED:
+        if columns % (setting.group or 1):
             continue
-        made = [example_matrix(kind, out, columns, generator, group=group) for out in outs]
-        one = next(_lists(made, 1))
-        size = sum(t.numel() * t.itemsize for tensors in one for t in tensors)
+        made = [setting.matrix(out, columns, generator) for out in outs]
+        size = _bytes(next(_lists(made, 1)))
         copies = list(_lists(made, _copies(size)))
-        name = f"{what} {kind}" + (f" g{group}" if group > 2 else "")
+        name = f"{what} {_name(setting)}"
         for n in rows:
-            yield name, size, made[0].kind, made[0].zero_point, n, _x(n, columns), copies
+            yield name, size, made[0], _ceiling(setting), n, _x(n, columns), copies
 
 
 def _packed_projections(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
@@ -131,29 +159,29 @@ def _packed_projections(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     hidden, kv = int(config["hidden_size"]), kv_heads * head_dim
     outs, norm = [heads * head_dim, kv, kv], torch.ones(hidden)
     what = f"norm, q {outs[0]} k {kv} v {kv} x{hidden}"
-    for name, size, kind, zero, n, x, copies in _packed_together(what, outs, hidden, rows):
-        tail = (kind, outs, zero, [False, False, True])
+    for name, size, one, ceiling, n, x, copies in _packed_together(what, outs, hidden, rows):
+        tail = (one.kind, outs, one.zero_point, [False, False, True])
         yield Job(
             what=name,
             rows=n,
             calls=[(x, norm, 1e-6, *c, [], *tail) for c in copies],
             bytes_read=size,
             operations=2 * n * sum(outs) * hidden,
-            kind={"int4": "int8"}.get(kind, kind),
+            kind=ceiling,
         )
 
 
 def _packed_gated(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     hidden, ffn = int(config["hidden_size"]), int(config["intermediate_size"])
     norm, what = torch.ones(hidden), f"norm, gate and up {ffn}x{hidden}, SwiGLU"
-    for name, size, kind, zero, n, x, copies in _packed_together(what, [ffn, ffn], hidden, rows):
+    for name, size, one, ceiling, n, x, copies in _packed_together(what, [ffn, ffn], hidden, rows):
         yield Job(
             what=name,
             rows=n,
-            calls=[(x, norm, 1e-6, *c, kind, ffn, zero) for c in copies],
+            calls=[(x, norm, 1e-6, *c, one.kind, ffn, one.zero_point) for c in copies],
             bytes_read=size,
             operations=4 * n * ffn * hidden,
-            kind={"int4": "int8"}.get(kind, kind),
+            kind=ceiling,
         )
 
 
@@ -162,24 +190,27 @@ def _packed_experts(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     hidden = int(config["hidden_size"])
     ffn, chosen, experts = 512, 8, 64
     what, outs = f"8 of 64, gate and up {ffn}x{hidden}", [experts * ffn, experts * ffn]
-    for name, size, kind, zero, n, x, copies in _packed_together(what, outs, hidden, rows):
+    for name, size, one, ceiling, n, x, copies in _packed_together(what, outs, hidden, rows):
         order = torch.arange(n).repeat(chosen)  # [choices]
         ends = torch.arange(1, experts + 1).clamp(max=chosen) * n
         yield Job(
             what=name,
             rows=n,
-            calls=[(x, order, ends, *c, kind, ffn, zero) for c in copies],
+            calls=[(x, order, ends, *c, one.kind, ffn, one.zero_point) for c in copies],
             bytes_read=size * chosen // experts,
             operations=4 * n * chosen * ffn * hidden,
-            kind={"int4": "int8"}.get(kind, kind),
+            kind=ceiling,
         )
 
 
 def _torch_products(
-    kind: str, group: int, out: int, columns: int, generator: torch.Generator
+    setting: Setting, out: int, columns: int, generator: torch.Generator
 ) -> Callable[[torch.Tensor], list[Callable[[], Any]]] | None:
     """torch's own product for weights of this kind: x to calls that go round copies."""
-    count = _copies(int(out * columns * {"int4": 0.5, "int8": 1, "bf16": 2, "fp32": 4}[kind]))
+    kind, group = setting.kind, setting.group
+    if kind not in ("int4", "int8", "bf16", "fp32") or setting.offsets != "none":
+        return None
+    count = _copies(out * columns * KINDS[kind].bits // 8)
     if kind in ("bf16", "fp32"):
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         first = torch.randn(out, columns, generator=generator).to(dtype)
@@ -235,7 +266,7 @@ def _block_matmul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
 def _packed_rows(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     generator = torch.Generator().manual_seed(0)
     out, columns = int(config["vocab_size"]), int(config["hidden_size"])
-    matrix = example_matrix("int4", out, columns, generator)
+    matrix = Setting("int4", 32).matrix(out, columns, generator)
     for n in rows:
         ids = torch.randint(0, out, (n,), generator=generator)
         tail = (matrix.kind, matrix.rows, columns, matrix.zero_point)

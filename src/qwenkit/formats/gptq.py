@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,9 @@ import torch
 from qwenkit.errors import CheckpointError, UsageError
 from qwenkit.formats.spec import Case, Format
 from qwenkit.formats.words import BITS, pack_words, unpack_words, word_count
-from qwenkit.layers.weight import QuantWeight
+from qwenkit.formats.zero_points import pack_groups, unpack_scales, unpack_zero_points
+from qwenkit.kernels.packed import Packed, numbers_of
+from qwenkit.layers.weight import QuantWeight, WayBack
 
 _PARTS = {"qweight", "qzeros", "scales"}
 _TAG = re.compile(r"GPTQ([2348])?(_V2)?")
@@ -166,6 +169,28 @@ class GptqWeight(QuantWeight):
         numbers *= self.scales.T.to(torch.float32)[:, groups]
         return numbers.to(dtype)
 
+    def to_packed(self) -> Packed | None:
+        order = None if self.g_idx is None else self.g_idx.argsort(stable=True)
+        count = self.scales.shape[0]
+        sizes = self.groups.bincount(minlength=count)
+        if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
+            order = None
+        if bool((sizes != sizes[0]).any()):  # a last group that is shorter
+            return None
+        numbers = self.numbers()
+        return pack_groups(
+            numbers if order is None else numbers[:, order],
+            self.scales.T,
+            self.zero_points(),
+            bits=self.bits,
+            order=None if order is None else order.to(torch.int32),
+        )
+
+    def way_back(self) -> WayBack:
+        has_groups = self.g_idx is not None
+        how = self.bits, self.is_v2, self.scales.shape[0], self.scales.dtype, has_groups
+        return WayBack(self.storage, partial(_restore, *how))
+
     def select_rows(self, index: torch.Tensor) -> Self:
         return self._with_rows(self.qweight[:, index], self.scales[:, index], index)
 
@@ -184,6 +209,28 @@ class GptqWeight(QuantWeight):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]}, {self.storage}, {self.scales.shape[0]} groups"
+
+
+def _restore(
+    bits: int,
+    is_v2: bool,
+    groups: int,
+    dtype: torch.dtype,
+    has_groups: bool,
+    packed: Packed,
+    aside: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    numbers, scales = numbers_of(packed), unpack_scales(packed, groups)
+    in_order = torch.arange(packed.columns, device=numbers.device) // (packed.columns // groups)
+    g_idx = in_order
+    if packed.order is not None:
+        order = packed.order.long()
+        g_idx = torch.empty_like(in_order).index_copy_(0, order, in_order)
+        numbers = torch.empty_like(numbers).index_copy_(1, order, numbers)
+    zeros = unpack_zero_points(packed, groups)
+    weight = GptqWeight.from_integers(numbers, scales, zeros, g_idx, bits=bits, is_v2=is_v2)
+    tensors = weight.to_tensors() | {"scales": scales.T.to(dtype).contiguous()}
+    return {name: t for name, t in tensors.items() if has_groups or name != "g_idx"}
 
 
 def _check_groups(storage: str, g_idx: torch.Tensor | None, groups: int, columns: int) -> None:

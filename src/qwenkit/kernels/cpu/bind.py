@@ -37,6 +37,7 @@ from qwenkit.kernels.cpu.bind_rows import (
     bind_rms_norm,
     bind_rotary,
     bind_silu_mul,
+    bind_take_columns,
 )
 from qwenkit.kernels.cpu.library import Kernel, function, open_library
 from qwenkit.kernels.cpu.place import place_helpers
@@ -173,4 +174,5 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
         "rotary": bind_rotary(library),
         "rotary_kv_write": bind_rotary_kv_write(library),
         "silu_mul": bind_silu_mul(library),
+        "take_columns": bind_take_columns(library),
     }
