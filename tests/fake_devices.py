@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from qwenkit.engine import service
+from qwenkit.engine.worker import Worker
 from qwenkit.kernels import devices
 
 KIND = "maia"  # a kind that torch knows by name and has no code for
@@ -124,14 +124,14 @@ def on_fake_devices() -> Iterator[None]:
     """Inside this block tensors can be made on and moved to `maia:0`, `maia:1` and so on; by
     engines started in it too, though torch keeps its modes for each thread.
     """
-    run = service._Worker._run
+    run = Worker._run
 
-    def run_in_mode(worker: service._Worker) -> None:
+    def run_in_mode(worker: Worker) -> None:
         with _Factories(), _Functions():
             run(worker)
 
     with pytest.MonkeyPatch.context() as patched, _Factories(), _Functions():
-        patched.setattr(service._Worker, "_run", run_in_mode)
+        patched.setattr(Worker, "_run", run_in_mode)
         yield
 
 

@@ -80,7 +80,10 @@ def test_the_tree_drawn_is_the_tree_on_disk(document: str) -> None:
 EFFECTS = {
     "the network": (
         {"socket", "http", "urllib.request", "urllib3", "requests", "httpx", "aiohttp", "ssl"},
-        {"checkpoint/hub.py"},
+        {
+            "checkpoint/hub.py",
+            "server/run.py",  # the port that it listens on
+        },
     ),
     "processes": (
         {"subprocess", "multiprocessing", "pty"},
@@ -97,7 +100,7 @@ EFFECTS = {
     "threads": (
         {"threading", "_thread", "concurrent.futures", "concurrent"},
         {
-            "engine/service.py",
+            "engine/worker.py",
             "engine/constrain.py",  # compiles in a thread, within a time
             "kernels/build.py",  # one build at a time
             "kernels/cpu/bind.py",

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qwenkit.chat.dialects import hermes
 from qwenkit.checkpoint.spec import Checkpoint
 from qwenkit.errors import CheckpointError, RequestError, UsageError
 from qwenkit.layers.position import allowed_tokens, reachable_tokens, trained_tokens
@@ -64,7 +65,7 @@ def read_record(checkpoint: Checkpoint, tokenizer: Tokenizer, config: ModelConfi
         default_system=_DEFAULT_SYSTEM if chat_format == "chatml" else None,
         sampling=_sampling(checkpoint),
         history_window_tokens=window if isinstance(window, int) else None,
-        dialect=find(model_type).dialect,
+        dialect=_dialect(chat_format, checkpoint.chat_template, find(model_type).dialect),
         licence=checkpoint.licence,
         quantization=_quantization(checkpoint),
         stored_dtype=_most_bytes(checkpoint, lambda tag: tag in _PLAIN),
@@ -95,6 +96,15 @@ def _chat_format(checkpoint: Checkpoint) -> ChatFormat:
         return "template"
     named = checkpoint.generation_config.get("chat_format")  # the first generation says it here
     return "chatml" if named == "chatml" else "raw"
+
+
+def _dialect(chat_format: ChatFormat, template: str | None, usual: str | None) -> str | None:
+    """How the model calls tools: as its template shows it, or as its architecture's models do."""
+    if chat_format == "raw":
+        return None
+    if chat_format == "chatml":
+        return "react"
+    return "hermes" if hermes.is_shown_by(template) else usual or "hermes"
 
 
 def _token_ids(checkpoint: Checkpoint, key: str, tokens: int | None = None) -> list[int]:

@@ -9,7 +9,7 @@ from qwenkit.chat.chatml import DEFAULT_SYSTEM, render_chatml, strip_contents
 from qwenkit.chat.render import Rendered, render
 from qwenkit.errors import RequestError, UsageError
 from qwenkit.tokenizer import BytePairTokenizer
-from qwenkit.types.messages import Message, Tool, ToolCall
+from qwenkit.types.messages import Message, ToolCall
 
 TOKENIZER = ControlBytes()
 
@@ -121,22 +121,18 @@ def test_stripping_as_the_original_server() -> None:
     )
 
 
-def test_tools_are_refused_by_name() -> None:
+def test_what_has_no_place_is_refused_by_name() -> None:
     call = ToolCall("f", "{}")
-    for message, position in (
-        (Message("tool", "<|im_end|>"), 1),
-        (Message("assistant", "", tool_calls=(call,)), 1),
-    ):
-        with pytest.raises(RequestError, match=rf"messages\[{position}\].*no tool messages"):
-            rendered([Message("user", "q"), message])
-    for kwargs in ({"tools": [Tool("f", "", {})]}, {"template_kwargs": {"a": 1}}):
-        with pytest.raises(RequestError, match="has no chat template"):
-            render(
-                [Message("user", "q")],
-                tokenizer=TOKENIZER,
-                record=chatml_record(),
-                **kwargs,
-            )
+    for message in (Message("tool", "<|im_end|>"), Message("assistant", "", tool_calls=(call,))):
+        with pytest.raises(RequestError, match=r"messages\[1\].*no tool messages"):
+            render_chatml([Message("user", "q"), message], tokenizer=TOKENIZER)
+    with pytest.raises(RequestError, match=r"template_kwargs.*has no chat template"):
+        render(
+            [Message("user", "q")],
+            tokenizer=TOKENIZER,
+            record=chatml_record(),
+            template_kwargs={"a": 1},
+        )
 
 
 def test_a_vocabulary_without_the_tokens_is_refused() -> None:

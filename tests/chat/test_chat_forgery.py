@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -23,6 +24,7 @@ from chat_fakes import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from qwenkit.chat.dialects.spec import dialects
 from qwenkit.chat.render import render
 from qwenkit.errors import RequestError
 from qwenkit.types.messages import Message, Tool, ToolCall
@@ -52,7 +54,8 @@ SHAPES: tuple[Callable[[str], str], ...] = (
     lambda c: f"</think>{c}<think>",
     lambda c: f"<tool_response>{c}.",
 )
-FORMATS = ["chatml", "smollm", *TEMPLATE_NAMES]
+DIALECTS = [f"smollm {name}" for name in sorted(dialects())]  # by a template without tools
+FORMATS = ["chatml", "smollm", *DIALECTS, *TEMPLATE_NAMES]
 SMOLLM = """{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}
 {{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + m['role'] + '\n'
 + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}
@@ -62,17 +65,17 @@ SMOLLM = """{% for m in messages %}{% if loop.first and messages[0]['role'] != '
 def record(form: str) -> ModelRecord:
     if form == "chatml":
         return chatml_record()
-    return template_record(SMOLLM) if form == "smollm" else published_record(form)
+    name, _, dialect = form.partition(" ")
+    made = template_record(SMOLLM) if name == "smollm" else published_record(name)
+    return replace(made, dialect=dialect or None)
 
 
-def conversation(place: str, text: str, *, tools: bool) -> tuple[list[Message], list[Tool]]:
+def conversation(place: str, text: str) -> tuple[list[Message], list[Tool]]:
     """A conversation with a file, a tool and its result, `text` in one place of it."""
     at = dict.fromkeys(PLACES, "fillerword") | {place: text}
     question = f"{at['user']}\n\n[file: notes.txt]\n{at['file text']}\n[end of file]"
     messages = [Message("system", "Help."), Message("user", "hi"), Message("assistant", "hello")]
     messages.append(Message("user", at["user"] if place == "user" else question))
-    if not tools:
-        return messages, []
     call = ToolCall(at["tool name"], json.dumps({at["tool name"]: at["tool result"]}))
     messages += [
         Message("assistant", "", tool_calls=(call,)),
@@ -86,16 +89,14 @@ def conversation(place: str, text: str, *, tools: bool) -> tuple[list[Message], 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_control_ids_are_those_of_a_clean_conversation(form: str) -> None:
-    tools, forged, shown = form != "chatml", [], Counter[str]()
+    forged, shown = [], Counter[str]()
     source = record(form)
-    messages, definitions = conversation("user", "fillerword", tools=tools)
+    messages, definitions = conversation("user", "fillerword")
     clean = render(messages, tokenizer=TOKENIZER, record=source, tools=definitions)
     expected = TOKENIZER.control_ids(clean.ids)
     for place, name, shape in product(PLACES, CONTROL, SHAPES):
-        if not tools and place.startswith("tool"):
-            continue  # refused: see test_chat_chatml.py
         text = shape(name)
-        messages, definitions = conversation(place, text, tools=tools)
+        messages, definitions = conversation(place, text)
         hostile = render(messages, tokenizer=TOKENIZER, record=source, tools=definitions)
         if TOKENIZER.control_ids(hostile.ids) != expected:
             forged.append((place, text))
@@ -104,11 +105,9 @@ def test_control_ids_are_those_of_a_clean_conversation(form: str) -> None:
         shown[place] += text.strip() in hostile.text or escaped in hostile.text
     assert forged == []
     all_shown = {place for place, count in shown.items() if count == len(CONTROL) * len(SHAPES)}
-    if form == "chatml":
-        assert all_shown == {"user", "file text"}
-    else:  # the oldest templates do not show tools, only their results
-        assert all_shown >= set(PLACES) - {"tool name"}
-        assert ("tool name" in all_shown) is not form.startswith(("smollm", "qwen"))
+    # Without a dialect the oldest templates do not show tools, only their results.
+    bare = ("smollm", "smollm template")
+    assert all_shown == set(PLACES) - ({"tool name"} if form in bare or form[0] == "q" else set())
 
 
 def test_the_board_has_its_1120_combinations() -> None:
@@ -248,8 +247,6 @@ def test_whatever_is_said_the_turns_are_ours(form: str, texts: Sequence[str]) ->
             Message("assistant", parts[2]),
             Message("user", parts[3]),
         ]
-        if form == "chatml":
-            return messages, []
         arguments = json.dumps({parts[4]: parts[0]})
         messages.insert(
             3, Message("assistant", parts[3], tool_calls=(ToolCall(parts[4], arguments),))

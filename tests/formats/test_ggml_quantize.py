@@ -40,6 +40,33 @@ def test_bytes_are_equal_to_the_golden_ones(block_type: str, golden_dir: Path) -
     assert quantize_blocks(_golden_numbers(), block_type).numpy().tobytes().hex() == golden
 
 
+def _searched_numbers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two blocks of 256 numbers and the importances of their columns, as the golden file was made:
+    numbers of all sizes, a group of zeros, one of a single number.
+    """
+    index = torch.arange(512)
+    numbers = ((index * 7919) % 2003 - 1001).float() / 1024 * (1 + index % 5)
+    numbers[index % 37 == 5] *= 8
+    numbers[64:96] = 0
+    numbers[300:332] = 0.25
+    return numbers.unsqueeze(0), ((index * 31) % 97).float() / 64  # [1, 512], [512]
+
+
+@_types
+@pytest.mark.parametrize("importance", [False, True])
+def test_bytes_are_equal_to_those_of_llama_cpp(
+    block_type: str, importance: bool, golden_dir: Path
+) -> None:
+    golden = json.loads((golden_dir / "ggml_quantized.json").read_text())
+    numbers, counts = _searched_numbers()
+    given = numbers.clone(), counts.clone()
+    blocks = quantize_blocks(numbers, block_type, counts if importance else None)
+    key = "with importance" if importance else "plain"
+    assert blocks.numpy().tobytes().hex() == golden[key][block_type]
+    assert torch.equal(numbers, given[0])
+    assert torch.equal(counts, given[1])
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     block_type=st.sampled_from(sorted(BLOCK_LAYOUTS)),
@@ -120,3 +147,30 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         quantize_blocks(torch.zeros(3, 896), "Q6_K")
     with pytest.raises(UsageError, match=r"\(32,\)"):
         quantize_blocks(torch.zeros(32), "Q8_0")
+    numbers = torch.zeros(1, 256)
+    with pytest.raises(UsageError, match=r"importance: got the shape \[32\]; .* 256 columns"):
+        quantize_blocks(numbers, "Q4_K", torch.ones(32))
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="importance: some numbers are negative, NaN"):
+            quantize_blocks(numbers, "Q4_K", torch.full((256,), wrong))
+
+
+@_types
+def test_an_error_counts_less_where_it_matters_less(block_type: str) -> None:
+    numbers = torch.randn(64, 512, generator=torch.Generator().manual_seed(7))
+    counts = torch.where(torch.arange(512) % 8 == 0, 100.0, 0.01)
+    plain, weighed = (
+        (unpack_rows(quantize_blocks(numbers, block_type, c), BLOCK_LAYOUTS[block_type]) - numbers)
+        .square()
+        .mul(counts)
+        .sum()
+        for c in (None, counts)
+    )
+    assert weighed == plain if block_type == "Q8_0" else weighed < plain
+
+
+def test_many_rows_with_importances_are_the_rows_one_by_one() -> None:
+    numbers = torch.randn(4100, 32, generator=torch.Generator().manual_seed(8))
+    counts = torch.rand(32, generator=torch.Generator().manual_seed(9))
+    whole = quantize_blocks(numbers, "Q4_0", counts)
+    assert torch.equal(whole[4090:], quantize_blocks(numbers[4090:], "Q4_0", counts))

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenkit.formats.ggml_quantize import quantize_blocks
+from qwenkit.checkpoint import open_checkpoint
+from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.formats.ggml_quantize import QUANTIZERS, quantize_blocks
 from qwenkit.kernels.blocks import BLOCK_LAYOUTS, example_blocks
 from qwenkit.kernels.ops.block_dequantize import block_dequantize
 
@@ -65,12 +67,17 @@ def _their_numbers(ggml: ctypes.CDLL, blocks: torch.Tensor, block_type: str) -> 
     return result
 
 
-def _their_blocks(ggml: ctypes.CDLL, numbers: torch.Tensor, block_type: str) -> torch.Tensor:
+def _their_blocks(
+    ggml: ctypes.CDLL,
+    numbers: torch.Tensor,
+    block_type: str,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
     rows, columns = numbers.shape
     result = torch.empty(rows, BLOCK_LAYOUTS[block_type].bytes_per_row(columns), dtype=torch.uint8)
-    written = ggml.ggml_quantize_chunk(
-        _NUMBERS[block_type], numbers.data_ptr(), result.data_ptr(), 0, rows, columns, None
-    )
+    counts = None if importance is None else importance.data_ptr()
+    pointers = numbers.data_ptr(), result.data_ptr()
+    written = ggml.ggml_quantize_chunk(_NUMBERS[block_type], *pointers, 0, rows, columns, counts)
     assert written == result.numel()
     return result
 
@@ -92,18 +99,64 @@ def _matrices() -> dict[str, torch.Tensor]:
     normal = torch.randn(96, 1024, generator=generator) * 0.02
     outliers = normal.clone()
     outliers[:, ::97] *= 30
-    heavy = normal * torch.randn(normal.shape, generator=generator).exp()
-    return {"normal": normal, "outliers": outliers, "heavy": heavy, "shifted": normal + 0.03}
+    zeros = normal.clone()
+    zeros[:, 100:700] = 0
+    sizes = torch.randint(-12, 5, normal.shape, generator=generator)
+    return {
+        "normal": normal,
+        "bfloat16": normal.bfloat16().float(),
+        "outliers": outliers,
+        "heavy": normal * torch.randn(normal.shape, generator=generator).exp(),
+        "shifted": normal + 0.03,
+        "positive": normal.abs(),
+        "on a grid": torch.randint(-8, 8, normal.shape, generator=generator) * 0.01,
+        "zeros": zeros,
+        "flat": torch.full_like(normal, 0.3),
+        "wide": normal * 10.0**sizes,
+        "tiny": normal * 1e-7,
+        "below half precision": normal * 1e-16,
+    }
 
 
-@pytest.mark.parametrize("block_type", BLOCK_LAYOUTS)
+def _importances() -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(23)
+    some = (2 * torch.randn(1024, generator=generator)).exp()
+    holes = some.clone()
+    holes[5:9] = holes[512:768] = 0
+    return {"none": None, "some": some, "with zeros": holes}
+
+
+@pytest.mark.parametrize("block_type", QUANTIZERS)
 @pytest.mark.parametrize("name", _matrices())
-def test_our_error_is_within_a_tenth_of_theirs(
-    ggml: ctypes.CDLL, block_type: str, name: str
+@pytest.mark.parametrize("importance", _importances())
+def test_bytes_are_equal(ggml: ctypes.CDLL, block_type: str, name: str, importance: str) -> None:
+    matrix, counts = _matrices()[name], _importances()[importance]
+    theirs = _their_blocks(ggml, matrix, block_type, counts)
+    assert torch.equal(quantize_blocks(matrix, block_type, counts), theirs)
+
+
+@pytest.mark.parametrize("block_type", QUANTIZERS)
+def test_bytes_of_real_weights_are_equal(
+    ggml: ctypes.CDLL, block_type: str, default_model_path: Path
 ) -> None:
-    matrix = _matrices()[name]
-    theirs = _their_numbers(ggml, _their_blocks(ggml, matrix, block_type), block_type)
-    ours = _their_numbers(ggml, quantize_blocks(matrix, block_type), block_type)
-    their_error = float((theirs - matrix).square().mean().sqrt())
-    our_error = float((ours - matrix).square().mean().sqrt())
-    assert 0 < our_error <= 1.1 * their_error
+    stored = open_checkpoint(default_model_path).tensors["blk.3.ffn_down.weight"]
+    weight = GgmlWeight.from_tensors(
+        {"weight": stored.read()},
+        shape=(stored.shape[0], stored.shape[1]),
+        storage=stored.storage,
+    )
+    matrix = weight.dequantize(torch.float32)
+    counts = matrix.square().mean(0)
+    for given in (None, counts):
+        theirs = _their_blocks(ggml, matrix, block_type, given)
+        assert torch.equal(quantize_blocks(matrix, block_type, given), theirs)
+
+
+def test_importances_of_wide_rows_are_equal(ggml: ctypes.CDLL) -> None:
+    """The mean square of a row is a sum of many numbers, whose order tells."""
+    generator = torch.Generator().manual_seed(24)
+    matrix = torch.randn(40, 8192, generator=generator)
+    counts = torch.rand(8192, generator=generator)
+    for block_type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+        theirs = _their_blocks(ggml, matrix, block_type, counts)
+        assert torch.equal(quantize_blocks(matrix, block_type, counts), theirs)

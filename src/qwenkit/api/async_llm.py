@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
-from qwenkit.api.beam import BeamSettings, likeliest, step_requests
+from qwenkit.api.beam import BeamSettings, likeliest, start_search, step_requests
 from qwenkit.api.choices import Choices
 from qwenkit.api.embeddings import Vectors, embedding_requests, vectors
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
+from qwenkit.api.replies import AsyncReplyStream, GivenToolOptions
 from qwenkit.api.scores import Pairs, collect, score_requests
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
@@ -43,9 +44,60 @@ class AsyncLLM(Session):
         continue_final_message: bool = False,
         options: Options = None,
     ) -> AsyncEventStream:
-        """Events of the assistant's next turn; see `LLM.stream_chat`."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message, options)
-        return self._service.astream(request)
+        """Bare events of the assistant's next turn; `stream_reply` says what they say."""
+        continues = continue_final_message
+        prepared = self.prepare_reply(
+            messages, sampling, tools=tools, continue_final_message=continues, options=options
+        )
+        return self._service.astream(prepared.request)
+
+    def stream_reply(
+        self,
+        messages: Messages,
+        sampling: Sampling = None,
+        *,
+        tools: Tools = (),
+        tool_options: GivenToolOptions = None,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        options: Options = None,
+    ) -> AsyncReplyStream:
+        """Events of the assistant's next turn with what they say; see `LLM.stream_reply`."""
+        prepared = self.prepare_reply(
+            messages,
+            sampling,
+            tools=tools,
+            tool_options=tool_options,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            options=options,
+        )
+        return AsyncReplyStream(self._service.astream(prepared.request), prepared.reader())
+
+    @property
+    def is_alive(self) -> bool:
+        """False when nothing will be answered any more: after `close`, or when the engine's thread
+        has ended. Any thread may ask.
+        """
+        return self._service.is_alive
+
+    def request(
+        self, prompt: Prompt, sampling: Sampling = None, options: Options = None
+    ) -> Request:
+        """A request to go on with a text or ids. Raises RequestError; whether the engine can take
+        it, is found where it is handed over, or by `check`.
+        """
+        return self._request(prompt, sampling, options)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that could never be served. Any thread may ask."""
+        self._service.engine.check(request)
+
+    def stream_requests(self, requests: Iterable[Request]) -> AsyncEventStream:
+        """Events of several requests together, each named by its request's id; see
+        `request`. If one of them is refused, none is submitted.
+        """
+        return self._service.astream_many(requests)
 
     @overload
     async def generate(
@@ -70,12 +122,22 @@ class AsyncLLM(Session):
         sampling: Sampling = None,
         *,
         tools: Tools = (),
+        tool_options: GivenToolOptions = None,
         continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
         options: Options = None,
     ) -> Completion:
         """The assistant's next turn; see `LLM.chat`."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message, options)
-        return await self._complete(request)
+        prepared = self.prepare_reply(
+            messages,
+            sampling,
+            tools=tools,
+            tool_options=tool_options,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            options=options,
+        )
+        return prepared.completed(await self._complete(prepared.request))
 
     async def choices(
         self,
@@ -113,7 +175,8 @@ class AsyncLLM(Session):
         stops = SamplingParams(
             max_tokens=max_tokens, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos, seed=0
         )
-        search, request = self._start_beam_search(prompt, settings, stops, options)
+        request = self._request(prompt, stops, options)
+        search = start_search(request, settings, self._limits, self.record, self.tokenizer)
         while search.open:
             done = await self._complete_all(step_requests(search, request))
             search.advance([likeliest(completion) for completion in done])
@@ -146,6 +209,10 @@ class AsyncLLM(Session):
     async def close(self) -> None:
         """Stop the engine; running requests end with the reason "abort"."""
         await asyncio.to_thread(self._service.close)  # it waits for the step that is computed
+
+    def close_now(self) -> None:
+        """The same where no event loop runs."""
+        self._service.close()
 
     async def __aenter__(self) -> Self:
         return self

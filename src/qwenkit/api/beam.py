@@ -12,13 +12,14 @@ import heapq
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qwenkit.engine.request import Request
+from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.errors import QwenkitError, RequestError
 from qwenkit.types.completion import BeamCompletion, Completion
 from qwenkit.types.events import FinishReason
 from qwenkit.types.protocols import Tokenizer
+from qwenkit.types.record import ModelRecord
 from qwenkit.types.sampling import SamplingParams, number_between, whole_number
 
 MOST_BEAMS = 128
@@ -163,3 +164,22 @@ def likeliest(done: Completion) -> tuple[tuple[int, float], ...]:
         cause = f"{done.finish_reason}: {done.error}" if done.error else done.finish_reason
         raise QwenkitError(f"the beam search ended early: {cause}.")
     return done.logprobs[0].top
+
+
+def start_search(
+    request: Request,
+    settings: BeamSettings,
+    limits: Limits,
+    record: ModelRecord,
+    tokenizer: Tokenizer,
+) -> BeamSearch:
+    """A search for continuations of a request's prompt; its sampling says where an answer ends.
+
+    Raises RequestError for a request that an engine with these limits cannot take.
+    """
+    check_request(request, limits)
+    return BeamSearch(
+        replace(settings, max_tokens=limits.output_tokens(request)),
+        stop_ids=stop_ids(request.sampling, record.stop_token_ids, tokenizer.control_tokens),
+        most=limits.vocab_size,
+    )

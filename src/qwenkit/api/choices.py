@@ -62,12 +62,17 @@ class Choices:
         """The answers to give, of those to `candidates` in their order: with `best_of` the best
         first, else all as they are. Each is what its sampling gives when it is asked alone.
         """
-        if self.best_of is None:
-            return list(done)
-        best = sorted(done, key=lambda completion: -_mean_logprob(completion))[: self.n]
-        if self.sampling.logprobs is None:
+        best = [done[index] for index in self.ranked(done)]
+        if self.best_of is not None and self.sampling.logprobs is None:
             best = [replace(completion, logprobs=None) for completion in best]
         return best
+
+    def ranked(self, done: Sequence[Completion]) -> list[int]:
+        """The places of those answers among the candidates."""
+        places = range(len(done))
+        if self.best_of is None:
+            return list(places)
+        return sorted(places, key=lambda place: -_mean_logprob(done[place]))[: self.n]
 
 
 def _mean_logprob(done: Completion) -> float:

@@ -12,6 +12,8 @@ from qwenkit.engine.request import Request
 from qwenkit.errors import RequestError
 from qwenkit.types.messages import Message, Tool
 from qwenkit.types.options import RequestOptions
+from qwenkit.types.protocols import Tokenizer
+from qwenkit.types.record import ModelRecord
 from qwenkit.types.sampling import SamplingParams
 
 Sampling = SamplingParams | Mapping[str, Any] | None
@@ -57,6 +59,19 @@ def prompt_ids(prompt: object) -> list[int]:
         if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral):
             raise RequestError("prompt", f"expected whole numbers as ids, got {token_id!r}.")
     return [int(token_id) for token_id in ids]
+
+
+def encoded_prompt(prompt: Prompt, tokenizer: Tokenizer, record: ModelRecord) -> list[int]:
+    """A text as its ids, behind the token that begins every text of such a model; ids as they are.
+
+    Raises RequestError for anything else.
+    """
+    if not isinstance(prompt, str):
+        return prompt_ids(prompt)
+    ids = tokenizer.encode(prompt)
+    if record.add_bos_token and record.bos_token_id is not None:
+        ids.insert(0, record.bos_token_id)
+    return ids
 
 
 def request_options(given: object) -> RequestOptions:

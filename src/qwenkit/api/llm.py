@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, overload
 
 from qwenkit.api.bar import bar
-from qwenkit.api.beam import BeamSettings, likeliest, step_requests
+from qwenkit.api.beam import BeamSettings, likeliest, start_search, step_requests
 from qwenkit.api.choices import Choices
 from qwenkit.api.embeddings import Vectors, embedding_requests, vectors
 from qwenkit.api.inputs import Messages, Options, Prompt, Prompts, Sampling, Tools, several_prompts
+from qwenkit.api.replies import GivenToolOptions, ReplyStream
 from qwenkit.api.scores import Pairs, collect, score_requests
 from qwenkit.api.session import Session
 from qwenkit.engine.collector import Collector
@@ -43,9 +44,40 @@ class LLM(Session):
         continue_final_message: bool = False,
         options: Options = None,
     ) -> EventStream:
-        """Events of the assistant's next turn; see `stream`."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message, options)
-        return self._service.stream(request)
+        """Bare events of the assistant's next turn; `stream_reply` says what they say."""
+        continues = continue_final_message
+        prepared = self.prepare_reply(
+            messages, sampling, tools=tools, continue_final_message=continues, options=options
+        )
+        return self._service.stream(prepared.request)
+
+    def stream_reply(
+        self,
+        messages: Messages,
+        sampling: Sampling = None,
+        *,
+        tools: Tools = (),
+        tool_options: GivenToolOptions = None,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        options: Options = None,
+    ) -> ReplyStream:
+        """Events of the assistant's next turn, each with what became certain of its text, thoughts
+        and calls of tools; see `prepare_reply`.
+
+        The deltas, joined, do not depend on how the text came. Closing the iterator aborts the
+        request. Raises RequestError or TemplateError before the first event.
+        """
+        prepared = self.prepare_reply(
+            messages,
+            sampling,
+            tools=tools,
+            tool_options=tool_options,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            options=options,
+        )
+        return ReplyStream(self._service.stream(prepared.request), prepared.reader())
 
     @overload
     def generate(
@@ -90,12 +122,25 @@ class LLM(Session):
         sampling: Sampling = None,
         *,
         tools: Tools = (),
+        tool_options: GivenToolOptions = None,
         continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
         options: Options = None,
     ) -> Completion:
-        """The assistant's next turn. Raises RequestError or TemplateError."""
-        request = self._chat_request(messages, sampling, tools, continue_final_message, options)
-        return self._complete([request])[0]
+        """The assistant's next turn, its `reply` told apart into text, thoughts and calls of tools.
+
+        Raises RequestError or TemplateError.
+        """
+        prepared = self.prepare_reply(
+            messages,
+            sampling,
+            tools=tools,
+            tool_options=tool_options,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            options=options,
+        )
+        return prepared.completed(self._complete([prepared.request])[0])
 
     def choices(
         self,
@@ -145,7 +190,8 @@ class LLM(Session):
         stops = SamplingParams(
             max_tokens=max_tokens, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos, seed=0
         )
-        search, request = self._start_beam_search(prompt, settings, stops, options)
+        request = self._request(prompt, stops, options)
+        search = start_search(request, settings, self._limits, self.record, self.tokenizer)
         while search.open:
             done = self._complete(step_requests(search, request))
             search.advance([likeliest(completion) for completion in done])

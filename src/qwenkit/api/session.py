@@ -7,12 +7,12 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwenkit.adapter_files import read_adapter
 from qwenkit.adapters.lora import Merging
-from qwenkit.api.beam import BeamSearch, BeamSettings
 from qwenkit.api.draft import make_drafter
 from qwenkit.api.inputs import (
     Messages,
@@ -20,16 +20,17 @@ from qwenkit.api.inputs import (
     Prompt,
     Sampling,
     Tools,
-    prompt_ids,
+    encoded_prompt,
     request_options,
     sampling_changes,
 )
+from qwenkit.api.replies import GivenToolOptions, PreparedReply, read_tool_options, reply_sampling
 from qwenkit.chat.render import Rendered, render
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.engine.draft_model import DraftModel
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.plan import SchedulerStatus
-from qwenkit.engine.request import Request, check_request, stop_ids
+from qwenkit.engine.request import Request
 from qwenkit.engine.service import EngineService
 from qwenkit.engine.settings import EngineSettings
 from qwenkit.errors import UsageError, suggest
@@ -111,6 +112,7 @@ class Session:
             raise UsageError(f"draft: {draft} was given beside {speculation!r}; drop one.")
         asked = _asked_places(device, device_map)
         plan, self.rope = WeightPlan(weights, group_size, head_weights), rope_mode(rope)
+        self.weights = plan
         self.path = resolve(str(model), offline=offline, revision=revision)
         kernels = cpu.register(threads=threads, pin_threads=pin_threads)
         room = kv_cache_tokens or context_tokens
@@ -122,7 +124,12 @@ class Session:
         drafting = self._read_draft(draft, dtype, used, offline=offline)
         kv = _kv_dtype(kv_dtype, loaded.model, native=native)
         self._serve(loaded, context_tokens, replace(settings, kv_dtype=kv), drafting)
-        self._load_adapters(adapters or {}, offline=offline)
+        try:
+            for adapter_name, adapter in (adapters or {}).items():
+                self._load_adapter(adapter_name, adapter, offline=offline)
+        except BaseException:
+            self._service.close()
+            raise
 
     def _read(
         self,
@@ -189,14 +196,6 @@ class Session:
         """How busy the engine is, and its counts until now. Any thread may ask."""
         return self._service.engine.status()
 
-    def _load_adapters(self, adapters: Mapping[str, str | Path], *, offline: bool) -> None:
-        try:
-            for name, adapter in adapters.items():
-                self._load_adapter(name, adapter, offline=offline)
-        except BaseException:
-            self._service.close()
-            raise
-
     def _load_adapter(
         self, name: str, adapter: str | Path, *, revision: str | None = None, offline: bool = False
     ) -> None:
@@ -233,8 +232,10 @@ class Session:
         messages: Messages,
         *,
         tools: Tools = (),
+        tool_options: GivenToolOptions = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Rendered:
         """Messages to prompt ids. Raises RequestError or TemplateError."""
         return render(
@@ -242,8 +243,10 @@ class Session:
             tokenizer=self.tokenizer,
             record=self.record,
             tools=parse_tools(tools),
+            tool_options=read_tool_options(tool_options),
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
         )
 
     def sampling(self, given: Sampling = None) -> SamplingParams:
@@ -257,45 +260,43 @@ class Session:
             chosen = self.record.sampling.replace(**sampling_changes(chosen))
         return chosen if chosen.seed is not None else chosen.replace(seed=secrets.randbits(31))
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Ids as they are; a text encoded, with the model's first token if it wants one."""
+        return encoded_prompt(prompt, self.tokenizer, self.record)
+
     def _request(
         self, prompt: Prompt, sampling: Sampling = None, options: Options = None
     ) -> Request:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-            bos = self.record.bos_token_id
-            if self.record.add_bos_token and bos is not None:
-                ids.insert(0, bos)
-        else:
-            ids = prompt_ids(prompt)
+        ids = self.prompt_ids(prompt)
         name, chosen = secrets.token_hex(8), self.sampling(sampling)
         asked = request_options(options)
         if asked.adapter is None and self.default_adapter is not None:
             asked = replace(asked, adapter=self.default_adapter)
         return Request(name, tuple(ids), chosen, asked)
 
-    def _chat_request(
+    def prepare_reply(
         self,
         messages: Messages,
-        sampling: Sampling,
-        tools: Tools,
-        continue_final: bool,
-        options: Options,
-    ) -> Request:
-        rendered = self.render(messages, tools=tools, continue_final_message=continue_final)
-        return self._request(rendered.ids, sampling, options)
-
-    def _start_beam_search(
-        self, prompt: Prompt, settings: BeamSettings, stops: SamplingParams, options: Options
-    ) -> tuple[BeamSearch, Request]:
-        """A search and what it continues; `stops` says where an answer ends."""
-        request = self._request(prompt, stops, options)
-        check_request(request, self._limits)
-        search = BeamSearch(
-            replace(settings, max_tokens=self._limits.output_tokens(request)),
-            stop_ids=stop_ids(stops, self.record.stop_token_ids, self.tokenizer.control_tokens),
-            most=self._limits.vocab_size,
+        sampling: Sampling = None,
+        *,
+        tools: Tools = (),
+        tool_options: GivenToolOptions = None,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        options: Options = None,
+    ) -> PreparedReply:
+        """The request for the assistant's next turn, and how to read what comes. Nothing is asked
+        of the engine. Raises RequestError or TemplateError.
+        """
+        rendered = self.render(
+            messages,
+            tools=tools,
+            tool_options=tool_options,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
         )
-        return search, request
+        chosen = reply_sampling(self.sampling(sampling), rendered.reply)
+        return PreparedReply(self._request(rendered.ids, chosen, options), rendered)
 
 
 def _merging(adapter: str | Path | None, *, offline: bool, dequantize: bool) -> Merging | None:

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qwenkit.chat.chatml import render_chatml
+from qwenkit.chat.chatml import ChatMLPrompt, render_chatml
+from qwenkit.chat.dialects.spec import Conversation, Written, find, visible
 from qwenkit.chat.guard import Guard, planes
 from qwenkit.chat.pieces import TURN_END, Piece, cut_before_turn_end, loss_mask, split_marked
+from qwenkit.chat.replies import ReplyFormat, open_turn, thinks
 from qwenkit.chat.template import compile_template, run_template
 from qwenkit.chat.values import JsonObject, Limits
 from qwenkit.errors import RequestError, UsageError
 from qwenkit.types.messages import ROLES, Message, Tool, ToolCall
 from qwenkit.types.protocols import Tokenizer
 from qwenkit.types.record import ModelRecord
+from qwenkit.types.tools import ToolOptions
 
 Text = Callable[[str], str]
 
@@ -47,12 +50,14 @@ class Rendered:
     `text` is for reading: control tokens and texts that look like them cannot be told apart in it.
     `loss_mask` has one entry per id, 1 where an assistant speaks (the end of its turn included);
     None when the template's turns are not ChatML's. `dropped_messages` and `dropped_tokens` count
-    what the history window of a first-generation model left out.
+    what the history window of a first-generation model left out. `reply` is what the reply to this
+    prompt needs.
     """
 
     ids: tuple[int, ...]
     text: str
     loss_mask: tuple[int, ...] | None
+    reply: ReplyFormat
     dropped_messages: int = 0
     dropped_tokens: int = 0
 
@@ -74,12 +79,15 @@ def render(
     tokenizer: Tokenizer,
     record: ModelRecord,
     tools: Sequence[Tool] = (),
+    tool_options: ToolOptions | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Messages to prompt ids, in the format that the model record names.
 
+    Tools, calls and results are in the dialect that `tool_options` or the record names, else as the
+    template has them; behind a result the prompt may end within the assistant's turn.
     With `continue_final_message` the last message must be the assistant's and the prompt ends
     within it, before the token that would end its turn; no generation prompt follows then.
     `template_kwargs` are further variables for the template (plain JSON values).
@@ -88,33 +96,68 @@ def render(
     template fails or refuses the conversation, UsageError for a base model.
     """
     _check(messages, record, continue_final_message)
-    generation_prompt = add_generation_prompt and not continue_final_message
-    dropped_messages = dropped_tokens = 0
-    pieces: Sequence[Piece]
-    if record.chat_template is not None and record.chat_format == "template":
-        given = partial(_variables, messages, tools, template_kwargs or {}, generation_prompt)
-        pieces = _template_pieces(record.chat_template, given, tokenizer, record)
-    else:
-        if tools or template_kwargs:
-            field = "tools" if tools else "template_kwargs"
-            raise RequestError(field, f"{record.name} has no chat template that could use them.")
-        prompt = render_chatml(
-            messages,
-            tokenizer=tokenizer,
-            default_system=record.default_system,
-            history_window_tokens=record.history_window_tokens,
-            add_generation_prompt=generation_prompt,
-        )
-        pieces = prompt.pieces
-        dropped_messages, dropped_tokens = prompt.dropped_messages, prompt.dropped_tokens
-    if continue_final_message:
-        pieces = _continued(pieces, tokenizer, record)
+    options = tool_options or ToolOptions()
+    template = record.chat_template if record.chat_format == "template" else None
+    conversation = Conversation(
+        messages=tuple(messages),
+        tools=visible(tools, options),
+        options=options,
+        continues=continue_final_message,
+        template=template,
+    )
+    usual = "react" if record.chat_format == "chatml" else "template"
+    dialect = find(options.dialect or record.dialect or usual)
+    has_tools = conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)
+    written = dialect.write(conversation) if has_tools else Written(messages=tuple(messages))
+    start = written.reply_start
+    continues = continue_final_message or (start is not None and add_generation_prompt)
+    prompt = _prompt(
+        written,
+        tokenizer=tokenizer,
+        record=record,
+        template_kwargs=template_kwargs or {},
+        add_generation_prompt=add_generation_prompt and not continues,
+    )
+    pieces = _continued(prompt.pieces, tokenizer, record) if continues else prompt.pieces
     return Rendered(
         ids=tuple(token_id for piece in pieces for token_id in piece.ids),
         text="".join(piece.text for piece in pieces),
-        loss_mask=loss_mask(pieces, tokenizer, open_turn=not generation_prompt),
-        dropped_messages=dropped_messages,
-        dropped_tokens=dropped_tokens,
+        loss_mask=loss_mask(pieces, tokenizer, open_turn=continues or not add_generation_prompt),
+        reply=ReplyFormat(
+            dialect=dialect,
+            tools=conversation.tools,
+            options=options,
+            start=open_turn(pieces, record.stop_token_ids) if start is None else start,
+            thinks=thinks(template),
+        ),
+        dropped_messages=prompt.dropped_messages,
+        dropped_tokens=prompt.dropped_tokens,
+    )
+
+
+def _prompt(
+    written: Written,
+    *,
+    tokenizer: Tokenizer,
+    record: ModelRecord,
+    template_kwargs: Mapping[str, Any],
+    add_generation_prompt: bool,
+) -> ChatMLPrompt:
+    """The pieces of a conversation, by the checkpoint's template or as built-in ChatML."""
+    messages, tools = written.messages, written.tools
+    if record.chat_format == "template" and record.chat_template is not None:
+        given = partial(_variables, messages, tools, template_kwargs, add_generation_prompt)
+        pieces = _template_pieces(record.chat_template, given, tokenizer, record)
+        return ChatMLPrompt(tuple(pieces), dropped_messages=0, dropped_tokens=0)
+    if template_kwargs:
+        message = f"{record.name} has no chat template that could use them."
+        raise RequestError("template_kwargs", message)
+    return render_chatml(
+        messages,
+        tokenizer=tokenizer,
+        default_system=record.default_system,
+        history_window_tokens=record.history_window_tokens,
+        add_generation_prompt=add_generation_prompt,
     )
 
 

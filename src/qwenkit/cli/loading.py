@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from qwenkit.cli import console, download, options
 from qwenkit.errors import UsageError
 from qwenkit.types.extension import ROPE_MODES
 
 if TYPE_CHECKING:
-    from qwenkit.api import LLM
+    from qwenkit.api import LLM, AsyncLLM
+    from qwenkit.api.session import Session
     from qwenkit.parallel import GivenMap
 
+Model = TypeVar("Model", bound="Session")
 _OPTIONS = {
     "context_tokens": "--context",
     "kv_cache_tokens": "--context",
@@ -42,19 +44,36 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
     Raises what `qwenkit.api.LLM` raises, with the names of the command line's options.
     """
     given = given or options.ModelOptions()
+    adapters = {} if given.adapter is None else read_adapter_option(given.adapter)
+    llm = _load(_llm, name, given, adapters, None)
+    llm.default_adapter = next(iter(adapters), None)
+    return llm
+
+
+def load_served_model(
+    name: str, given: options.LoadOptions, adapters: Mapping[str, str], kv_cache_tokens: int | None
+) -> AsyncLLM:
+    """The same for asyncio code, with adapters beside the model that requests name."""
+    return _load(_async_llm, name, given, adapters, kv_cache_tokens)
+
+
+def _load(
+    kind: Callable[[], type[Model]],
+    name: str,
+    given: options.LoadOptions,
+    adapters: Mapping[str, str],
+    kv_cache_tokens: int | None,
+) -> Model:
     options.check_names_a_hub(name, {"--revision": given.revision})
     device_map = _check(given)
     from qwenkit.checkpoint.hub import resolve  # a tenth of a second that --help does without
 
-    adapters = {} if given.adapter is None else read_adapter_option(given.adapter)
     with download.bars() as progress:
         resolve(name, offline=given.offline, revision=given.revision, progress=progress)
         for other in (*adapters.values(), *([given.draft] if given.draft else [])):
             resolve(other, offline=given.offline, progress=progress)
     with console.progress(f"Loading {name} / 正在加载模型 …") as show, options_named():
-        from qwenkit.api import LLM  # torch takes seconds; something moves already
-
-        llm = LLM(
+        llm = kind()(
             name,
             dtype=given.dtype,
             weights=given.weights,
@@ -66,6 +85,7 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
             threads=given.threads,
             pin_threads=given.pin_threads,
             context_tokens=given.context,
+            kv_cache_tokens=kv_cache_tokens,
             kv_dtype=given.kv_dtype,
             rope=given.rope,
             adapters=adapters,
@@ -75,10 +95,21 @@ def load_model(name: str, given: options.ModelOptions | None = None) -> LLM:
             revision=given.revision,
             progress=show,
         )
-    llm.default_adapter = next(iter(adapters), None)
     if not isinstance(llm.devices, str):
         console.note(f"{llm.devices}.")
     return llm
+
+
+def _llm() -> type[LLM]:
+    from qwenkit.api import LLM  # torch takes seconds; something moves already
+
+    return LLM
+
+
+def _async_llm() -> type[AsyncLLM]:
+    from qwenkit.api import AsyncLLM
+
+    return AsyncLLM
 
 
 def read_adapter_option(given: str) -> dict[str, str]:
@@ -94,7 +125,7 @@ def read_adapter_option(given: str) -> dict[str, str]:
     return {name: path}
 
 
-def _check(given: options.ModelOptions) -> GivenMap | None:
+def _check(given: options.LoadOptions) -> GivenMap | None:
     """The device map, read. Raises UsageError for what can be known to be wrong before anything is
     downloaded.
     """

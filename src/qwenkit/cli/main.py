@@ -22,6 +22,8 @@ from qwenkit.errors import QwenkitError, RequestError, UsageError
 COMMANDS = {
     "chat": "Talk with a model in the terminal, or ask it one question.",
     "generate": "Continue a text: raw completion, without a chat template.",
+    "serve": "Answer over HTTP: the OpenAI API, and Ollama's.",
+    "web": "Open a chat page for any OpenAI-compatible server.",
     "info": "Say what a model is: sizes, context, template, licence.",
     "plan": "Say whether a model fits this machine, before it is downloaded.",
     "doctor": "Look at this machine, or for faults in a model's files.",

@@ -139,8 +139,8 @@ Revision = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """How a command loads its model; see `qwenkit.cli.grouped`."""
+class LoadOptions:
+    """How a command loads its model, but for adapters; see `qwenkit.cli.grouped`."""
 
     threads: Threads = None
     pin_threads: PinThreads = False
@@ -154,11 +154,17 @@ class ModelOptions:
     context: Context = None
     kv_dtype: KvDtype = "auto"
     rope: Rope = "per-request"
-    adapter: Adapter = None
     speculation: Speculation = "none"
     draft: Draft = None
     revision: Revision = None
     offline: Offline = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions(LoadOptions):
+    """The same for a command that answers with one adapter."""
+
+    adapter: Adapter = None
 
 
 def one_of(given: Mapping[str, str | None]) -> str | None:

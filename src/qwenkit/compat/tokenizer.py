@@ -18,6 +18,7 @@ from qwenkit.record import read_record
 from qwenkit.tokenizer import BytePairTokenizer
 from qwenkit.types.messages import Message, Tool, parse_messages, parse_tools
 from qwenkit.types.record import ModelRecord
+from qwenkit.types.tools import ToolOptions
 
 Special = Literal["all"] | Collection[str]
 Side = Literal["left", "right"]
@@ -267,13 +268,16 @@ class CompatTokenizer:
     ) -> Any:
         """Messages to text (`tokenize=False`), ids, or tensors with return_tensors="pt".
 
+        A checkpoint's own template alone says what becomes of tools, as everywhere else it is used.
         Message contents never become control ids. Raises RequestError or TemplateError.
         """
+        dialect = "template" if self.record.chat_format == "template" else None
         rendered = render(
             parse_messages(conversation),
             tokenizer=self.core,
             record=self.record,
             tools=parse_tools(tools or ()),
+            tool_options=ToolOptions(dialect=dialect),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )

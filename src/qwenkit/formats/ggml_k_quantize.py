@@ -1,10 +1,10 @@
-"""Plain numbers to GGML's K-quants: blocks of 256 in groups whose scales are quantized as well.
+"""Plain numbers to GGML's types with blocks of 256: the K-quants.
 
-Each group is fitted by least squares: codes are rounded for a few trial steps about the one that
-spans the group's range, the best straight line through (code, number) is solved for each, and the
-trial with the least squared error wins. The group scales are then rounded to the few bits the type
-has for them, and the codes are rounded once more against what was really stored. The layouts are
-the GGUF specification's (see `qwenkit.kernels.blocks`); the search is our own.
+A block falls into groups whose scales are themselves codes times a factor of the block. Each group
+is fitted by a search (`ggml_search`), the scales are rounded to the few bits that the type has for
+them, and the codes are rounded once more against what is then stored. With importances a group's
+scale is fitted by them, and so are the block's factors. Layouts: `qwenkit.kernels.blocks`; the
+bytes are equal to llama.cpp's.
 """
 
 from __future__ import annotations
@@ -14,82 +14,99 @@ from functools import partial
 
 import torch
 
-from qwenkit.formats.ggml_pack import half_bytes, pack_fields, reciprocal
+from qwenkit.formats.ggml_pack import half_bytes, pack_fields
+from qwenkit.formats.ggml_search import (
+    Found,
+    Importance,
+    block_squares,
+    by_block,
+    by_group,
+    first_extreme,
+    in_turn,
+    nearest,
+    over,
+    root,
+    search_affine,
+    search_positive,
+    search_refined,
+    search_symmetric,
+)
 
-_AFFINE_TRIALS = (-0.8, -0.4, 0.0, 0.4, 0.8)  # steps more than the codes have, over the range
-_SYMMETRIC_TRIALS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-
-
-def _fit_affine(x: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum, both at least 0, each [blocks, groups, 1], of the best
-    `scale · code - minimum` with codes 0 to `top` for x [blocks, groups, width].
-    """
-    width = x.shape[-1]
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    low = low.clamp(max=0.0)
-    span = reciprocal(high - low)
-    total = x.sum(-1, keepdim=True)
-    best_scale = torch.zeros_like(low)
-    best_low = low
-    best_error = torch.full_like(low, torch.inf)
-    shifted = x - low
-    for trial in _AFFINE_TRIALS:
-        codes = (shifted * (span * (top + trial))).round_().clamp_(0, top)
-        first = codes.sum(-1, keepdim=True)
-        second = codes.square().sum(-1, keepdim=True)
-        mixed = (codes * x).sum(-1, keepdim=True)
-        determinant = reciprocal(width * second - first.square())
-        scale = (width * mixed - total * first) * determinant
-        offset = (second * total - first * mixed) * determinant
-        # Only minimums below zero can be stored; without one the line goes through zero.
-        scale = torch.where(offset > 0, mixed * reciprocal(second), scale).clamp_(min=0.0)
-        offset = offset.clamp_(max=0.0)
-        error = (codes * scale).add_(offset).sub_(x).square_().sum(-1, keepdim=True)
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_low = torch.where(better, offset, best_low)
-        best_error = torch.minimum(error, best_error)
-    return best_scale, -best_low
+_NO_SCALE = 1e-15
+_BLOCK = 256
 
 
-def _fit_symmetric(x: torch.Tensor, half: int) -> torch.Tensor:
-    """The scale [blocks, groups, 1], of either sign, of the best `scale · code` with codes `-half`
-    to `half - 1` for x [blocks, groups, width].
-    """
-    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-    span = reciprocal(extreme)
-    best = torch.zeros_like(extreme)
-    best_gain = torch.zeros_like(extreme)
-    for trial in _SYMMETRIC_TRIALS:
-        codes = (x * (span * -(half + trial))).round_().clamp_(-half, half - 1)
-        mixed = (codes * x).sum(-1, keepdim=True)
-        second = codes.square().sum(-1, keepdim=True)
-        scale = mixed * reciprocal(second)
-        gain = mixed * scale  # how much of the group's square this scale explains
-        best = torch.where(gain > best_gain, scale, best)
-        best_gain = torch.maximum(gain, best_gain)
-    return best
-
-
-def _quantize_affine(x: torch.Tensor, *, groups: int, bits: int, scale_bits: int) -> torch.Tensor:
-    """Q2_K, Q4_K and Q5_K, fp32 [blocks, 256] to uint8 [blocks, block_bytes]."""
-    grouped = x.view(x.shape[0], groups, -1)
-    top = (1 << bits) - 1
-    scales, minimums = _fit_affine(grouped, top)
-    factor, scale_codes = _quantize_scales(scales, 0, (1 << scale_bits) - 1)
-    factor_minimum, minimum_codes = _quantize_scales(minimums, 0, (1 << scale_bits) - 1)
-    step = factor.unsqueeze(-1) * scale_codes.unsqueeze(-1)
-    minimum = factor_minimum.unsqueeze(-1) * minimum_codes.unsqueeze(-1)
-    codes = ((grouped + minimum) * reciprocal(step)).round_().clamp_(0, top)
-    codes = codes.to(torch.uint8).flatten(1)  # [blocks, 256]
-    halves = [half_bytes(factor), half_bytes(factor_minimum)]
-    scale_codes, minimum_codes = scale_codes.to(torch.uint8), minimum_codes.to(torch.uint8)
+def _quantize_affine(x: torch.Tensor, importance: Importance | None, *, bits: int) -> torch.Tensor:
+    """Q2_K, Q4_K and Q5_K: fp32 [blocks, 256] to uint8 [blocks, block_bytes]."""
+    blocks, width, top = len(x), 16 if bits == 2 else 32, (1 << bits) - 1
+    scale_top = 15 if bits == 2 else 63
+    grouped = by_group(x, width)  # [width, groups]
+    if importance is None:
+        found = _search_affine(grouped, bits, top)
+        largest = [by_block(part, blocks) for part in (found.scale, -_low(found))]
+        pairs = [_share_out(part, bits, scale_top) for part in largest]
+        factors, scale_codes = [p[0] for p in pairs], [p[1] for p in pairs]
+    else:
+        squares = block_squares(x)
+        mean = squares / _BLOCK if bits == 2 else 2 * squares / _BLOCK
+        weights = importance.by_group(grouped, mean)
+        found = search_affine(grouped, weights, top, first=-0.9, step=0.05, trials=37)
+        shares = by_block(in_turn(weights), blocks)
+        parts = [by_block(part, blocks) for part in (found.scale, -_low(found))]
+        both = [search_positive(part, shares, scale_top) for part in parts]
+        factors, scale_codes = [b.scale for b in both], [b.codes for b in both]
+    halves = [factor.to(torch.float16) for factor in factors]  # [blocks]
+    bytes_of = [codes.t().to(torch.int32).to(torch.uint8) for codes in scale_codes]
     if bits == 2:
-        packed = pack_fields(codes, 2, sections=2)
-        return torch.cat([scale_codes | (minimum_codes << 4), packed, *halves], 1)
+        packed = bytes_of[0] | (bytes_of[1] << 4)  # [blocks, 16]
+        stored = [packed & 0xF, packed >> 4]
+    else:
+        packed = _pack_six_bits(*bytes_of)
+        stored = list(bytes_of)
+    step, minimum = (
+        (half.float().unsqueeze(1) * codes.float()).flatten()
+        for half, codes in zip(halves, stored, strict=True)
+    )  # [groups]
+    codes = nearest((grouped + minimum) / step).clamp_(0, top)
+    codes = torch.where(step != 0, codes, found.codes)
+    flat = codes.t().reshape(blocks, _BLOCK).to(torch.uint8)
+    return _affine_bytes(flat, packed, halves, bits)
+
+
+def _affine_bytes(
+    codes: torch.Tensor, scales: torch.Tensor, halves: list[torch.Tensor], bits: int
+) -> torch.Tensor:
+    factors = [half_bytes(half.unsqueeze(1)) for half in halves]
+    if bits == 2:
+        return torch.cat([scales, pack_fields(codes, 2, sections=2), *factors], 1)
     low = pack_fields(codes & 0xF, 4, sections=4)
     high = [pack_fields(codes >> 4, 1, sections=1)] if bits == 5 else []
-    return torch.cat([*halves, _pack_six_bits(scale_codes, minimum_codes), *high, low], 1)
+    return torch.cat([*factors, scales, *high, low], 1)
+
+
+def _low(found: Found) -> torch.Tensor:
+    assert found.low is not None
+    return found.low
+
+
+def _search_affine(grouped: torch.Tensor, bits: int, top: int) -> Found:
+    if bits == 2:
+        return search_affine(
+            grouped, grouped.abs(), top, first=-0.5, step=0.1, trials=16, absolute=True
+        )
+    mean = root(in_turn(grouped * grouped) / len(grouped))
+    first, trials = (-1.0, 21) if bits == 4 else (-0.5, 16)
+    return search_affine(grouped, mean + grouped.abs(), top, first=first, step=0.1, trials=trials)
+
+
+def _share_out(scales: torch.Tensor, bits: int, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group scales [groups, blocks] as a factor [blocks] and codes [groups, blocks]."""
+    largest = scales.amax(0)
+    largest = torch.where(largest > 0, largest, 0.0)  # nor -0
+    inverse = torch.where(largest > 0, over(float(top), largest), 0.0)
+    codes = nearest(inverse * scales)
+    codes = torch.where(codes < 0, codes + 256, codes)  # as an unsigned byte
+    return largest / top, codes if bits == 2 else codes.clamp_(max=top)
 
 
 def _pack_six_bits(scales: torch.Tensor, minimums: torch.Tensor) -> torch.Tensor:
@@ -100,52 +117,64 @@ def _pack_six_bits(scales: torch.Tensor, minimums: torch.Tensor) -> torch.Tensor
     return torch.cat([first, second, low], 1)
 
 
-def _quantize_scales(
-    scales: torch.Tensor, lowest: int, highest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Group scales [blocks, groups, 1] as (factor [blocks, 1], exactly a half-precision number;
-    codes [blocks, groups], whole numbers from `lowest` to `highest`), all fp32.
-    """
-    flat = scales.squeeze(-1)
-    extreme = flat.gather(1, flat.abs().argmax(1, keepdim=True))  # [blocks, 1]
-    # With a signed range the extreme takes the lowest code, which reaches one further.
-    factor = (extreme / (lowest or highest)).to(torch.float16).to(torch.float32)
-    codes = (flat * reciprocal(factor)).round_().clamp_(lowest, highest)
-    return factor, codes
+def _quantize_q3_k(x: torch.Tensor, importance: Importance | None) -> torch.Tensor:
+    """Q3_K: fp32 [blocks, 256] to uint8 [blocks, 110]."""
+    blocks = len(x)
+    grouped = by_group(x, 16)
+    if importance is None:
+        found = search_refined(grouped, 4)
+        scales = by_block(found.scale, blocks)  # [16, blocks]
+        inverse = over(-32.0, first_extreme(scales))
+        scale_codes = nearest(inverse * scales).clamp_(-32, 31) + 32
+        has_scale = scales.abs().amax(0) > 0
+        scale_codes = torch.where(has_scale, scale_codes, 0.0)
+        factor = torch.where(has_scale, over(1.0, inverse), 0.0)
+    else:
+        mean = 2 * block_squares(x) / _BLOCK
+        weights = importance.by_group(grouped, mean)
+        found = search_symmetric(grouped, weights, 4)
+        scales, shares = by_block(found.scale, blocks), by_block(in_turn(weights), blocks)
+        outer = search_symmetric(scales, shares, 32)
+        scale_codes, factor = outer.codes, outer.scale
+    half = factor.to(torch.float16)
+    step = (half.float() * (scale_codes - 32)).t().flatten()  # [groups]
+    codes = torch.where(step != 0, nearest(grouped / step).clamp_(-4, 3) + 4, found.codes)
+    flat = codes.t().reshape(blocks, _BLOCK).to(torch.uint8)
+    raised = scale_codes.t().to(torch.uint8)  # [blocks, 16]
+    nibbles = pack_fields(raised & 0xF, 4, sections=1)
+    pairs = pack_fields(raised >> 4, 2, sections=1)
+    high = pack_fields(flat >> 2, 1, sections=1)
+    low = pack_fields(flat & 0x3, 2, sections=2)
+    return torch.cat([high, low, nibbles, pairs, half_bytes(half.unsqueeze(1))], 1)
 
 
-def _quantize_symmetric(x: torch.Tensor, *, bits: int, scale_bits: int) -> torch.Tensor:
-    """Q3_K and Q6_K, fp32 [blocks, 256] to uint8 [blocks, block_bytes]."""
-    grouped = x.view(x.shape[0], 16, 16)
-    half = 1 << (bits - 1)
-    scale_half = 1 << (scale_bits - 1)
-    scales = _fit_symmetric(grouped, half)
-    factor, scale_codes = _quantize_scales(scales, -scale_half, scale_half - 1)
-    step = factor.unsqueeze(-1) * scale_codes.unsqueeze(-1)
-    codes = (grouped * reciprocal(step)).round_().clamp_(-half, half - 1).add_(half)
-    codes = codes.to(torch.uint8).flatten(1)  # [blocks, 256]
-    if bits == 6:
-        low = pack_fields(codes & 0xF, 4, sections=2)
-        high = pack_fields(codes >> 4, 2, sections=2)
-        return torch.cat(
-            [low, high, scale_codes.to(torch.int8).view(torch.uint8), half_bytes(factor)], 1
-        )
-    high = pack_fields(codes >> 2, 1, sections=1)
-    low = pack_fields(codes & 0x3, 2, sections=2)
-    return torch.cat([high, low, _pack_q3_scales(scale_codes), half_bytes(factor)], 1)
+def _quantize_q6_k(x: torch.Tensor, importance: Importance | None) -> torch.Tensor:
+    """Q6_K: fp32 [blocks, 256] to uint8 [blocks, 210]."""
+    blocks = len(x)
+    grouped = by_group(x, 16)
+    weights = grouped * grouped if importance is None else importance.of_groups(16)
+    found = search_symmetric(grouped, weights, 32)
+    scales = by_block(found.scale, blocks)  # [16, blocks]
+    inverse = over(-128.0, first_extreme(scales))
+    has_scale = scales.abs().amax(0) >= _NO_SCALE
+    scale_codes = nearest(inverse * scales).clamp_(max=127)
+    scale_codes = torch.where(has_scale, scale_codes, 0.0).t().to(torch.int8)  # [blocks, 16]
+    half = torch.where(has_scale, over(1.0, inverse), 0.0).to(torch.float16)
+    step = (half.float().unsqueeze(1) * scale_codes.float()).flatten()  # [groups]
+    codes = torch.where(step != 0, nearest(grouped / step).clamp_(-32, 31) + 32, found.codes)
+    flat = codes.t().reshape(blocks, _BLOCK)
+    flat = torch.where(has_scale.unsqueeze(1), flat, 0.0).to(torch.uint8)
+    low = pack_fields(flat & 0xF, 4, sections=2)
+    high = pack_fields(flat >> 4, 2, sections=2)
+    return torch.cat(
+        [low, high, scale_codes.contiguous().view(torch.uint8), half_bytes(half.unsqueeze(1))], 1
+    )
 
 
-def _pack_q3_scales(codes: torch.Tensor) -> torch.Tensor:
-    """Sixteen signed scales of 6 bits in 12 bytes: 8 of low nibbles, 4 of upper pairs."""
-    raised = (codes + 32).to(torch.uint8)
-    low = pack_fields(raised & 0xF, 4, sections=1)
-    return torch.cat([low, pack_fields(raised >> 4, 2, sections=1)], 1)
-
-
-K_QUANTIZERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "Q2_K": partial(_quantize_affine, groups=16, bits=2, scale_bits=4),
-    "Q3_K": partial(_quantize_symmetric, bits=3, scale_bits=6),
-    "Q4_K": partial(_quantize_affine, groups=8, bits=4, scale_bits=6),
-    "Q5_K": partial(_quantize_affine, groups=8, bits=5, scale_bits=6),
-    "Q6_K": partial(_quantize_symmetric, bits=6, scale_bits=8),
+K_QUANTIZERS: Mapping[str, Callable[[torch.Tensor, Importance | None], torch.Tensor]] = {
+    "Q2_K": partial(_quantize_affine, bits=2),
+    "Q3_K": _quantize_q3_k,
+    "Q4_K": partial(_quantize_affine, bits=4),
+    "Q5_K": partial(_quantize_affine, bits=5),
+    "Q6_K": _quantize_q6_k,
 }

@@ -34,11 +34,36 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyCall:
+    """One call of a tool in a reply; `arguments` is the JSON text of an object.
+
+    `repaired` says that this text is not to the letter what the model wrote. A call that is not
+    `complete` was cut off, or was broken in a way that nothing could be made of: its `arguments`
+    are then what the model wrote, and no JSON.
+    """
+
+    name: str
+    arguments: str
+    repaired: bool = False
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an assistant's turn says: its text, its thoughts, and the calls of tools in it."""
+
+    content: str = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ReplyCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """The whole answer to one request. `text` leaves out control tokens and the matched stop.
 
     `logprobs` has an entry for each of `token_ids`, `prompt_logprobs` for each of
-    `prompt_token_ids` (None for the first one); both are None unless asked for.
+    `prompt_token_ids` (None for the first one); both are None unless asked for. `reply` is what the
+    text of an assistant's turn says; None where a text was completed.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -52,6 +77,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    reply: Reply | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:

@@ -11,7 +11,10 @@ from qwenkit.errors import RequestError, suggest
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
-_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_KEYS = (
+    *("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"),
+    "function_call",  # a single call, as OpenAI's API had it before there were tools
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function the model may call; `parameters` is a JSON schema."""
+    """A function the model may call; `parameters` is a JSON schema.
+
+    `title` is its name for people. `shown_parameters` is what the model is shown instead of the
+    schema, where the definition had another shape. `args_format` "json" or "code" is how the first
+    generation is told to write arguments, any other text the sentence itself; `strict` allows only
+    arguments that the schema allows.
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+    title: str | None = None
+    shown_parameters: Any = None
+    args_format: str | None = None
+    strict: bool = False
 
 
 def parse_messages(items: Iterable[Message | Mapping[str, Any]]) -> tuple[Message, ...]:
@@ -72,14 +85,18 @@ def _parse(index: int, item: Mapping[str, Any]) -> Message:
         if key not in _KEYS:
             raise RequestError(f"{field}.{key}", f"unknown key. {suggest(str(key), _KEYS)}")
     role = item.get("role")
-    if role not in ROLES:
+    if role not in (*ROLES, "function"):  # its name before there were tools
         raise RequestError(f"{field}.role", f"got {role!r}; allowed: {', '.join(ROLES)}.")
     calls = tuple(
         _parse_call(f"{field}.tool_calls[{j}]", c)
         for j, c in enumerate(item.get("tool_calls") or ())
     )
+    if item.get("function_call") is not None:
+        calls += (_parse_call(f"{field}.function_call", item["function_call"]),)
+    if calls and role != "assistant":
+        raise RequestError(f"{field}.role", f"got {role!r}; only the assistant calls tools.")
     return Message(
-        role=cast(Role, role),
+        role=cast(Role, "tool" if role == "function" else role),
         content=_parse_content(f"{field}.content", item.get("content"), optional=bool(calls)),
         name=_optional_text(f"{field}.name", item.get("name")),
         tool_calls=calls,
@@ -143,12 +160,42 @@ def parse_tools(items: Iterable[Tool | Mapping[str, Any]]) -> tuple[Tool, ...]:
 
 def _parse_tool(field: str, item: object) -> Tool:
     function = item.get("function", item) if isinstance(item, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    name = None
+    if isinstance(function, Mapping):  # the first generation's own shape has three names
+        name = function.get("name_for_model", function.get("name"))
+    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise RequestError(
             field, "expected {'type': 'function', 'function': {'name': …, 'parameters': …}}."
         )
-    parameters = function.get("parameters") or {}
-    description = function.get("description") or ""
-    if not isinstance(parameters, Mapping) or not isinstance(description, str):
+    given = function.get("parameters") or {}
+    description = function.get("description_for_model", function.get("description")) or ""
+    is_list = isinstance(given, list) and all(isinstance(each, Mapping) for each in given)
+    if not (isinstance(given, Mapping) or is_list) or not isinstance(description, str):
         raise RequestError(field, "'parameters' must be a JSON schema and 'description' text.")
-    return Tool(name=function["name"], description=description, parameters=dict(parameters))
+    return Tool(
+        name=name,
+        description=description,
+        parameters=_schema_of_list(given) if is_list else dict(given),
+        title=_optional_text(f"{field}.name_for_human", function.get("name_for_human")),
+        shown_parameters=given if is_list else None,
+        args_format=_optional_text(f"{field}.args_format", function.get("args_format")),
+        strict=function.get("strict") is True,
+    )
+
+
+def _schema_of_list(parameters: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The schema of parameters in the first generation's shape: a list of {"name": …, "required":
+    …, "schema": …}.
+    """
+    named = {str(each.get("name")): each for each in parameters}
+    return {
+        "type": "object",
+        "properties": {
+            name: {
+                **({"description": each["description"]} if "description" in each else {}),
+                **(each["schema"] if isinstance(each.get("schema"), Mapping) else {}),
+            }
+            for name, each in named.items()
+        },
+        "required": [name for name, each in named.items() if each.get("required") is True],
+    }

@@ -1,0 +1,131 @@
+"""Runs the application on a port until it is told to end, and lets what runs end first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+import uvicorn
+
+from qwenkit.api import AsyncLLM
+from qwenkit.errors import UsageError
+from qwenkit.server.app import guarded
+from qwenkit.server.hosts import is_loopback
+from qwenkit.server.protocol import Bounds, bounded
+from qwenkit.server.served import Served
+from qwenkit.server.settings import Access, ServerSettings
+
+log = logging.getLogger("qwenkit.server")
+_BACKLOG = 1024
+
+
+def check_access(host: str, access: Access, *, no_auth: bool) -> None:
+    """Raises UsageError for an address beyond this machine with nothing that keeps others out."""
+    if access.is_open and not no_auth and not is_loopback(host):
+        raise UsageError(
+            f"--host {host}: others could use this server. Give --api-key, or --no-auth if that is "
+            "meant."
+        )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes a free one. Raises UsageError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host.strip("[]"), port))
+        listening.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise UsageError(f"--host {host} --port {port}: {error}.") from error
+    return listening
+
+
+class _Server(uvicorn.Server):
+    """Takes no new work from the first signal on; the second one ends all at once."""
+
+    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+        super().__init__(config)
+        self._served = served
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._served.draining = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._served.draining = True
+        log.info("draining", extra={"fields": {"answers": self._served.requests}})
+        ending = asyncio.create_task(self._end_late())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_late(self) -> None:
+        """What has not ended in time gets an error as its end, not a broken connection."""
+        await asyncio.sleep(self._served.settings.drain_s)
+        self._served.end_all("the server is shutting down.")
+
+
+async def _serve(
+    llm: AsyncLLM, settings: ServerSettings, listening: socket.socket, ready: Callable[[], None]
+) -> None:
+    served = Served(llm, settings)
+    bounds = Bounds(
+        max_connections=settings.max_connections,
+        max_header_bytes=settings.max_header_bytes,
+        header_timeout_s=settings.header_timeout_s,
+    )
+    config = uvicorn.Config(
+        guarded(served),
+        http=bounded(bounds),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=round(settings.idle_timeout_s),
+        timeout_graceful_shutdown=round(settings.drain_s) + 5,
+    )
+    server = _Server(config, served)
+    announcing = asyncio.create_task(_announce(server, ready))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        announcing.cancel()
+
+
+async def _announce(server: _Server, ready: Callable[[], None]) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    ready()
+
+
+def serve(
+    llm: AsyncLLM,
+    settings: ServerSettings,
+    listening: socket.socket,
+    *,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve `llm` on a bound socket until SIGTERM or SIGINT; `ready` is called when it listens.
+
+    The first signal lets running answers end for `settings.drain_s`, a second one does not.
+    """
+    runner = asyncio.Runner(loop_factory=_loop_factory())
+    with suppress(KeyboardInterrupt), runner:
+        runner.run(_serve(llm, settings, listening, ready))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's, where it is installed: a third of the time for each token that is sent."""
+    found: Callable[[], asyncio.AbstractEventLoop] | None
+    found = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
+    return found or asyncio.new_event_loop

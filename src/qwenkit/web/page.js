@@ -1,0 +1,387 @@
+// The page's own script: what Gradio's components do not do. It never makes HTML of a text.
+//
+// To the program: `ask({do: …})` writes JSON into a hidden field whose change Python handles.
+// From the program: the hidden `#q-signal` changes, and `told` reads the JSON in it.
+"use strict";
+(() => {
+  const $ = (selector) => document.querySelector(selector);
+  const PHONE = window.matchMedia("(max-width: 820px)");
+  let words = {};
+  let current = { id: "", title: "" };
+  let heads = [];
+  let asked = 0;
+
+  // ---- The browser's storage: a list of heads, and the texts beside it.
+
+  let opening;
+  const storage = () => {
+    opening ??= new Promise((done, fail) => {
+      const request = indexedDB.open("qwenkit-conversations", 1);
+      request.onupgradeneeded = () => {
+        request.result.createObjectStore("heads", { keyPath: "id" });
+        request.result.createObjectStore("texts");
+      };
+      request.onsuccess = () => done(request.result);
+      request.onerror = () => fail(request.error);
+    });
+    return opening;
+  };
+  const within = async (mode, work) => {
+    const open = (await storage()).transaction(["heads", "texts"], mode);
+    const request = work(open.objectStore("heads"), open.objectStore("texts"));
+    return new Promise((done, fail) => {
+      open.oncomplete = () => done(request && request.result);
+      open.onabort = open.onerror = () => fail(open.error || request.error);
+    });
+  };
+  const others = "BroadcastChannel" in window ? new BroadcastChannel("qwenkit") : null;
+  const changed = async () => {
+    await list();
+    others?.postMessage("changed");
+  };
+  const keep = async (head, text) => {
+    try {
+      await within("readwrite", (all, texts) => {
+        texts.put(text, head.id);
+        all.put({ ...head, changed: Date.now() });
+      });
+      remember("last", head.id);
+      await changed();
+    } catch (error) {
+      say(words.not_kept.replace("{reason}", error?.name || error));
+    }
+  };
+  const remember = (name, value) => {
+    try {
+      localStorage.setItem(`qwenkit-${name}`, value);
+    } catch {
+      // A browser that keeps nothing has been reported already, when the list was read.
+    }
+  };
+  const remembered = (name) => {
+    try {
+      return localStorage.getItem(`qwenkit-${name}`);
+    } catch {
+      return null;
+    }
+  };
+
+  // ---- Talking with the program.
+
+  const fill = (field, value) => {
+    field.value = value;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  const ask = (command) => {
+    asked += 1;
+    fill($("#q-action textarea, #q-action input"), JSON.stringify({ ...command, number: asked }));
+  };
+  const field = (id) => $(`#${id} textarea, #${id} input`);
+  // A hidden field and the signal about it are drawn one after the other: wait for the field.
+  const whenFull = async (id, length) => {
+    for (let i = 0; i < 200; i++) {
+      if (field(id)?.value.length === length) return field(id).value;
+      await new Promise((done) => setTimeout(done, 25));
+    }
+    return null;
+  };
+  const told = async (signal) => {
+    if (signal.words) speak(signal.words);
+    if (signal.current) {
+      const { id, title, length } = signal.current;
+      if (id !== current.id) pinned = true;
+      current = { id, title };
+      mark();
+      if (signal.current.keep) {
+        const text = await whenFull("q-current", length);
+        if (text !== null) await keep({ id, title }, text);
+      }
+    }
+    if (signal.focus) write();
+    if (signal.download) await save(signal.download);
+    if (signal.ready) await begin();
+  };
+  const begin = async () => {
+    document.body.classList.add("q-ready");
+    await list();
+    const last = remembered("last");
+    if (last && heads.some((head) => head.id === last)) await open(last);
+    write();
+  };
+  const open = async (id) => {
+    const text = await within("readonly", (_, texts) => texts.get(id));
+    if (!text) return;
+    remember("last", id);
+    ask({ do: "open", conversation: JSON.parse(text) });
+  };
+  const save = async ({ name, type, length }) => {
+    const quoted = await whenFull("q-exported", length);
+    if (quoted === null) return;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([JSON.parse(quoted)], { type }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  };
+  const say = (text) => {
+    const note = document.createElement("div");
+    note.className = "q-toast";
+    note.setAttribute("role", "status");
+    note.textContent = text;
+    document.body.append(note);
+    setTimeout(() => note.remove(), 6000);
+  };
+
+  // ---- The list of conversations.
+
+  const button = (kind, title, act) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.className = `q-icon q-${kind}`;
+    made.title = title;
+    made.setAttribute("aria-label", title);
+    made.addEventListener("click", (event) => {
+      event.stopPropagation();
+      act(made);
+    });
+    return made;
+  };
+  const list = async () => {
+    try {
+      heads = await within("readonly", (all) => all.getAll());
+    } catch {
+      say(words.no_storage);
+      return;
+    }
+    heads.sort((a, b) => b.changed - a.changed);
+    $("#q-list").replaceChildren(...heads.map(row));
+    mark();
+  };
+  const row = (head) => {
+    const made = document.createElement("div");
+    made.className = "q-row";
+    made.dataset.id = head.id;
+    const title = document.createElement("button");
+    title.type = "button";
+    title.className = "q-row-title";
+    title.textContent = head.title || words.untitled;
+    title.title = title.textContent;
+    title.addEventListener("click", async () => {
+      if (PHONE.matches) document.body.classList.remove("q-nav-open");
+      await open(head.id);
+    });
+    const renaming = button("rename", words.rename, () => rename(head, title));
+    const deleting = button("delete", words.delete, (pressed) => remove(head, pressed));
+    made.append(title, renaming, deleting);
+    return made;
+  };
+  const mark = () => {
+    for (const made of document.querySelectorAll(".q-row")) {
+      const isCurrent = made.dataset.id === current.id;
+      made.classList.toggle("q-current-row", isCurrent);
+      made.firstChild.setAttribute("aria-current", isCurrent ? "page" : "false");
+    }
+  };
+  const rename = (head, title) => {
+    const box = document.createElement("input");
+    box.value = head.title;
+    box.className = "q-row-title";
+    box.setAttribute("aria-label", words.rename);
+    let isDone = false;
+    const done = async (isMeant) => {
+      if (isDone) return;
+      isDone = true;
+      const name = box.value.trim();
+      box.replaceWith(title);
+      if (!isMeant || !name || name === head.title) return;
+      if (head.id === current.id) return ask({ do: "rename", title: name });
+      const text = JSON.parse(await within("readonly", (_, texts) => texts.get(head.id)));
+      await within("readwrite", (all, texts) => {
+        texts.put(JSON.stringify({ ...text, title: name }), head.id);
+        all.put({ ...head, title: name });
+      });
+      await changed();
+    };
+    box.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && !event.isComposing) done(true);
+      if (event.key === "Escape") done(false);
+    });
+    box.addEventListener("blur", () => done(true));
+    title.replaceWith(box);
+    box.focus();
+    box.select();
+  };
+  const remove = async (head, pressed) => {
+    if (!pressed.classList.contains("q-sure")) {
+      pressed.classList.add("q-sure");
+      pressed.textContent = words.delete_sure;
+      setTimeout(() => {
+        pressed.classList.remove("q-sure");
+        pressed.textContent = "";
+      }, 3000);
+      return;
+    }
+    await within("readwrite", (all, texts) => {
+      texts.delete(head.id);
+      all.delete(head.id);
+    });
+    await changed();
+    if (head.id === current.id) ask({ do: "new" });
+  };
+  others?.addEventListener("message", list);
+
+  // ---- Buttons: by their class, wherever they are.
+
+  const copy = async (text, pressed) => {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      const box = document.createElement("textarea"); // no clipboard over plain http
+      box.value = text;
+      document.body.append(box);
+      box.select();
+      document.execCommand("copy");
+      box.remove();
+    }
+    pressed.classList.add("q-done");
+    const before = pressed.textContent;
+    if (before) pressed.textContent = words.copied;
+    setTimeout(() => {
+      pressed.classList.remove("q-done");
+      if (before) pressed.textContent = before;
+    }, 1500);
+  };
+  const indexOf = (pressed) => Number(pressed.closest(".q-turn").id.slice("q-turn-".length));
+  const turnOf = (pressed) => JSON.parse(field("q-current").value).turns[indexOf(pressed)];
+  const wholeText = (turn) =>
+    turn.text || (turn.calls || []).map((call) => `${call.name}(${call.arguments})`).join("\n");
+  const toggle = (name) => {
+    document.body.classList.toggle(name);
+    if (!PHONE.matches) remember(name, document.body.classList.contains(name) ? "1" : "0");
+  };
+  const DEEDS = {
+    "copy-code": (b) => copy(b.closest(".q-code").querySelector("code").textContent, b),
+    copy: (b) => copy(wholeText(turnOf(b)) || "", b),
+    edit: (b) => ask({ do: "edit", index: indexOf(b) }),
+    cancel: () => ask({ do: "cancel" }),
+    undo: () => ask({ do: "undo" }),
+    regenerate: () => ask({ do: "regenerate" }),
+    new: () => {
+      if (PHONE.matches) document.body.classList.remove("q-nav-open");
+      remember("last", "");
+      ask({ do: "new" });
+      write();
+    },
+    export: (_, event) => ask({ do: "export", kind: event.shiftKey ? "json" : "markdown" }),
+    "export-json": () => ask({ do: "export", kind: "json" }),
+    import: () => {
+      const chooser = document.createElement("input");
+      chooser.type = "file";
+      chooser.accept = ".json,application/json";
+      chooser.addEventListener("change", async () =>
+        ask({ do: "import", text: await chooser.files[0].text() }),
+      );
+      chooser.click();
+    },
+    "reload-models": () => ask({ do: "models" }),
+    language: () => ask({ do: "language", language: document.documentElement.lang === "zh" ? "en" : "zh" }),
+    dark: () => paint(!document.body.classList.contains("dark")),
+    "toggle-nav": () => toggle("q-nav-open"),
+    "toggle-side": () => toggle("q-side-open"),
+    close: () => toggle("q-side-open"),
+  };
+  document.addEventListener("click", (event) => {
+    const pressed = event.target.closest?.(".q-do");
+    const deed = [...(pressed?.classList || [])].map((name) => DEEDS[name.slice(2)]).find(Boolean);
+    if (deed) {
+      deed(pressed, event);
+    } else if (PHONE.matches && event.target.matches?.("#q-main, #q-main *")) {
+      document.body.classList.remove("q-nav-open", "q-side-open");
+    }
+  });
+
+  // ---- Language, light and dark, writing, scrolling.
+
+  const TITLES = {
+    new: "new", "toggle-nav": "conversations", "toggle-side": "settings", close: "close", dark: "dark",
+    language: "language", import: "import", "reload-models": "reload_models",
+    export: "export", "export-json": "export_json",
+  };
+  const speak = (given) => {
+    words = given;
+    document.documentElement.lang = given.lang;
+    for (const [kind, name] of Object.entries(TITLES)) {
+      for (const found of document.querySelectorAll(`.q-${kind}`)) {
+        found.title = words[name];
+        found.setAttribute("aria-label", words[name]);
+        if (!found.classList.contains("q-icon")) found.textContent = words[name];
+      }
+    }
+    for (const found of document.querySelectorAll(".q-language")) {
+      found.textContent = given.lang === "zh" ? "EN" : "中文";
+    }
+    field("q-message")?.setAttribute("aria-label", words.write);
+    if (document.body.classList.contains("q-ready")) list();
+  };
+  const paint = (isDark) => {
+    document.body.classList.toggle("dark", isDark);
+    remember("dark", isDark ? "1" : "0");
+  };
+  const write = () => {
+    if (!PHONE.matches) field("q-message")?.focus(); // on a phone the keyboard would cover half
+  };
+  let pinned = true;
+  const stick = () => {
+    const scroller = $("#q-scroll");
+    if (pinned && scroller) scroller.scrollTop = scroller.scrollHeight;
+  };
+  // Enter ends the composing of a Chinese word; it must not send what is half written.
+  const composing = (event) => {
+    if (event.key === "Enter" && (event.isComposing || event.keyCode === 229)) {
+      event.stopPropagation();
+    }
+  };
+  for (const kind of ["keydown", "keypress"]) document.addEventListener(kind, composing, true);
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    if (field("q-editing")?.value) ask({ do: "cancel" });
+    document.body.classList.remove("q-side-open");
+  });
+
+  // ---- Start: Gradio draws the page a while after this script runs.
+
+  const start = () => {
+    const dark = remembered("dark");
+    if (dark !== null) document.body.classList.toggle("dark", dark === "1");
+    if (!PHONE.matches) {
+      document.body.classList.toggle("q-nav-open", remembered("q-nav-open") !== "0");
+      document.body.classList.toggle("q-side-open", remembered("q-side-open") === "1");
+    }
+    const scroller = $("#q-scroll");
+    scroller.addEventListener("scroll", () => {
+      pinned = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
+    });
+    new MutationObserver(stick).observe(scroller, { childList: true, subtree: true, characterData: true });
+    let last = "";
+    const read = () => {
+      const text = $("#q-signal")?.textContent.trim() || "";
+      if (!text || text === last) return;
+      let signal;
+      try {
+        signal = JSON.parse(text);
+      } catch {
+        return; // half drawn: the next change brings the rest
+      }
+      last = text;
+      told(signal);
+    };
+    new MutationObserver(read).observe($("#q-signal"), { childList: true, subtree: true, characterData: true });
+    read();
+  };
+  const waiting = new MutationObserver(() => {
+    if (!$("#q-signal") || !$("#q-scroll") || !$("#q-list") || !field("q-action")) return;
+    waiting.disconnect();
+    start();
+  });
+  waiting.observe(document.documentElement, { childList: true, subtree: true });
+})();
