@@ -16,7 +16,8 @@ from torch import nn
 from qwenkit.adapters.lora import Merging
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.stacked import as_matrix, gather, unfuse
-from qwenkit.errors import CheckpointError, NonFiniteError
+from qwenkit.errors import CheckpointError, ConfigError, NonFiniteError
+from qwenkit.formats.config import excluding_key, read_quantization
 from qwenkit.formats.plan import WeightPlan, check_finite, put
 from qwenkit.formats.spec import claim
 from qwenkit.formats.stacked import StackedWeight
@@ -42,13 +43,15 @@ def fill(
 ) -> None:
     """Put every tensor of the checkpoint into its slot of a model built on the meta device.
 
-    Raises CheckpointError naming a tensor that is missing, left over or of another shape,
-    NonFiniteError naming one with NaN or infinity in it.
+    Raises CheckpointError naming a tensor that is missing, left over, of another shape or not what
+    the config says, ConfigError for a way of storing that is not known, NonFiniteError naming a
+    tensor with NaN or infinity in it.
     """
     tensors = tensors_by_our_names(architecture, checkpoint, model.config.head_dim)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
     _arrange_experts(slots, tensors, checkpoint)
     names_below = _names_below(tensors)
+    _check_quantized(slots, tensors, names_below, checkpoint)
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
     if merging is not None:
         merging.check(model, tied=tied)
@@ -130,8 +133,33 @@ def _has_own_format(path: str, tensors: Mapping[str, StoredTensor], checkpoint: 
 
 
 def _quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    given = checkpoint.config.get("quantization_config")
-    return given if isinstance(given, Mapping) else {}  # anything else is refused before
+    try:
+        return read_quantization(checkpoint.config)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}") from error
+
+
+def _check_quantized(
+    slots: list[tuple[str, nn.Module]],
+    tensors: Mapping[str, StoredTensor],
+    names_below: Mapping[str, list[str]],
+    checkpoint: Checkpoint,
+) -> None:
+    """Some weight must be stored as the config says. Raises CheckpointError."""
+    given = _quantization(checkpoint)
+    if not given:
+        return
+    for slot, module in slots:
+        for path in _paths(slot, module):
+            below = {n[len(path) + 1 :]: tensors[n].storage for n in names_below.get(path, ())}
+            if claim(below, given) is not None:
+                return
+    raise CheckpointError(
+        checkpoint.path,
+        "quantization_config",
+        f"says {given.get('quant_method')!r}, but no weight is stored so. Remove it where the "
+        "weights are plain, or get them from the quantized model's repository.",
+    )
 
 
 def _names_below(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
@@ -143,6 +171,14 @@ def _names_below(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
             names.setdefault(name[:at], []).append(name)
             at = name.rfind(".", 0, at)
     return names
+
+
+def _paths(path: str, module: nn.Module) -> Iterator[str]:
+    """Where the matrices of a module stand in published checkpoints."""
+    if isinstance(module, GroupedLinear):
+        yield from module.published_paths(path)
+    elif isinstance(module, _MATRICES):
+        yield path
 
 
 def _take(
@@ -264,16 +300,23 @@ def _quantized(
     chosen = claim(storage, given)
     if chosen is None:
         return None
+    excluding = excluding_key(path, given)
     rows, columns = shape
     if storage.keys() == {"weight"}:  # of several tensors the format itself knows the shapes
         _check_shape(checkpoint, f"{path}.weight", below["weight"], shape, below)
     stored = {part: below.pop(part) for part in storage}
     file = next(iter(stored.values())).file
     tag = chosen.name
+    if excluding is not None:
+        raise CheckpointError(
+            file, path, f"is stored as {tag}, but quantization_config excludes it in {excluding}."
+        )
     try:
         tag = chosen.tag(storage, given)
         tensors = {part: tensor.read() for part, tensor in stored.items()}
-        return chosen.weight.from_tensors(tensors, shape=(rows, columns), storage=tag)
+        weight = chosen.weight.from_tensors(tensors, shape=(rows, columns), storage=tag)
+        chosen.check(weight, given)
+        return weight
     except CheckpointError as error:
         raise CheckpointError(file, path, f"cannot be read as {tag}: {error}") from error
 

@@ -41,9 +41,11 @@ def assert_same_bytes(one: QuantWeight, other: QuantWeight) -> None:
     assert one.storage == other.storage
     for name, tensor in theirs.items():
         assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(ours[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), (
-            name
-        )
+        assert torch.equal(_raw(ours[name]), _raw(tensor)), name
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def test_what_has_no_panels_is_known() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from qwenkit.formats.bnb4 import Bnb4Weight, dynamic_map
+from qwenkit.formats.bnb4 import Bnb4Weight
+from qwenkit.formats.bnb4_quantize import dynamic_map
 from qwenkit.formats.llm_int8 import LlmInt8Weight
 from qwenkit.formats.packed import PackedWeight, pack
 from qwenkit.kernels.cpu import bind

@@ -296,4 +296,6 @@ def _cases() -> Iterator[Case]:
         yield Case(weight=weight, original=original, relative_error=error)
 
 
-FORMAT = Format(name="awq", weight=AwqWeight, claim=_claim, cases=_cases, tag=_tag)
+FORMAT = Format(
+    name="awq", weight=AwqWeight, claim=_claim, cases=_cases, tag=_tag, methods=("awq",)
+)

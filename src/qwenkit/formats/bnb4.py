@@ -11,21 +11,26 @@ multiplied by `weight.nested_absmax`, fp32, one to 256 blocks, with an offset ad
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, Self
 
 import torch
 
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError
+from qwenkit.formats.bnb4_quantize import (
+    LEVELS,
+    NESTED_SIZE,
+    both_in_a_byte,
+    dynamic_map,
+    quantize_blocks,
+    quantize_magnitudes,
+)
+from qwenkit.formats.bnb4_state import BLOCK_SIZES, State, misfit
 from qwenkit.formats.spec import Case, Format
 from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.packed import (
-    FP4_LEVELS,
-    NF4_LEVELS,
     Packed,
     deinterleave_groups,
     interleave,
@@ -35,68 +40,11 @@ from qwenkit.kernels.packed import (
 )
 from qwenkit.layers.weight import QuantWeight, WayBack
 
-LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 BLOCK_SIZE = 64
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_NESTED_SIZE = 256  # of blocks that share a factor
 _STATE = "weight.quant_state.bitsandbytes__"
 _PARTS = {"weight", "weight.absmax", "weight.quant_map"}
 _NESTED = {"weight.nested_absmax", "weight.nested_quant_map"}
 _SLAB_NUMBERS = 1 << 22  # made at a time
-_SMALLEST = 1e-38  # so that blocks of zeros are divided by something
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What the JSON beside a weight says. `offset` is None unless it was quantized twice."""
-
-    quant_type: str
-    blocksize: int
-    dtype: str
-    shape: tuple[int, ...]
-    offset: float | None = None
-
-    @classmethod
-    def read(cls, tensor: torch.Tensor, shape: tuple[int, int], storage: str) -> Self:
-        """Raises CheckpointError naming the field that is not as expected."""
-        try:
-            given = json.loads(bytes(tensor.cpu().tolist()))
-        except (ValueError, TypeError) as error:
-            raise _error(storage, "quant_state", "is no JSON; the file is damaged.") from error
-        if not isinstance(given, dict):
-            raise _error(storage, "quant_state", f"is {given!r} instead of an object.")
-        expected = {"quant_type": storage.lower(), "shape": list(shape)}
-        for key, value in expected.items():
-            if given.get(key) != value:
-                found = given.get(key)
-                raise _error(storage, "quant_state", f"{key} is {found!r}, expected {value!r}.")
-        size, offset = given.get("blocksize"), given.get("nested_offset")
-        if size not in _BLOCK_SIZES:
-            raise _error(storage, "quant_state", f"blocksize is {size!r}; allowed: {_BLOCK_SIZES}.")
-        if offset is not None:
-            if given.get("nested_blocksize") != _NESTED_SIZE or type(offset) is not float:
-                raise _error(
-                    storage,
-                    "quant_state",
-                    f"nested_blocksize is {given.get('nested_blocksize')!r} and nested_offset "
-                    f"{offset!r}; expected {_NESTED_SIZE} and a number.",
-                )
-            if not math.isfinite(offset):
-                raise NonFiniteError(f"{storage} weight: its nested_offset is {offset}.")
-        return cls(storage.lower(), size, str(given.get("dtype")), shape, offset)
-
-    def write(self) -> torch.Tensor:
-        """The JSON as bitsandbytes writes it, uint8."""
-        fields: dict[str, Any] = {
-            "quant_type": self.quant_type,
-            "blocksize": self.blocksize,
-            "dtype": self.dtype,
-            "shape": self.shape,
-        }
-        if self.offset is not None:
-            fields |= {"nested_blocksize": _NESTED_SIZE, "nested_dtype": "float32"}
-            fields |= {"nested_offset": self.offset}
-        return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 
 
 class Bnb4Weight(QuantWeight):
@@ -142,17 +90,17 @@ class Bnb4Weight(QuantWeight):
         nested = _NESTED if tensors.keys() & _NESTED else set()
         expected = _PARTS | nested | {name}
         if storage.lower() not in LEVELS or tensors.keys() != expected:
-            raise _error(
+            raise misfit(
                 storage,
                 "tensors",
                 f"got {', '.join(sorted(tensors))}; expected {', '.join(sorted(expected))}.",
             )
         state = State.read(tensors[name], shape, storage)
         if (state.offset is None) == bool(nested):
-            raise _error(storage, "quant_state", "nested_offset and nested_absmax go together.")
+            raise misfit(storage, "quant_state", "nested_offset and nested_absmax go together.")
         rows, columns = shape
         blocks = -(-rows * columns // state.blocksize)
-        factors = -(-blocks // _NESTED_SIZE)
+        factors = -(-blocks // NESTED_SIZE)
         sizes: dict[str, tuple[torch.dtype, list[int]]] = {
             "weight.absmax": (torch.uint8 if nested else torch.float32, [blocks]),
             "weight.quant_map": (torch.float32, [16]),
@@ -163,7 +111,7 @@ class Bnb4Weight(QuantWeight):
             dtype, size = sizes[part]
             tensor = tensors[part]
             if tensor.dtype != dtype or list(tensor.shape) != size:
-                raise _error(
+                raise misfit(
                     storage,
                     part,
                     f"got {tensor.dtype} {list(tensor.shape)}; of {rows} × {columns} numbers in "
@@ -171,7 +119,7 @@ class Bnb4Weight(QuantWeight):
                 )
         weight = tensors["weight"]
         if columns % 2 or weight.nbytes * 2 != rows * columns:
-            raise _error(
+            raise misfit(
                 storage,
                 "weight",
                 f"got {weight.nbytes} bytes; {rows} × {columns} numbers of four bits take "
@@ -189,21 +137,21 @@ class Bnb4Weight(QuantWeight):
         Raises UsageError for another kind or block size, or an odd number of columns;
         NonFiniteError when a number is NaN or infinite.
         """
-        if kind not in LEVELS or blocksize not in _BLOCK_SIZES or weight.shape[1] % 2:
+        if kind not in LEVELS or blocksize not in BLOCK_SIZES or weight.shape[1] % 2:
             raise UsageError(
                 f"{kind}: rows of {weight.shape[1]} numbers in blocks of {blocksize}; kinds are "
-                f"nf4 and fp4, rows even, and blocks of {', '.join(map(str, _BLOCK_SIZES))}."
+                f"nf4 and fp4, rows even, and blocks of {', '.join(map(str, BLOCK_SIZES))}."
             )
         if not is_finite(weight):
             raise NonFiniteError("the weight has NaN or infinite numbers; fetch the file again.")
-        packed, absmax = _quantize(weight.detach().flatten(), kind, blocksize)
+        packed, absmax = quantize_blocks(weight.detach().flatten(), kind, blocksize)
         dtype = str(weight.dtype).removeprefix("torch.")
         tensors = {"weight": packed[:, None], "weight.quant_map": torch.tensor(LEVELS[kind])}
         offset = None
         if nested:
             mean = absmax.mean()
             offset = float(mean)
-            places, factors = _quantize_absmax(absmax - mean)
+            places, factors = quantize_magnitudes(absmax - mean)
             tensors |= {"weight.absmax": places, "weight.nested_absmax": factors}
             tensors |= {"weight.nested_quant_map": dynamic_map()}
         else:
@@ -244,7 +192,7 @@ class Bnb4Weight(QuantWeight):
         """What levels are multiplied by in each block of the file, fp32 [blocks]."""
         if self.nested_absmax is None or self.nested_quant_map is None:
             return self.absmax
-        factors = self.nested_absmax.repeat_interleave(_NESTED_SIZE)[: len(self.absmax)]
+        factors = self.nested_absmax.repeat_interleave(NESTED_SIZE)[: len(self.absmax)]
         assert self.state.offset is not None
         return self.nested_quant_map[self.absmax.int()] * factors + self.state.offset
 
@@ -332,61 +280,6 @@ class Bnb4Weight(QuantWeight):
         )
 
 
-def _error(storage: str, field: str, message: str) -> CheckpointError:
-    return CheckpointError(f"{storage} weight", field, message)
-
-
-def _both_in_a_byte(places: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 2 n] below 16 to [n], the first of two in the upper half."""
-    flat = places.flatten()
-    return flat[::2] << 4 | flat[1::2]
-
-
-def _quantize(
-    numbers: torch.Tensor, kind: str, blocksize: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Any floats [n], n even, to (places uint8 [n / 2], magnitudes fp32 [blocks])."""
-    levels = torch.tensor(LEVELS[kind], device=numbers.device)
-    order = levels.argsort(stable=True)
-    borders = (levels[order][1:] + levels[order][:-1]) / 2
-    packed, absmax = [], []
-    step = _SLAB_NUMBERS // blocksize * blocksize
-    for start in range(0, len(numbers), step):
-        part = numbers[start : start + step].to(torch.float32)
-        filled = torch.nn.functional.pad(part, (0, -len(part) % blocksize)).view(-1, blocksize)
-        most = filled.abs().amax(1)
-        scaled = (filled * (1 / most.clamp(min=_SMALLEST))[:, None]).clamp_(-1, 1)
-        places = order[torch.bucketize(scaled, borders)].to(torch.uint8).flatten()[: len(part)]
-        packed.append(_both_in_a_byte(places))
-        absmax.append(most)
-    return torch.cat(packed), torch.cat(absmax)
-
-
-@cache
-def dynamic_map() -> torch.Tensor:
-    """The 256 levels of magnitudes, fp32, ascending (arXiv 1511.04561): a sign, up to seven places
-    of a decimal exponent, and as many bits as are left for a fraction between 0.1 and 1.
-    """
-    levels = [0.0, 1.0]
-    for exponent in range(7):
-        borders = torch.linspace(0.1, 1, 2**exponent + 1)
-        means = (borders[1:] + borders[:-1]) / 2
-        sizes = (10.0 ** (exponent - 6) * means).tolist()
-        levels += [*sizes, *(-size for size in sizes)]
-    return torch.tensor(sorted(levels))
-
-
-def _quantize_absmax(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [blocks] to (places in `dynamic_map` uint8 [blocks], factors fp32 [blocks / 256])."""
-    levels = dynamic_map().to(values.device)
-    count = len(values)
-    blocks = torch.nn.functional.pad(values, (0, -count % _NESTED_SIZE)).view(-1, _NESTED_SIZE)
-    factors = blocks.abs().amax(1)
-    scaled = blocks * (1 / factors.clamp(min=_SMALLEST))[:, None]
-    places = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
-    return places.to(torch.uint8).flatten()[:count], factors
-
-
 def _plain_tensors(
     places: torch.Tensor,
     scales: torch.Tensor,
@@ -398,14 +291,14 @@ def _plain_tensors(
     that are pieces.
     """
     width = shape[1] // scales.shape[1]
-    if width not in _BLOCK_SIZES:
+    if width not in BLOCK_SIZES:
         raise UsageError(
             f"{state.quant_type}: {shape[0]} rows of {shape[1]} numbers are no whole blocks of "
             f"{state.blocksize}, so they cannot be written by themselves."
         )
     own = State(state.quant_type, width, state.dtype, shape)
     return {
-        "weight": _both_in_a_byte(places)[:, None].view(dtype),
+        "weight": both_in_a_byte(places)[:, None].view(dtype),
         "weight.absmax": scales.flatten(),
         "weight.quant_map": torch.tensor(LEVELS[state.quant_type], device=scales.device),
         _STATE + state.quant_type: own.write(),
@@ -434,7 +327,7 @@ def _restore(
         count = -(-packed.rows * packed.columns // state.blocksize)
         firsts = torch.arange(count, device=flat.device) * (state.blocksize // packed.group)
         tensors["weight.absmax"] = flat[firsts]
-    weight = _both_in_a_byte(numbers_of(packed)).view(dtype).view(shape)
+    weight = both_in_a_byte(numbers_of(packed)).view(dtype).view(shape)
     levels = torch.tensor(LEVELS[state.quant_type], device=weight.device)
     state_name = _STATE + state.quant_type
     return tensors | {
@@ -475,4 +368,11 @@ def _cases() -> Iterator[Case]:
         yield Case(weight=weight, original=original, relative_error=error)
 
 
-FORMAT = Format(name="bitsandbytes-4bit", weight=Bnb4Weight, claim=_claim, cases=_cases, tag=_tag)
+FORMAT = Format(
+    name="bitsandbytes-4bit",
+    weight=Bnb4Weight,
+    claim=_claim,
+    cases=_cases,
+    tag=_tag,
+    methods=("bitsandbytes",),
+)

@@ -23,8 +23,15 @@ import torch
 from qwenkit.errors import CheckpointError, UsageError
 from qwenkit.formats.spec import Case, Format
 from qwenkit.formats.words import BITS, pack_words, unpack_words, word_count
-from qwenkit.formats.zero_points import pack_groups, unpack_scales, unpack_zero_points
-from qwenkit.kernels.packed import Packed, numbers_of
+from qwenkit.formats.zero_points import (
+    in_file_order,
+    is_in_order,
+    pack_groups,
+    sorted_columns,
+    unpack_scales,
+    unpack_zero_points,
+)
+from qwenkit.kernels.packed import Packed
 from qwenkit.layers.weight import QuantWeight, WayBack
 
 _PARTS = {"qweight", "qzeros", "scales"}
@@ -120,7 +127,7 @@ class GptqWeight(QuantWeight):
             raise UsageError(f"bits: numbers or zero points do not fit {bits} bits.")
         stored = zero_points if is_v2 else (zero_points - 1) & ((1 << bits) - 1)
         return cls(
-            pack_words(numbers, bits).T.contiguous(),
+            pack_words(numbers, bits).T.clone(memory_format=torch.contiguous_format),
             pack_words(stored.T.contiguous(), bits),
             scales.T.to(torch.float16).contiguous(),
             g_idx.to(torch.int32),
@@ -170,21 +177,14 @@ class GptqWeight(QuantWeight):
         return numbers.to(dtype)
 
     def to_packed(self) -> Packed | None:
-        order = None if self.g_idx is None else self.g_idx.argsort(stable=True)
-        count = self.scales.shape[0]
-        sizes = self.groups.bincount(minlength=count)
-        if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
-            order = None
-        if bool((sizes != sizes[0]).any()):  # a last group that is shorter
+        order = sorted_columns(self.groups, self.scales.shape[0])
+        if order is None:  # a last group that is shorter
             return None
-        numbers = self.numbers()
-        return pack_groups(
-            numbers if order is None else numbers[:, order],
-            self.scales.T,
-            self.zero_points(),
-            bits=self.bits,
-            order=None if order is None else order.to(torch.int32),
-        )
+        numbers, scales, zeros = self.numbers(), self.scales.T, self.zero_points()
+        if is_in_order(order):
+            return pack_groups(numbers, scales, zeros, bits=self.bits)
+        in_order = numbers[:, order]
+        return pack_groups(in_order, scales, zeros, bits=self.bits, order=order.to(torch.int32))
 
     def way_back(self) -> WayBack:
         has_groups = self.g_idx is not None
@@ -220,16 +220,12 @@ def _restore(
     packed: Packed,
     aside: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    numbers, scales = numbers_of(packed), unpack_scales(packed, groups)
-    in_order = torch.arange(packed.columns, device=numbers.device) // (packed.columns // groups)
-    g_idx = in_order
-    if packed.order is not None:
-        order = packed.order.long()
-        g_idx = torch.empty_like(in_order).index_copy_(0, order, in_order)
-        numbers = torch.empty_like(numbers).index_copy_(1, order, numbers)
-    zeros = unpack_zero_points(packed, groups)
+    numbers, g_idx = in_file_order(packed, groups)
+    scales, zeros = unpack_scales(packed, groups), unpack_zero_points(packed, groups)
     weight = GptqWeight.from_integers(numbers, scales, zeros, g_idx, bits=bits, is_v2=is_v2)
-    tensors = weight.to_tensors() | {"scales": scales.T.to(dtype).contiguous()}
+    tensors = weight.to_tensors() | {
+        "scales": scales.T.to(dtype).clone(memory_format=torch.contiguous_format)
+    }
     return {name: t for name, t in tensors.items() if has_groups or name != "g_idx"}
 
 
@@ -264,6 +260,31 @@ def _tag(storage: Mapping[str, str], quantization_config: Mapping[str, Any]) -> 
     return f"GPTQ{known}" + ("_V2" if stated == "gptq_v2" else "")
 
 
+def _check(weight: QuantWeight, quantization_config: Mapping[str, Any]) -> None:
+    """The group size, and, of symmetric files, which of the two conventions zero points follow."""
+    assert isinstance(weight, GptqWeight)
+    if quantization_config.get("dynamic"):  # which may say otherwise of a layer
+        return
+    size, groups = quantization_config.get("group_size"), weight.scales.shape[0]
+    columns = weight.shape[1]
+    if type(size) is int and groups != -(-columns // (columns if size < 1 else size)):
+        raise CheckpointError(
+            "quantization_config",
+            "group_size",
+            f"is {size}, but {columns} columns have {groups} groups.",
+        )
+    half = 1 << (weight.bits - 1)
+    wrong = half - 1 if weight.is_v2 else half + 1
+    if quantization_config.get("sym") is True and bool((weight.zero_points() == wrong).all()):
+        right = "gptq" if weight.is_v2 else "gptq_v2"
+        raise CheckpointError(
+            "quantization_config",
+            "checkpoint_format",
+            f"zero points are all {wrong}, but of symmetric numbers of {weight.bits} bits they are "
+            f"{half}: the file is {right!r}. Say so in config.json.",
+        )
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     columns = 192
@@ -295,4 +316,12 @@ def _cases() -> Iterator[Case]:
         yield Case(weight=weight, original=original, relative_error=error)
 
 
-FORMAT = Format(name="gptq", weight=GptqWeight, claim=_claim, cases=_cases, tag=_tag)
+FORMAT = Format(
+    name="gptq",
+    weight=GptqWeight,
+    claim=_claim,
+    cases=_cases,
+    tag=_tag,
+    check=_check,
+    methods=("gptq",),
+)

@@ -164,5 +164,10 @@ def _cases() -> Iterator[Case]:
 
 
 FORMAT = Format(
-    name="bitsandbytes-8bit", weight=LlmInt8Weight, claim=_claim, cases=_cases, tag=_tag
+    name="bitsandbytes-8bit",
+    weight=LlmInt8Weight,
+    claim=_claim,
+    cases=_cases,
+    tag=_tag,
+    methods=("bitsandbytes",),
 )

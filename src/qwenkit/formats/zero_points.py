@@ -15,6 +15,7 @@ from qwenkit.kernels.packed import (
     interleave,
     interleave_groups,
     nibbles_from_numbers,
+    numbers_of,
 )
 
 _PIECES = (128, 64, 32)  # columns by which tokens are rounded
@@ -79,3 +80,31 @@ def unpack_zero_points(packed: Packed, groups: int) -> torch.Tensor:
 
 def _unrepeated(values: torch.Tensor, groups: int) -> torch.Tensor:
     return values[:, :: values.shape[1] // groups]
+
+
+def sorted_columns(g_idx: torch.Tensor, groups: int) -> torch.Tensor | None:
+    """The columns group by group, int64, in their order within each; None where groups are of
+    different sizes. `g_idx` [columns] is the group of each.
+    """
+    sizes = g_idx.long().bincount(minlength=groups)
+    return None if bool((sizes != sizes[0]).any()) else g_idx.argsort(stable=True)
+
+
+def is_in_order(order: torch.Tensor) -> bool:
+    """Whether it leaves every column where it is."""
+    return torch.equal(order, torch.arange(len(order), device=order.device))
+
+
+def in_file_order(packed: Packed, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept numbers, uint8 [rows, columns], in the order of the file, and each column's group,
+    int64 [columns].
+    """
+    numbers = numbers_of(packed)
+    g_idx = torch.arange(packed.columns, device=numbers.device) // (packed.columns // groups)
+    if packed.order is None:
+        return numbers, g_idx
+    order = packed.order.long()
+    return (
+        torch.empty_like(numbers).index_copy_(1, order, numbers),
+        torch.empty_like(g_idx).index_copy_(0, order, g_idx),
+    )
