@@ -10,7 +10,10 @@ ARGS :=
 
 ENV := .venv
 ORACLE_ENV := .venv-oracles
+# One environment for each major version of the openai client that other clients ask for.
+CLIENT_ENVS := .venv-openai-0 .venv-openai-2 .venv-openai-3
 PIP_OPTIONS := --quiet --quiet --disable-pip-version-check --no-input --constraint constraints.txt
+CLIENT_PIP_OPTIONS := --quiet --quiet --disable-pip-version-check --no-input --no-deps --no-compile
 HOUSE_TESTS := tests/test_rooms.py tests/test_sizes.py tests/test_docs.py tests/test_import_cost.py
 REQUIREMENTS := pyproject.toml constraints.txt Makefile
 
@@ -51,11 +54,14 @@ test: $(ENV)/.installed-for-tests
 	OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -m "not oracle" -n $(WORKERS) -q $(TESTS)
 
 # First what would otherwise only be skipped: the other implementations and the default model.
-oracles: $(ORACLE_ENV)/.installed
+oracles: $(ORACLE_ENV)/.installed $(CLIENT_ENVS:=/.installed)
 	$(ORACLE_ENV)/bin/python -c "import gguf, llama_cpp, peft, safetensors, tokenizers, transformers"
+	$(ORACLE_ENV)/bin/python -c "import gradio, openai, playwright"
 	$(ORACLE_ENV)/bin/qwenkit pull default
 	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null \
 	|| echo "ARM kernels are not tested: that takes Debian's g++-aarch64-linux-gnu and qemu-user."
+	@{ command -v chromium || command -v chromium-browser; } >/dev/null \
+	|| echo "The chat page is not driven in a browser: that takes Debian's chromium."
 	OMP_NUM_THREADS=1 $(ORACLE_ENV)/bin/python -m pytest -m oracle -n $(WORKERS) -q $(TESTS)
 
 check: $(ENV)/.installed-for-tests
@@ -76,7 +82,7 @@ docs: $(ENV)/.installed
 	$(ENV)/bin/python -m qwenkit.cli.docs docs/cli.md
 
 clean:
-	rm -rf $(ENV) $(ORACLE_ENV) build dist src/*.egg-info
+	rm -rf $(ENV) $(ORACLE_ENV) $(CLIENT_ENVS) build dist src/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -100,6 +106,14 @@ $(ORACLE_ENV)/.installed: $(REQUIREMENTS)
 	$(PIP_OPTIONS) --no-deps --no-cache-dir --wheel-dir $(WHEELS) llama-cpp-python; } \
 	>&2 </dev/null
 	@$(call install,$(ORACLE_ENV),--find-links $(WHEELS) -e ".[test$(,)oracle]") >&2 </dev/null
+	@touch $@
+
+# Complete lists, so nothing has to be resolved; compiled is only what the tests import.
+$(CLIENT_ENVS:=/.installed): .venv-%/.installed: tests/clients/environments/%.txt Makefile
+	@$(call create_environment,$(@D)) >&2 </dev/null
+	@echo "Installing client libraries into $(@D), the first time takes a minute ..." >&2
+	@$(@D)/bin/python -m pip install $(CLIENT_PIP_OPTIONS) --requirement $< >&2 </dev/null
+	@$(@D)/bin/python -m pip check >&2 </dev/null
 	@touch $@
 
 , := ,

@@ -104,6 +104,7 @@ EFFECTS = {
             "engine/constrain.py",  # compiles in a thread, within a time
             "kernels/build.py",  # one build at a time
             "kernels/cpu/bind.py",
+            "quantize/gguf_export.py",  # slabs of a matrix are quantized side by side
             "compat/streamers.py",  # the published iterator is filled from a thread of the user's
         },
     ),

@@ -68,6 +68,10 @@ class NonFiniteError(QwenkitError, ArithmeticError):
     """NaN or infinity turned up where a number was needed (a weight, a scale, a row of logits)."""
 
 
+class QualityError(QwenkitError):
+    """A result is worse beside what it was made of than was allowed."""
+
+
 class MissingDependencyError(QwenkitError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -67,10 +67,10 @@ def fill(
         below = _take(tensors, names_below, path)
         first = next(iter(experts.values()), below)
         matrix = first.get("weight") or next(iter(first.values()), None)
-        if experts:
+        if isinstance(module, GroupedLinear) and experts:
             _fill_experts(module, experts, checkpoint, place)
         else:
-            _fill_module(path, module, below, model, checkpoint, place, plan)
+            _fill_module(path, module, below, model.dtype, checkpoint, place, plan)
         if merging is not None:
             merging.into(path, module, model.dtype)
         if plan is not None and isinstance(module, _MATRICES):
@@ -84,6 +84,41 @@ def fill(
             progress((done + 1) / len(slots))
     if tied is not None:
         _tie(model, tied, tensors.pop("lm_head.weight", None), checkpoint, plan)
+    _refuse_left_over(tensors, architecture, checkpoint)
+
+
+def fill_part(
+    path: str,
+    part: nn.Module,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    dtype: torch.dtype | None,
+) -> None:
+    """Fill the modules of one `part` of a model, which is on the meta device and stands at `path`.
+
+    `tensors` are the whole checkpoint's by our names. Plain weights are in `dtype`, None: in that
+    which they are stored in; quantized ones are in their format. Raises as `fill`.
+    """
+    own = {n: t for n, t in tensors.items() if n.startswith(f"{path}.")}
+    found = ((f"{path}.{n}" if n else path, m) for n, m in part.named_modules())
+    slots = [(n, m) for n, m in found if _has_parameters(m)]
+    _arrange_experts(slots, own, checkpoint)
+    names_below = _names_below(own)
+    for name, module in slots:
+        if isinstance(module, GroupedLinear) and f"{name}.weight" not in own:
+            experts = {g: _take(own, names_below, g) for g in module.published_paths(name)}
+            _fill_experts(module, experts, checkpoint, "cpu")
+        else:
+            below = _take(own, names_below, name)
+            _fill_module(name, module, below, dtype, checkpoint, "cpu", None)
+    _refuse_left_over(own, architecture, checkpoint)
+
+
+def _refuse_left_over(
+    tensors: Mapping[str, StoredTensor], architecture: Architecture, checkpoint: Checkpoint
+) -> None:
     left = [n for n in tensors if not n.endswith(architecture.ignored)]
     if left:
         names = ", ".join(sorted(left)[:5])
@@ -192,7 +227,7 @@ def _fill_module(
     path: str,
     module: nn.Module,
     below: dict[str, StoredTensor],
-    model: CausalModel,
+    dtype: torch.dtype | None,
     checkpoint: Checkpoint,
     device: str,
     plan: WeightPlan | None,
@@ -219,7 +254,7 @@ def _fill_module(
             )
         value = stored.read()
         planned = plan is not None and part == "weight" and isinstance(module, _MATRICES)
-        value = value.to(device=device, dtype=None if planned else model.dtype)
+        value = value.to(device=device, dtype=None if planned else dtype)
         if not planned:
             with _blaming(stored):
                 check_finite(value)
@@ -354,15 +389,25 @@ def _tie(
     """Make the head use the embedding's own weight; a head in the file must be the same."""
     embedding = next(m for m in model.modules() if isinstance(m, Embedding))
     weight = embedding.weight
-    if stored is not None and not _same(weight, stored, plan):
+    if stored is not None:
+        refuse_another(weight, stored, plan)
+    del head.weight
+    head.weight = weight
+
+
+def refuse_another(
+    weight: nn.Parameter | QuantWeight, stored: StoredTensor, plan: WeightPlan | None = None
+) -> None:
+    """Raises CheckpointError for a stored head that is not the embedding's `weight`, which is to be
+    both.
+    """
+    if not _same(weight, stored, plan):
         raise CheckpointError(
             stored.file,
             "lm_head.weight",
             "differs from the embedding although config.json says tie_word_embeddings; "
             "set it to false to use both.",
         )
-    del head.weight
-    head.weight = weight
 
 
 def _same(

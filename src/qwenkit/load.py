@@ -142,4 +142,8 @@ def _compute_dtype(
 
 def matrix_storages(checkpoint: Checkpoint) -> set[str]:
     """The storage tags of a checkpoint's matrices."""
-    return {t.storage for t in checkpoint.tensors.values() if len(t.shape) > 1}
+    return {
+        stored.storage
+        for name, stored in checkpoint.tensors.items()
+        if len(stored.shape) > 1 and not name.endswith(".scales")  # of quantized ones
+    }

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qwenkit.chat.dialects import hermes
+from qwenkit.chat.dialects.spec import shown_by
 from qwenkit.checkpoint.spec import Checkpoint
 from qwenkit.errors import CheckpointError, RequestError, UsageError
 from qwenkit.layers.position import allowed_tokens, reachable_tokens, trained_tokens
@@ -104,7 +104,7 @@ def _dialect(chat_format: ChatFormat, template: str | None, usual: str | None) -
         return None
     if chat_format == "chatml":
         return "react"
-    return "hermes" if hermes.is_shown_by(template) else usual or "hermes"
+    return shown_by(template or "") or usual or "hermes"
 
 
 def _token_ids(checkpoint: Checkpoint, key: str, tokens: int | None = None) -> list[int]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenkit.tokenizer.stream import Utf8Stream
 from qwenkit.types.protocols import AllowedSpecial, TokenStream
 from qwenkit.types.record import ModelRecord
 
@@ -54,7 +55,9 @@ class ControlBytes:
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "surrogatepass")
 
     def stream(self, *, skip_special: bool = True) -> TokenStream:
-        raise AssertionError("rendering does not stream")
+        """Names of tokens show in the text but for those in pipes."""
+        hidden = [i for name, i in self.control_tokens.items() if name.startswith("<|")]
+        return Utf8Stream(self.token_bytes, skipped_ids=hidden if skip_special else ())
 
     def control_ids(self, ids: Sequence[int]) -> list[int]:
         """The control ids among `ids`, in order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qwenkit.chat.dialects.spec import find
@@ -9,6 +11,7 @@ from qwenkit.chat.parse import ReplyCollector
 from qwenkit.chat.replies import ReplyFormat
 from qwenkit.types.completion import Reply, ReplyCall
 from qwenkit.types.messages import Tool
+from qwenkit.types.tools import ToolOptions
 
 CITY = {
     "type": "object",
@@ -112,6 +115,8 @@ def test_thoughts() -> None:
     assert read(thinking, "Hi <think>") == Reply("Hi <think>")
     assert read(thinking, "<think>\nHm") == Reply("", "Hm")
     assert read(form("hermes", "<think>\n", thinks=True), "Hm\n</think>\n\nHi") == Reply("Hi", "Hm")
+    begun = form("hermes", "It", thinks=True)
+    assert read(begun, "<think> is") == Reply("<think> is")
     closed = form("hermes", "<think>\n\n</think>\n\n", thinks=True)
     assert read(closed, "Hi") == Reply("Hi")
 
@@ -138,6 +143,7 @@ def test_qwen_fn(text: str) -> None:
 def test_qwen_fn_goes_on() -> None:
     for text in (": Yes", ":Yes", "Yes"):
         assert read(form("qwen_fn", "✿RETURN✿"), text) == Reply("Yes")
+    assert read(form("qwen_fn", "✿FUNCTION✿: a\n✿RESULT✿: 1\n✿RETURN✿: It"), " is") == Reply(" is")
     named = form("qwen_fn", "✿FUNCTION✿: get_time")
     assert read(named, "\n✿ARGS✿: {}") == Reply(tool_calls=(call("{}", "get_time"),))
 
@@ -170,3 +176,70 @@ def test_react(text: str) -> None:
 def test_react_goes_on() -> None:
     text = " I know.\nFinal Answer: done"
     assert read(form("react", "Thought:"), text) == Reply("done", "I know.")
+
+
+XML = {
+    'Ok.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nPa"ris\n\n</parameter>\n'
+    "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>": Reply(
+        "Ok.", tool_calls=(call('{"city": "Pa\\"ris\\n", "days": 2}'),)
+    ),
+    "<tool_call>\n<function=get_time>\n</function>\n</tool_call>\n": Reply(
+        tool_calls=(call("{}", "get_time"),)
+    ),
+    # the outer mark is missing; a value that is no number; a value that never ends
+    "<function=get_time>\n</function>": Reply(tool_calls=(call("{}", "get_time"),)),
+    "<tool_call>\n<function=get_weather>\n<parameter=days>\ntwo\n</parameter>\n</function>": Reply(
+        tool_calls=(call('{"days": "two"}', repaired=True),)
+    ),
+    "<tool_call>\n<function=get_weather>\n<parameter=days>\nTrue\n</parameter>\n</function>": Reply(
+        tool_calls=(call('{"days": true}', repaired=True),)
+    ),
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</function>\n</tool_call> x": (
+        Reply(" x", tool_calls=(call(repaired=True),))
+    ),
+    "<tool_call>\n<function=run>\n<parameter=code>\n</function>\n</tool_call>\n</parameter>\n"
+    "</function>": Reply(tool_calls=(call('{"code": "</function>\\n</tool_call>"}', "run"),)),
+    "<tool_call>\n<function=get_time>\nHm.": Reply(
+        "\nHm.", tool_calls=(call("{}", "get_time", repaired=True),)
+    ),
+    # no call
+    "<function=strange>\n</function>": Reply("<function=strange>\n</function>"),
+    "<tool_call>{}</tool_call>": Reply("<tool_call>{}</tool_call>"),
+    "<tool_call>\n<function=\n": Reply("<tool_call>\n<function=\n"),
+}
+
+
+@pytest.mark.parametrize("text", XML)
+def test_qwen_xml(text: str) -> None:
+    assert read(form("qwen_xml"), text) == XML[text]
+
+
+def test_xml_that_was_cut_off_is_not_mended() -> None:
+    begin = "<tool_call>\n<function=get_weather>\n<parameter=city>\nPar"
+    for text, arguments in (
+        (begin, '{"city": "Par'),
+        (begin + "\n</parameter>\n<pa", '{"city": "Par"'),
+    ):
+        cut = ReplyCall("get_weather", arguments, complete=False)
+        assert read(form("qwen_xml"), text, complete=False) == Reply(tool_calls=(cut,))
+
+
+@pytest.mark.parametrize("dialect", ["hermes", "qwen_xml"])
+def test_a_reply_that_goes_on_with_a_call(dialect: str) -> None:
+    whole = {
+        "hermes": hermes(WEATHER),
+        "qwen_xml": "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+        "</function>\n</tool_call>",
+    }[dialect]
+    for at in range(len("<tool_call>"), len(whole) - len("</tool_call>")):
+        assert form(dialect, whole[:at]).parsed(whole[at:]) == Reply(tool_calls=(call(),)), at
+
+
+def test_one_call_is_enough_where_there_may_be_one() -> None:
+    one = replace(form("hermes"), options=ToolOptions(parallel=False))
+    assert one.stops == ("</tool_call>",)
+    more = f"\n{hermes(TIME)}"
+    assert read(one, hermes(WEATHER) + more) == Reply(more, tool_calls=(call(),))
+    two = "✿FUNCTION✿: get_time\n✿ARGS✿: {}\n"
+    single = replace(form("qwen_fn"), options=ToolOptions(parallel=False))
+    assert read(single, two * 2) == Reply(f"\n{two}", tool_calls=(call("{}", "get_time"),))

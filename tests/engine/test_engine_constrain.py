@@ -256,10 +256,6 @@ def matcher(**constraint: Any) -> Matcher:
 
 def test_a_matcher_follows_token_by_token() -> None:
     follow = matcher(regex="ab?c*")
-    assert follow.accepts(b"abcc") == 4
-    assert follow.accepts([*b"ab", EOS]) == 2
-    assert follow.accepts(b"b") == follow.accepts([]) == 0
-    assert follow.accepts(b"acb") == 2
     assert (follow.may_end, follow.is_complete) == (False, False)
     for token_id, allowed in ((97, [97]), (98, [98, 99, EOS])):
         assert follow.mask().nonzero()[0].tolist() == allowed
@@ -270,7 +266,6 @@ def test_a_matcher_follows_token_by_token() -> None:
         follow.consume(END)
     follow.consume(EOS)
     assert follow.is_complete
-    assert follow.accepts(b"c") == 0
     with pytest.raises(RequestError, match="token 99"):
         follow.consume(99)
 

@@ -22,9 +22,8 @@ _CLOSERS = {"{": "}", "[": "]"}
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`"}
 _GAP = re.compile(r"[\s\ufeff]*")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?(?:\*/|\Z)|#[^\n]*", re.DOTALL)
-_COMMENT_BEHIND = re.compile(r"\s(?:/[/*]|#)")
 _KEY = re.compile(r"[^\W\d][\w$.-]*")
-_WORD = re.compile(r"[^,{}\[\]\"'\n\r]+")
+_WORD = re.compile(r"(?:(?!\s(?:/[/*]|#))[^,{}\[\]\"'\n\r])+")  # a comment may stand behind it
 _NUMBER = re.compile(
     r"([-+]?)(0[xX][0-9a-fA-F]{1,16}|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)((?:[eE][-+]?[0-9]+)?)"
 )
@@ -115,13 +114,13 @@ def _text_parameter(schema: Schema) -> str | None:
     required = schema.get("required")
     names = [n for n in required if n in properties] if isinstance(required, list) else []
     names = names or list(properties)
-    if len(names) != 1 or not _takes_text(_member(schema, names[0])):
+    if len(names) != 1 or not takes_text(member(schema, names[0])):
         return None
     return str(names[0])
 
 
-def _member(schema: Schema, name: str) -> Schema:
-    """The schema of a property, {} where it is not known."""
+def member(schema: Schema, name: str) -> Schema:
+    """The schema of a property; {} where it is not known."""
     properties = schema.get("properties")
     found = properties.get(name) if isinstance(properties, Mapping) else None
     return found if isinstance(found, Mapping) else {}
@@ -132,13 +131,16 @@ def _items(schema: Schema) -> Schema:
     return found if isinstance(found, Mapping) else {}
 
 
-def _takes_text(schema: Schema) -> bool:
+def takes_text(schema: Schema) -> bool:
     """True where a text may stand: it is allowed, or nothing is said."""
     kind = schema.get("type")
     if isinstance(kind, list):
         return "string" in kind
     if kind is None and isinstance(schema.get("enum"), list):
         return any(isinstance(value, str) for value in schema["enum"])
+    for key in ("anyOf", "oneOf"):
+        if kind is None and isinstance(schema.get(key), list):
+            return any(isinstance(each, Mapping) and takes_text(each) for each in schema[key])
     return kind in (None, "string")
 
 
@@ -164,7 +166,7 @@ class _Rewriter:
             self.at += 1
             self.out.append(f"{gap}:{self._gap()}")
             value, begin = len(self.out), self.at
-            self._value(_member(schema, key), level)
+            self._value(member(schema, key), level)
             if level == 1:
                 self.members[key] = "".join(self.out[value:]), self.source[begin : self.at]
         self._end()
@@ -305,19 +307,18 @@ class _Rewriter:
         match = _WORD.match(self.source, self.at)
         if match is None:
             raise _HopelessError
-        raw = _COMMENT_BEHIND.split(match[0], maxsplit=1)[0]
-        word = raw.strip()
+        word = match[0].strip()
         if _STRICT_NUMBER.fullmatch(word):
             written = word
         elif word in _LITERALS:
             written = _LITERALS[word]
         elif (number := _NUMBER.fullmatch(word)) and not _only_text(schema):
             written = _number(number)
-        elif word and _takes_text(schema):
+        elif word and takes_text(schema):
             written = json.dumps(word, ensure_ascii=False)
         else:
             raise _HopelessError
-        self.at += len(raw.rstrip())
+        self.at += len(match[0].rstrip())
         self.out.append(written)
 
     def _gap(self) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from qwenkit.chat.chatml import ChatMLPrompt, render_chatml
-from qwenkit.chat.dialects.spec import Conversation, Written, find, visible
+from qwenkit.chat.dialects.spec import Conversation, Dialect, Written, find, visible
 from qwenkit.chat.guard import Guard, planes
 from qwenkit.chat.pieces import TURN_END, Piece, cut_before_turn_end, loss_mask, split_marked
 from qwenkit.chat.replies import ReplyFormat, open_turn, thinks
+from qwenkit.chat.rewrite import in_call_order
 from qwenkit.chat.template import compile_template, run_template
 from qwenkit.chat.values import JsonObject, Limits
 from qwenkit.errors import RequestError, UsageError
@@ -33,6 +34,7 @@ _RESERVED = (
     "messages tools documents add_generation_prompt bos_token eos_token pad_token "
     "range dict namespace raise_exception strftime_now"
 )
+_USUAL_DIALECT = {"chatml": "react", "template": "template"}
 _BASE_MODEL = (
     "{name} is a base model: it continues text and knows no chat format. Load a chat model "
     '("Qwen/Qwen-7B-Chat" rather than "Qwen/Qwen-7B", "Qwen/Qwen2-7B-Instruct" rather than '
@@ -105,10 +107,8 @@ def render(
         continues=continue_final_message,
         template=template,
     )
-    usual = "react" if record.chat_format == "chatml" else "template"
-    dialect = find(options.dialect or record.dialect or usual)
-    has_tools = conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)
-    written = dialect.write(conversation) if has_tools else Written(messages=tuple(messages))
+    dialect = find(options.dialect or record.dialect or _USUAL_DIALECT[record.chat_format])
+    written = _written(dialect, conversation)
     start = written.reply_start
     continues = continue_final_message or (start is not None and add_generation_prompt)
     prompt = _prompt(
@@ -129,10 +129,24 @@ def render(
             options=options,
             start=open_turn(pieces, record.stop_token_ids) if start is None else start,
             thinks=thinks(template),
+            control_tokens=frozenset(tokenizer.control_tokens),
         ),
         dropped_messages=prompt.dropped_messages,
         dropped_tokens=prompt.dropped_tokens,
     )
+
+
+def _written(dialect: Dialect, conversation: Conversation) -> Written:
+    """The conversation with its tools in the dialect; as it is where there are none."""
+    messages, tools = conversation.messages, conversation.tools
+    for i, tool in enumerate(tools):
+        _mapped(tool.parameters, str, f"tools[{i}].parameters")
+        _mapped(tool.shown_parameters, str, f"tools[{i}].parameters")
+    if not tools and not any(m.role == "tool" or m.tool_calls for m in messages):
+        return Written(messages=messages)
+    if dialect.name != "template":
+        conversation = replace(conversation, messages=in_call_order(messages))
+    return dialect.write(conversation)
 
 
 def _prompt(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qwenkit.chat.dialects.spec import Dialect
+from qwenkit.chat.grammar import CallGrammar, reply_constraint
 from qwenkit.chat.parse import (
     THINK_END,
     ReplyCollector,
@@ -14,6 +15,7 @@ from qwenkit.chat.parse import (
 )
 from qwenkit.chat.pieces import TURN_START, Piece
 from qwenkit.chat.tape import Steps, Tape
+from qwenkit.errors import RequestError
 from qwenkit.types.completion import Reply
 from qwenkit.types.constraint import Constraint
 from qwenkit.types.messages import Tool
@@ -23,7 +25,8 @@ from qwenkit.types.tools import ToolOptions
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyFormat:
     """How the reply to one prompt is written. `tools` are those that the model sees, `start` what
-    of the reply stands in the prompt already.
+    of the reply stands in the prompt already, `control_tokens` the texts that are tokens of their
+    own.
     """
 
     dialect: Dialect
@@ -31,6 +34,7 @@ class ReplyFormat:
     options: ToolOptions = field(default_factory=ToolOptions)
     start: str = ""
     thinks: bool = False
+    control_tokens: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -41,8 +45,21 @@ class ReplyFormat:
         return (*self.dialect.stops, *single)
 
     def constraint(self, asked: Constraint | None) -> Constraint | None:
-        """What the whole reply must be: `asked`, or what the options say of calls."""
-        return asked
+        """What the whole reply must be: `asked`, or what the options say of calls; see
+        `grammar.reply_constraint`.
+        """
+        grammar = CallGrammar(
+            tools=self.tools,
+            options=self.options,
+            start=self.start,
+            control_tokens=self.control_tokens,
+        )
+        has_calls = self.tools and self.dialect.calls is not None
+        calls = self.dialect.calls(grammar) if has_calls and self.dialect.calls else None
+        if calls is None and self.options.must_call:
+            message = f"the dialect {self.dialect.name!r} cannot make the model call."
+            raise RequestError("tool_options.choice", message)
+        return reply_constraint(calls, grammar, thinks=self.thinks, asked=asked)
 
     def parser(self) -> ReplyParser:
         """A parser at the beginning of the reply."""

@@ -25,6 +25,7 @@ T = TypeVar("T")
 Steps = Generator[None, None, T]
 """A part of a grammar: yields where it needs more text, returns what it found."""
 
+_BLOCK = 4_096  # characters: what is put back behind a mark is no more than that
 _LONGEST_SPACE = 64  # white space that is held back as what may stand in front of a call
 
 
@@ -45,6 +46,7 @@ class Tape:
         self._parallel = parallel
         self._input: deque[str] = deque()
         self._ended = False
+        self._absent: set[str] = set()
         self._deltas: list[ReplyDelta] = []
         self._space = ""
         self._said = False
@@ -54,8 +56,7 @@ class Tape:
 
     def add(self, text: str) -> None:
         """More text has come."""
-        if text:
-            self._input.append(text)
+        self._input.extend(_blocks(text))
 
     def finish(self, *, complete: bool) -> None:
         """No more text comes; `complete` where the model itself ended it."""
@@ -71,8 +72,7 @@ class Tape:
 
     def put_back(self, text: str) -> None:
         """Take it later."""
-        if text:
-            self._input.appendleft(text)
+        self._input.extendleft(reversed(_blocks(text)))
 
     def until(self, markers: tuple[str, ...], give: Callable[[str], None]) -> Steps[str | None]:
         """Give the text up to the first of `markers`; take and return that, or None at the end.
@@ -91,7 +91,12 @@ class Tape:
             held = text[len(text) - keep :]
             give(text[: len(text) - keep])
         give(held)
+        self._absent.update(markers)
         return None
+
+    def is_absent(self, marker: str) -> bool:
+        """True where the text was searched for a marker to its end and there was none."""
+        return marker in self._absent
 
     def skip(self, pattern: re.Pattern[str]) -> Steps[str]:
         """Take and return characters while `pattern`, which says of each by itself whether it
@@ -107,8 +112,10 @@ class Tape:
                 break
         return "".join(taken)
 
-    def expect(self, literal: str) -> Steps[bool]:
-        """Take `literal` if it comes next; else nothing."""
+    def expect(self, literal: str, *, or_cut: bool = False) -> Steps[bool]:
+        """Take `literal` if it comes next; else nothing. With `or_cut` its beginning will do where
+        the reply was cut off.
+        """
         taken = ""
         while len(taken) < len(literal) and literal.startswith(taken):
             chunk = yield from self.chunk()
@@ -116,6 +123,8 @@ class Tape:
                 break
             taken += chunk
         found = taken.startswith(literal)
+        if or_cut and self.cut_off and literal.startswith(taken):
+            return True
         self.put_back(taken[len(literal) :] if found else taken)
         return found
 
@@ -194,6 +203,10 @@ class Tape:
     def schema(self, name: str) -> Mapping[str, object]:
         """The schema of a tool's parameters, {} where there is no such tool."""
         return self.tools[name].parameters if name in self.tools else {}
+
+
+def _blocks(text: str) -> list[str]:
+    return [text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK)]
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwenkit.bench.digests import model_digest, text_digest
 from qwenkit.bench.methods import METHODS
 from qwenkit.bench.needle import (
     ANSWER_TOKENS,
@@ -20,6 +19,7 @@ from qwenkit.bench.needle import (
 )
 from qwenkit.bench.needle_reader import ModelReader
 from qwenkit.bench.needle_text import CODE, Hunt, Needle, built_in, languages
+from qwenkit.checkpoint.digests import model_digest, text_digest
 from qwenkit.cli import console, options
 from qwenkit.cli.bench_options import make_folder, this_command
 from qwenkit.cli.bench_tables import ProgressBar

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from qwenkit.bench.digests import model_digest, text_digest
 from qwenkit.bench.methods import METHODS
 from qwenkit.bench.perplexity import (
     PerplexitySettings,
@@ -16,6 +15,7 @@ from qwenkit.bench.perplexity import (
     read_table,
     write_table,
 )
+from qwenkit.checkpoint.digests import model_digest, text_digest
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console, options
 from qwenkit.cli.bench_options import make_folder, this_command

@@ -5,49 +5,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwenkit.cli import console, loading, options
+from qwenkit.cli import beside, console, loading, options
 from qwenkit.cli.grouped import grouped
+from qwenkit.cli.serving import Adapters, KvCacheTokens, ServedNames, public_name, read_adapters
 from qwenkit.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from qwenkit.api import AsyncLLM
     from qwenkit.server.settings import Access, ServerSettings
 
 HOST, PORT = "127.0.0.1", 8000
-KEY_VARIABLE = "QWENKIT_API_KEY"
-_DEFAULT = "[default: as many as one answer of the full context takes]"
 
 CheckpointPath = Annotated[
     str | None,
     typer.Option("-c", "--checkpoint-path", metavar="MODEL", help="Another way to give the model."),
-]
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        metavar="NAME=PATH",
-        help="A LoRA adapter that requests name as their model; may be given several times.",
-    ),
-]
-ServedNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--served-model-name",
-        metavar="NAME",
-        help="What requests call the model; several times for several names, of which answers bear "
-        "the first. [default: the model's own]",
-    ),
-]
-KvCacheTokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", min=1, help=f"Room for prompts and answers of all requests. {_DEFAULT}"
-    ),
 ]
 CpuOnly = Annotated[
     bool, typer.Option("--cpu-only", help="Compute on the CPU, as without --device.")
@@ -92,7 +73,7 @@ class DoorOptions:
         typer.Option(
             metavar="KEY",
             help="A key that requests must show as Bearer token; may be given several times. Other "
-            f"programs can see it here: {KEY_VARIABLE} or --api-key-file keep it from them.",
+            f"programs can see it here: {beside.KEY_VARIABLE} or --api-key-file keep it from them.",
         ),
     ] = None
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys, one a line.")] = (
@@ -191,31 +172,44 @@ def command(
     name = options.check_model_name(name)
     host = options.one_of({"--host": door.host, "--server-name": door.server_name}) or HOST
     port = _port(door)
-    adapters: dict[str, str] = {}
-    for given in adapter or ():
-        read = loading.read_adapter_option(given)
-        if set(read) & set(adapters):
-            raise UsageError(f"--adapter: the name {next(iter(read))!r} is there twice.")
-        adapters |= read
+    adapters = read_adapters(adapter)
     try:
         from qwenkit.server import run
     except ImportError as error:
         raise MissingDependencyError(error.name or "fastapi", "serve", "serving") from error
     access = _access(door)
     run.check_access(host, access, no_auth=door.no_auth)
+    if ui:
+        beside.check_page()
+        access = _with_page_key(access)
     listening = run.bind(host, port)  # a port in use is known before the model is loaded
     llm = loading.load_served_model(name, loaded_as, adapters, kv_cache_tokens)
-    settings = _settings(name, llm.record.name, served_model_name, access, limits)
-    address = _url(listening.getsockname())
+    settings = _settings(
+        name, llm.record.name, llm.record.model_type, served_model_name, access, limits
+    )
+    _run(llm, settings, listening, page_key=_page_key(access) if ui else None, host=host)
+
+
+def _run(
+    llm: AsyncLLM, settings: ServerSettings, listening: socket, *, page_key: str | None, host: str
+) -> None:
+    """Serve until the end; with a `page_key` (empty: none is needed) the chat page beside it."""
+    from qwenkit.server import run
+
+    port = listening.getsockname()[1]
+    address = _url((listening.getsockname()[0], port))
     _log_lines()
+    with ExitStack() as stack:
+        stack.callback(llm.close_now)
 
-    def ready() -> None:
-        console.note(f"{settings.names[0]} answers at {address}/v1 ({address}/docs says how).")
+        def ready() -> None:
+            console.note(f"{settings.names[0]} answers at {address}/v1 ({address}/docs says how).")
+            if page_key is not None:
+                here = _url((_reachable(host), port))
+                page = beside.start_page(f"{here}/v1", api_key=page_key or None)
+                stack.enter_context(beside.ending(page))
 
-    try:
         run.serve(llm, settings, listening, ready=ready)
-    finally:
-        llm.close_now()
 
 
 def _port(door: DoorOptions) -> int:
@@ -229,8 +223,8 @@ def _access(door: DoorOptions) -> Access:
     from qwenkit.server.settings import Access
 
     keys = [*(door.api_key or ())]
-    if os.environ.get(KEY_VARIABLE):
-        keys.append(os.environ[KEY_VARIABLE])
+    if os.environ.get(beside.KEY_VARIABLE):
+        keys.append(os.environ[beside.KEY_VARIABLE])
     if door.api_key_file is not None:
         lines = options.read_text_file("--api-key-file", door.api_key_file).splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -257,9 +251,26 @@ def _access(door: DoorOptions) -> Access:
     )
 
 
+def _with_page_key(access: Access) -> Access:
+    """The page beside the server asks with a key of its own, where a key is needed."""
+    if access.is_open:
+        return access
+    return dataclasses.replace(access, api_keys=(*access.api_keys, secrets.token_urlsafe(24)))
+
+
+def _page_key(access: Access) -> str:
+    return access.api_keys[-1] if access.api_keys else ""
+
+
+def _reachable(host: str) -> str:
+    """The address at which this machine itself reaches a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
 def _settings(
     given: str,
     own_name: str,
+    model_type: str,
     served_names: list[str] | None,
     access: Access,
     limits: LimitOptions,
@@ -270,6 +281,7 @@ def _settings(
     parties = len(access.api_keys) + len(access.users)
     return ServerSettings(
         names=names,
+        aliases=_aliases(model_type),
         access=access,
         allow_priority=limits.allow_priority or parties <= 1,
         log_prompts=limits.log_prompts,
@@ -281,13 +293,9 @@ def _settings(
     )
 
 
-def public_name(given: str, own_name: str) -> str:
-    """What a model is called where nothing else is said: its name on a hub as it was given, else
-    what its files say; never a path of this machine.
-    """
-    if given == options.DEFAULT_MODEL or options.is_local(given):
-        return own_name
-    return given
+def _aliases(model_type: str) -> tuple[str, ...]:
+    """ "Qwen" is what the programs of the first generation call whatever Qwen is served."""
+    return ("Qwen",) if model_type.startswith("qwen") else ()
 
 
 def _url(address: tuple[str, int]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from qwenkit.engine.grammar_text import check_levels, choice_regex
 from qwenkit.errors import MissingDependencyError, RequestError
-from qwenkit.types.constraint import Constraint
+from qwenkit.types.constraint import SPACES, Constraint
 from qwenkit.types.protocols import Tokenizer
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ _MOST_AT_ONCE = 2
 _LONGEST_REASON = 300
 _PIECE = 1_000
 _STACK_BYTES = 64 << 20  # address space, several times what MOST_LEVELS take
-# Between the signs of JSON a space, or a line break and an indent: a model must not run on there.
-_SPACES = r"( |\n( {0,32}|\t{0,8}))"
 _STACK_LOCK = threading.Lock()  # Python has one stack size for all threads that start
 # llguidance's own defaults are ten times as large; these keep memory and a step's time small.
 _LIMITS = {
@@ -53,7 +51,8 @@ class Matcher:
 
     Before each token `mask` says which may come, after it `consume` takes note. `stop_ids` end the
     output: they may come exactly where the grammar may end, whatever text they stand for. Other
-    control tokens never may.
+    control tokens never may, but for those that show in the text, such as <tool_call>, where a
+    grammar names them.
     """
 
     def __init__(
@@ -109,18 +108,6 @@ class Matcher:
             self._check()
             raise RequestError(self._field, f"token {token_id} does not keep to it.")
 
-    def accepts(self, token_ids: Sequence[int]) -> int:
-        """How many of the next tokens, none of them a stop token, could come one after another.
-
-        Changes nothing. A guess that `mask` would not allow, for the same text has another, usual
-        token, may be counted: what is drafted is still checked position by position.
-        """
-        if self._stopped:
-            return 0
-        ids = list(token_ids)
-        end = next((i for i, token_id in enumerate(ids) if token_id in self._closed), len(ids))
-        return self._matcher.validate_tokens(ids[:end]) if end else 0
-
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RequestError(self._field, f"cannot be followed: {_reason(self._matcher)}.")
@@ -138,6 +125,7 @@ class Grammars:
         self._vocabulary = tokenizer
         self._vocab_size = vocab_size
         self._control = {i for i in tokenizer.control_tokens.values() if i < vocab_size}
+        self._hidden = {i for i in self._control if not tokenizer.stream().push(i)}
         self._tokenizer: LLTokenizer | None = None
         self._making = threading.Lock()  # of the tokenizer, which takes a moment
         self._turns = threading.BoundedSemaphore(_MOST_AT_ONCE)
@@ -153,7 +141,7 @@ class Grammars:
         tokenizer = self._made_tokenizer()
         self._turns.acquire()
         compiled = _in_time(field, self._turns, lambda: _compile(tokenizer, constraint, field))
-        matcher = Matcher(compiled, field, self._vocab_size, self._control, set(stop_ids))
+        matcher = Matcher(compiled, field, self._vocab_size, self._hidden, set(stop_ids))
         matcher.mask()  # refused now if nothing may come
         return matcher
 
@@ -218,7 +206,7 @@ def _compile(tokenizer: LLTokenizer, constraint: Constraint, field: str) -> LLMa
 def _grammar(kind: type[LLMatcher], constraint: Constraint, field: str) -> str:
     if constraint.json_schema is not None:
         try:
-            spaces: Any = {"whitespace_pattern": _SPACES}
+            spaces: Any = {"whitespace_pattern": SPACES}
             return kind.grammar_from_json_schema(constraint.json_schema, defaults=spaces)
         except ValueError as error:
             raise RequestError(field, f"cannot be compiled: {error}.") from error

@@ -15,6 +15,7 @@ from qwenkit.errors import RequestError
 from qwenkit.types.constraint import Constraint
 
 MOST_LEVELS = 2_000  # measured: one takes up to 5 kB of the compiling thread's stack
+_SCHEMA_BEGIN = "%json"
 _DEEPEST_SCHEMA = 100  # of JSON in JSON; the compiler's own reader stops a little later
 
 
@@ -22,7 +23,7 @@ def check_levels(constraint: Constraint) -> None:
     """Raise RequestError for a schema or grammar that nests deeper than the compiler's stack."""
     levels, remedy = 0, "Write fewer rules and brackets."
     if constraint.grammar is not None:
-        levels = sum(constraint.grammar.count(sign) for sign in "([{:")
+        levels = grammar_levels(constraint.grammar)
     elif constraint.json_schema is not None:
         levels, remedy = schema_levels(json.loads(constraint.json_schema)), "Nest less deep."
     if levels > MOST_LEVELS:
@@ -30,6 +31,29 @@ def check_levels(constraint: Constraint) -> None:
             f"constraint.{constraint.kind}",
             f"its levels may add up to {levels:,}; allowed: {MOST_LEVELS:,}. {remedy}",
         )
+
+
+def grammar_levels(grammar: str) -> int:
+    """Most levels that a grammar's rules and brackets, and the schemas in it, can make."""
+    levels = at = 0
+    while (found := grammar.find(_SCHEMA_BEGIN, at)) >= 0:
+        begin = grammar.find("{", found)
+        if begin < 0 or grammar[found + len(_SCHEMA_BEGIN) : begin].strip():
+            begin = found + len(_SCHEMA_BEGIN)
+            levels += _signs(grammar[at:begin])
+            at = begin
+            continue
+        try:
+            schema, end = json.JSONDecoder().raw_decode(grammar, begin)
+            levels += _signs(grammar[at:begin]) + schema_levels(schema)
+        except (ValueError, RecursionError):
+            break
+        at = end
+    return levels + _signs(grammar[at:])
+
+
+def _signs(text: str) -> int:
+    return sum(text.count(sign) for sign in "([{:")
 
 
 def schema_levels(schema: Any) -> int:

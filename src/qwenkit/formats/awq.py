@@ -42,6 +42,8 @@ class AwqWeight(QuantWeight):
     qzeros: torch.Tensor
     scales: torch.Tensor
 
+    bits = BITS
+
     def __init__(
         self,
         qweight: torch.Tensor,

@@ -23,7 +23,7 @@ from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import ALIBI_BIAS, Alibi
 from qwenkit.models import qwen2
 from qwenkit.models.config_keys import flag, layer_count, only, positive, whole
-from qwenkit.models.spec import Architecture, CausalModel
+from qwenkit.models.spec import Anatomy, Architecture, CausalModel
 
 _SHORTEST_NORM = 1e-12  # a head's row of zeros stays one
 
@@ -233,4 +233,5 @@ ARCHITECTURE = Architecture(
     gguf_unit_rows=("lm_head",),
     ignored=("rotary_emb.inv_freq", "alibi_mask"),
     lora_targets=("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    anatomy=Anatomy(attention_inputs=("W_pack",)),
 )

@@ -22,7 +22,7 @@ from qwenkit.layers.mlp import gated
 from qwenkit.layers.norm import RMSNorm
 from qwenkit.layers.position import QwenNtk, Rotary
 from qwenkit.models.config_keys import flag, layer_count, only, positive, whole
-from qwenkit.models.spec import Architecture, CausalModel
+from qwenkit.models.spec import Anatomy, Architecture, CausalModel
 
 # Other names of the keys: those of August 2023, then those that a GGUF's metadata have.
 _OTHER_NAMES = {
@@ -323,4 +323,17 @@ ARCHITECTURE = Architecture(
     dialect="react",
     write_config=write_config,
     qwen2_names=QWEN2_NAMES,
+    anatomy=Anatomy(
+        embedding="transformer.wte",
+        layers="transformer.h",
+        norm="transformer.ln_f",
+        attention="attn",
+        attention_norm="ln_1",
+        attention_inputs=("c_attn",),
+        attention_output="c_proj",
+        mlp_norm="ln_2",
+        gate="w2",
+        up="w1",
+        down="c_proj",
+    ),
 )

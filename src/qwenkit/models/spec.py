@@ -75,6 +75,30 @@ class CausalModel(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
+class Anatomy:
+    """Where the parts of a decoder stand, for what works on it layer by layer.
+
+    `embedding`, `layers` and `norm` are module paths; the rest are names within a layer, whose
+    output is x + attention(norm(x)), then x + mlp(norm(x)). `attention_inputs` read the normalised
+    x, `attention_output` reads what attention gives. `gate`, `up` and `down` are those of a dense
+    feed-forward part.
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    attention_inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    attention_output: str = "o_proj"
+    mlp: str = "mlp"
+    mlp_norm: str = "post_attention_layernorm"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One architecture.
 
@@ -88,7 +112,7 @@ class Architecture:
     by default. `write_config` is the inverse of `config`, where the published keys are not those
     that a GGUF's metadata are translated to. `qwen2_names` are the names of the same weights in
     Qwen2's layout, if it can hold them: the first generation joins the rows of several in one
-    tensor.
+    tensor. `anatomy` says where the parts stand.
     """
 
     model_types: tuple[str, ...]
@@ -104,6 +128,7 @@ class Architecture:
     dialect: str | None = None
     write_config: Callable[[Any], dict[str, Any]] | None = None
     qwen2_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    anatomy: Anatomy = Anatomy()
 
 
 @cache

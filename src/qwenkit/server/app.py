@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from qwenkit import __version__
 from qwenkit.api import AsyncLLM
-from qwenkit.server import chat, completions, embeddings, health, metrics, models, tokens
+from qwenkit.server import (
+    chat,
+    completions,
+    docs_page,
+    embeddings,
+    health,
+    metrics,
+    models,
+    ollama,
+    ollama_models,
+    responses,
+    schema,
+    tokens,
+)
 from qwenkit.server.conversation import incorrect_role
 from qwenkit.server.errors import ApiError, described
 from qwenkit.server.facts import facts_of
@@ -25,11 +40,16 @@ from qwenkit.server.wire.base import refusal
 _GROUPS = (
     chat.router,
     completions.router,
+    responses.router,
     embeddings.router,
     models.router,
     tokens.router,
+    ollama.router,
+    ollama_models.router,
     health.router,
     metrics.router,
+    schema.router,
+    docs_page.router,
 )
 
 
@@ -59,26 +79,33 @@ def guarded(served: Served) -> Guard:
     )
     app.state.served = served
     app.state.metrics = Metrics(served)
+    app.openapi = partial(schema.complete, app, served.settings.access)  # type: ignore[method-assign]
     for group in _GROUPS:
         app.include_router(group)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(Exception, _refuse)
+    posts = {
+        route.path
+        for group in _GROUPS
+        for route in group.routes
+        if isinstance(route, APIRoute) and "POST" in (route.methods or ())
+    }
     return Guard(
         app,
         served.settings,
+        takes_body=posts.__contains__,
         draining=lambda: served.draining,
         observe=app.state.metrics.observe,
     )
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    refused = described(error)
+    refused, path = described(error), request.scope["path"]
     facts_of(request.scope).error = refused.code or refused.kind
-    return Response(
-        refused.body(), refused.status, dict(refused.headers), media_type="application/json"
-    )
+    body, headers = refused.body(path), dict(refused.headers)
+    return Response(body, refused.status, headers, media_type="application/json")
 
 
 async def _refuse_fields(request: Request, error: Exception) -> Response:

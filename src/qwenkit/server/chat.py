@@ -87,8 +87,10 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         raise described(error) from error
 
 
-async def prepared(body: ChatRequest, served: Served, facts: Facts) -> Chat:
-    """Everything up to the engine. Raises ApiError."""
+async def prepared(
+    body: ChatRequest, served: Served, facts: Facts, *, any_turns: bool = False
+) -> Chat:
+    """Everything up to the engine; for `any_turns` see `library_messages`. Raises ApiError."""
     target = served.target(body.model)
     facts.model, facts.stream = target.name, bool(body.stream)
     usage_in_stream = check_stream_options(body)
@@ -98,7 +100,7 @@ async def prepared(body: ChatRequest, served: Served, facts: Facts) -> Chat:
         changes |= _formatted(body, changes)
         changes |= _logprobs(body)
         choices = choices_of(served, body, changes)
-        messages = conversation.library_messages(body.messages)
+        messages = conversation.library_messages(body.messages, any_turns=any_turns)
         if served.settings.log_prompts:
             facts.prompt = messages
         continued = conversation.continues(body)

@@ -16,9 +16,14 @@ from qwenkit.server.wire.chat import ChatMessage, ChatRequest, FunctionCall, Ref
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def library_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """The messages in the words of `qwenkit.types.messages`. Raises ApiError."""
-    check_turns(messages)
+def library_messages(
+    messages: Sequence[ChatMessage], *, any_turns: bool = False
+) -> list[dict[str, Any]]:
+    """The messages in the words of `qwenkit.types.messages`. Raises ApiError, unless with
+    `any_turns` also for turns that the first generation's server refused.
+    """
+    if not any_turns:
+        check_turns(messages)
     read: list[dict[str, Any]] = []
     for place, message in enumerate(messages):
         read.append(_message(message, place, read))
@@ -77,6 +82,8 @@ def _message(message: ChatMessage, place: int, before: Sequence[dict[str, Any]])
         value["role"] = "system"
     elif role == "function":
         value |= {"role": "tool", "tool_call_id": _last_call_id(before)}
+    elif role == "tool":
+        value["tool_call_id"] = message.id
     for key in ("name", "tool_call_id", "reasoning_content"):
         given = getattr(message, key)
         if given is not None:

@@ -45,6 +45,9 @@ class ApiError(Exception):
     headers: Mapping[str, str] = field(default_factory=dict)
     old_detail: str | None = None
 
+    def __str__(self) -> str:
+        return self.message
+
     @property
     def kind(self) -> str:
         """OpenAI's name of the family of errors."""
@@ -62,9 +65,10 @@ class ApiError(Exception):
         }
         return {"error": error} | ({} if self.old_detail is None else {"detail": self.old_detail})
 
-    def body(self) -> bytes:
-        """The error object as JSON."""
-        return json.dumps(self.content(), ensure_ascii=False).encode("utf-8", "replace")
+    def body(self, path: str = "") -> bytes:
+        """The error object as JSON; below /api/ it is Ollama's, a text."""
+        content = {"error": self.message} if path.startswith("/api/") else self.content()
+        return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def described(error: Exception, prompt_field: str = "messages") -> ApiError:

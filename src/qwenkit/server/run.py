@@ -65,6 +65,8 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+            # Else uvicorn sends the signal again, at the end, and nothing behind it is cleaned up.
+            self._captured_signals.clear()
 
     async def _end_late(self) -> None:
         """What has not ended in time gets an error as its end, not a broken connection."""

@@ -12,6 +12,8 @@ from qwenkit.errors import RequestError, suggest
 
 MOST_BYTES = 1 << 16  # of a constraint's text: what compiles in moments and small memory
 MOST_CHOICES = 10_000
+# Between the signs of JSON a space, or a line break and an indent: a model must not run on there.
+SPACES = r"( |\n( {0,32}|\t{0,8}))"
 ANY_OBJECT = '{"type": "object"}'
 
 

@@ -150,12 +150,18 @@ def _optional_text(field: str, value: object) -> str | None:
 
 
 def parse_tools(items: Iterable[Tool | Mapping[str, Any]]) -> tuple[Tool, ...]:
-    """Read OpenAI-style tool dictionaries. Raises RequestError naming the tool that cannot be
-    used.
+    """Read tool dictionaries in OpenAI's shape or the first generation's. Raises RequestError
+    naming the tool that cannot be used.
     """
-    return tuple(
+    tools = tuple(
         t if isinstance(t, Tool) else _parse_tool(f"tools[{i}]", t) for i, t in enumerate(items)
     )
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        if tool.name in names:
+            raise RequestError(f"tools[{i}]", f"there is another tool of the name {tool.name!r}.")
+        names.add(tool.name)
+    return tools
 
 
 def _parse_tool(field: str, item: object) -> Tool:
@@ -183,16 +189,19 @@ def _parse_tool(field: str, item: object) -> Tool:
     )
 
 
+_NOT_OF_A_SCHEMA = ("name", "required", "schema")
+
+
 def _schema_of_list(parameters: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The schema of parameters in the first generation's shape: a list of {"name": …, "required":
-    …, "schema": …}.
+    """The schema of parameters in Qwen's own shape: a list of {"name": …, "required": …, "schema":
+    …}, or with what the schema says beside the name.
     """
     named = {str(each.get("name")): each for each in parameters}
     return {
         "type": "object",
         "properties": {
             name: {
-                **({"description": each["description"]} if "description" in each else {}),
+                **{key: said for key, said in each.items() if key not in _NOT_OF_A_SCHEMA},
                 **(each["schema"] if isinstance(each.get("schema"), Mapping) else {}),
             }
             for name, each in named.items()

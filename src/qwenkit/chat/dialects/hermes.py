@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from qwenkit.chat.dialects.spec import Conversation, Dialect, Written
+from qwenkit.chat.grammar import CallGrammar, Calls
 from qwenkit.chat.json_repair import Repaired, repair_arguments, repair_object
 from qwenkit.chat.json_scan import JsonScan
 from qwenkit.chat.parse import read_arguments
+from qwenkit.chat.rewrite import rewritten
 from qwenkit.chat.tape import Steps, Tape
-from qwenkit.types.messages import Message, Tool, ToolCall
+from qwenkit.types.messages import ToolCall
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _ENDS = (CLOSE, OPEN)
@@ -35,7 +36,7 @@ You are provided with function signatures within <tools></tools> XML tags:
 For each function call, return a json object with function name and arguments within \
 <tool_call></tool_call> XML tags:
 <tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
+{"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
 _HEADER = re.compile(
     r'\{\s*"name"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*\{'
@@ -48,11 +49,10 @@ _NAMES = ("name", "function", "tool")
 _ARGUMENTS = ("arguments", "parameters", "args")
 
 
-def is_shown_by(template: str | None) -> bool:
+def is_shown_by(template: str) -> bool:
     """True where a checkpoint's template shows tools and calls in this dialect by itself."""
     return (
-        template is not None
-        and re.search(r"\btools\b", template) is not None
+        re.search(r"\btools\b", template) is not None
         and OPEN in template
         and "<function=" not in template  # calls in XML, as Qwen3-Coder has them
     )
@@ -62,57 +62,16 @@ def is_shown_by(template: str | None) -> bool:
 
 
 def write(conversation: Conversation) -> Written:
-    """As Qwen2.5's template does: tools in the system message, results in a user's message."""
-    if is_shown_by(conversation.template):
+    """By the template, or else as Qwen2.5's does it."""
+    if conversation.template is not None and is_shown_by(conversation.template):
         return Written(messages=conversation.messages, tools=conversation.tools)
-    messages: list[Message] = []
-    after_result = False
-    for message in conversation.messages:
-        if message.tool_calls:
-            messages.append(_with_calls(message))
-        elif message.role == "tool" and after_result:
-            joined = f"{messages[-1].content}\n{_result(message)}"
-            messages[-1] = replace(messages[-1], content=joined)
-        elif message.role == "tool":
-            messages.append(Message("user", _result(message)))
-        else:
-            messages.append(message)
-        after_result = message.role == "tool"
-    if conversation.tools:
-        messages = _with_tools(messages, conversation.tools)
-    return Written(messages=tuple(messages))
-
-
-def _with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    instruction = _INSTRUCTION.format(tools="\n".join(map(_definition, tools)))
-    if messages and messages[0].role == "system":
-        content = f"{messages[0].content}\n\n{instruction}"
-        return [replace(messages[0], content=content), *messages[1:]]
-    return [Message("system", instruction), *messages]
-
-
-def _definition(tool: Tool) -> str:
-    function = {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters,
-    }
-    return json.dumps({"type": "function", "function": function}, ensure_ascii=False)
-
-
-def _with_calls(message: Message) -> Message:
-    parts = [message.content] if message.content else []
-    parts += [f"{OPEN}\n{_call(call)}\n{CLOSE}" for call in message.tool_calls]
-    return replace(message, content="\n".join(parts), tool_calls=())
+    messages = rewritten(conversation.messages, conversation.tools, _INSTRUCTION, _call)
+    return Written(messages=messages)
 
 
 def _call(call: ToolCall) -> str:
     name = json.dumps(call.name, ensure_ascii=False)
-    return f'{{"name": {name}, "arguments": {call.arguments}}}'
-
-
-def _result(message: Message) -> str:
-    return f"<tool_response>\n{message.content}\n</tool_response>"
+    return f'{OPEN}\n{{"name": {name}, "arguments": {call.arguments}}}\n{CLOSE}'
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -142,7 +101,7 @@ def _between_marks(tape: Tape) -> Steps[None]:
         yield from tape.skip(_BETWEEN)
         if (yield from tape.expect("```")):
             yield from tape.skip(_SPACES)
-        if (yield from tape.expect(CLOSE)):
+        if (yield from tape.expect(CLOSE, or_cut=True)):
             return
         if not tape.may_call or not (yield from tape.expect("{")):
             return
@@ -218,4 +177,27 @@ def _call_of(tape: Tape, found: Repaired) -> tuple[str, str, bool] | None:
     return None if arguments is None else (name, arguments, True)
 
 
-DIALECT = Dialect(name="hermes", write=write, read=read, single_stops=(CLOSE,))
+def calls(grammar: CallGrammar) -> Calls:
+    """Calls between their marks, a line break between two."""
+    mark, close = grammar.mark(OPEN), grammar.mark(CLOSE)
+    more = f"({grammar.mark(OPEN, chr(10))} body {close})*" if grammar.several else ""
+    often = "*" if grammar.several else "?"
+    return Calls(
+        must=f"must_call: {mark} body {close} {more}",
+        may=f"may_call: (opened body {close}){often} REST",
+        rules=(
+            *grammar.bodies('\n{"name": {quoted}, "arguments": ', "}\n"),
+            grammar.until("opened", OPEN),
+            grammar.without("REST", OPEN),
+        ),
+    )
+
+
+DIALECT = Dialect(
+    name="hermes",
+    write=write,
+    read=read,
+    calls=calls,
+    single_stops=(CLOSE,),
+    is_shown_by=is_shown_by,
+)

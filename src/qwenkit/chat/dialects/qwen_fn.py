@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qwenkit.chat.dialects.spec import Conversation, Dialect, Written
+from qwenkit.chat.grammar import CallGrammar, Calls, literal
 from qwenkit.chat.parse import read_arguments
+from qwenkit.chat.rewrite import with_instruction
 from qwenkit.chat.tape import Steps, Tape
 from qwenkit.errors import RequestError
 from qwenkit.types.messages import Message, Tool
@@ -139,10 +141,7 @@ def _with_tools(messages: Sequence[Message], conversation: Conversation) -> list
     tools = "\n\n".join(_described(tool, language) for tool in conversation.tools)
     names = ",".join(tool.name for tool in conversation.tools)
     instruction = _TOOLS[language].format(tools=tools) + form.format(names=names)
-    if messages and messages[0].role == "system":
-        content = f"{messages[0].content}\n\n{instruction}"
-        return [replace(messages[0], content=content), *messages[1:]]
-    return [Message("system", instruction), *messages]
+    return list(with_instruction(messages, instruction))
 
 
 def _described(tool: Tool, language: str) -> str:
@@ -170,8 +169,9 @@ def _with_start(messages: list[Message], conversation: Conversation) -> Written:
         messages[-1] = replace(last, content=last.content.removesuffix(": "))
         return Written(messages=tuple(messages), reply_start=RETURN)
     call = f"{NAME}: {named}"
-    if goes_on:
-        messages[-1] = replace(last, content=f"{last.content}\n{call}")
+    if last.role == "assistant":
+        lead = f"{last.content}\n" if last.content else ""
+        messages[-1] = replace(last, content=lead + call)
     else:
         messages.append(Message("assistant", call))
     return Written(messages=tuple(messages), reply_start=call)
@@ -185,7 +185,7 @@ def read(tape: Tape) -> Steps[None]:
     if tape.start.endswith(RETURN):
         if (yield from tape.expect(":")):
             yield from tape.expect(" ")
-    elif (named := tape.start.rfind(_NAME_MARK)) >= 0:
+    elif (named := tape.start.rfind(_NAME_MARK)) >= 0 and RESULT not in tape.start[named:]:
         tape.put_back(tape.start[named:])  # a call that the reply goes on with
     mark: str | None = None
     name = ""
@@ -224,4 +224,25 @@ def _named_call(tape: Tape) -> Steps[tuple[str, str | None]]:
     return "", _NAME_MARK + written
 
 
-DIALECT = Dialect(name="qwen_fn", write=write, read=read, stops=(RESULT, RETURN))
+def calls(grammar: CallGrammar) -> Calls:
+    """Calls in their lines, the first one's name perhaps in the prompt already."""
+    first = f"{literal(_NAME_MARK)} body"
+    begin = f" {{name}}\n{_ARGUMENTS_MARK} "
+    if _NAME_MARK in grammar.start.rpartition(RESULT)[2]:
+        begin = f"\n{_ARGUMENTS_MARK} "
+        first = "body"
+    more = f"({literal(chr(10) + _NAME_MARK)} body)*" if grammar.several else ""
+    often = "*" if grammar.several else "?"
+    colon = '":"? " "?' if grammar.start.endswith(RETURN) else ""
+    return Calls(
+        must=f'must_call: {colon} {first} {more} ("\\n{RESULT}")?',
+        may=f"may_call: (opened body){often} REST",
+        rules=(
+            *grammar.bodies(begin, ""),
+            grammar.until("opened", _NAME_MARK),
+            grammar.without("REST", _NAME_MARK),
+        ),
+    )
+
+
+DIALECT = Dialect(name="qwen_fn", write=write, read=read, calls=calls, stops=(RESULT, RETURN))

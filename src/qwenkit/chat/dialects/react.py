@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 
 from qwenkit.chat.dialects.spec import Conversation, Dialect, Written
+from qwenkit.chat.grammar import CallGrammar, Calls, literal
 from qwenkit.chat.parse import read_arguments
 from qwenkit.chat.tape import Steps, Tape
 from qwenkit.errors import RequestError
@@ -203,4 +204,19 @@ def _action(tape: Tape, mark: str) -> Steps[None]:
         tape.say(before)
 
 
-DIALECT = Dialect(name="react", write=write, read=read, stops=(STOP,))
+def calls(grammar: CallGrammar) -> Calls:
+    """A thought of one line, then one action."""
+    thought = "" if grammar.start.endswith(_THOUGHT) else literal(_THOUGHT)
+    end = f"({literal(_ENDS[0])})?"
+    return Calls(
+        must=f"must_call: {thought} /[^\\n]+/ {literal(_ACTION)} body {end}",
+        may=f"may_call: opened body {end} | REST",
+        rules=(
+            *grammar.bodies(f" {{name}}\n{_INPUT} ", ""),
+            grammar.until("opened", _ACTION),
+            grammar.without("REST", _ACTION),
+        ),
+    )
+
+
+DIALECT = Dialect(name="react", write=write, read=read, calls=calls, stops=(STOP,))

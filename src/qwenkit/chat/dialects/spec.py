@@ -15,6 +15,7 @@ from functools import cache
 from typing import cast
 
 import qwenkit.chat.dialects
+from qwenkit.chat.grammar import CallGrammar, Calls
 from qwenkit.chat.parse import Grammar
 from qwenkit.errors import RequestError, suggest
 from qwenkit.types.messages import Message, Tool
@@ -53,14 +54,18 @@ class Dialect:
 
     `write` raises RequestError naming the message that it has no place for. `read` is the grammar
     of a reply (`chat/parse.py`). `stops` end a reply that is to be followed by a tool's result;
-    `single_stops` too, where it may have only one call.
+    `single_stops` too, where it may have only one call. `calls` makes the rules of a grammar
+    (`chat/grammar.py`); None where nothing is known of calls. `is_shown_by` says whether a
+    checkpoint's template shows tools and calls in this dialect by itself.
     """
 
     name: str
     write: Callable[[Conversation], Written]
     read: Grammar
+    calls: Callable[[CallGrammar], Calls] | None = None
     stops: tuple[str, ...] = ()
     single_stops: tuple[str, ...] = ()
+    is_shown_by: Callable[[str], bool] | None = None
 
 
 @cache
@@ -81,6 +86,14 @@ def find(name: str) -> Dialect:
     if name not in known:
         raise RequestError("tool_options.dialect", f"got {name!r}. {suggest(name, known)}")
     return known[name]
+
+
+def shown_by(template: str) -> str | None:
+    """The name of the dialect in which a checkpoint's template shows tools; None for another one,
+    or where it shows none.
+    """
+    shown = [d.name for d in dialects().values() if d.is_shown_by and d.is_shown_by(template)]
+    return shown[0] if shown else None
 
 
 def visible(tools: Sequence[Tool], options: ToolOptions) -> tuple[Tool, ...]:

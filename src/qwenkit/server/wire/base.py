@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from functools import cache
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from qwenkit.errors import suggest
 from qwenkit.server.errors import ApiError
 
+Model = TypeVar("Model", bound=BaseModel)
 UNKNOWN, REFUSED, SAID = "unknown_field", "refused_field", "said"
+
+
+Item = TypeVar("Item")
+# Lists of bounded length, of which the first wrong item ends the look: what pydantic does with a
+# list is done in the event loop, and telling of a million wrong items would take it a minute.
+Few = Annotated[list[Item], Field(fail_fast=True, max_length=128)]
+Many = Annotated[list[Item], Field(fail_fast=True, max_length=4096)]
 
 
 class Wire(BaseModel):
@@ -29,12 +38,12 @@ class Wire(BaseModel):
     def _look_at_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {}
+        given, names = {}, _names(cls)
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in names:
                 given[name] = value
             elif name not in cls.refused:
-                known = suggest(name, cls.model_fields)
+                known = suggest(name, names)
                 raise PydanticCustomError(
                     UNKNOWN, "unknown field. {known}", {"name": name, "known": known}
                 )
@@ -43,6 +52,12 @@ class Wire(BaseModel):
                     REFUSED, "{reason}", {"name": name, "reason": cls.refused[name]}
                 )
         return given
+
+
+@cache
+def _names(shape: type[BaseModel]) -> frozenset[str]:
+    """The names of a shape's fields in JSON."""
+    return frozenset(field.alias or name for name, field in shape.model_fields.items())
 
 
 class Shape(BaseModel):
@@ -73,6 +88,14 @@ def refusal(errors: Sequence[Any], body: Any) -> ApiError:
     return ApiError(
         400, f"{param or 'the body'}: {message}, got {shown}.", param or None, "invalid_value"
     )
+
+
+def read(shape: type[Model], fields: Mapping[str, Any]) -> Model:
+    """Fields that another API's request was put into. Raises ApiError for what they may not be."""
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        raise refusal(error.errors(), fields) from error
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:

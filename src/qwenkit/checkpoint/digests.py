@@ -1,4 +1,4 @@
-"""What tells a measurement's model and text from others of the same name."""
+"""What tells a model and a text from others of the same name."""
 
 from __future__ import annotations
 

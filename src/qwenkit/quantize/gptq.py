@@ -1,0 +1,104 @@
+"""GPTQ: columns are rounded one after another, and each rounding's error is taken up by the columns
+that come after it, weighted by how inputs vary together (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwenkit.quantize.grid import Grid, Rounded, find_grid, group_index, round_to
+
+BLOCK_COLUMNS = 128
+_WIDEST_IN_FP64 = 8192  # a wider factor in fp64 would not fit beside the rest
+_MOST_DAMP = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GptqResult:
+    """`error` is the sum over rows of (w - q) H (w - q)ᵀ, with the damped H; `damp` what it took to
+    factor H, which may be more than was asked for.
+    """
+
+    rounded: Rounded
+    error: float
+    damp: float
+
+
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, act_order: bool, damp: float
+) -> GptqResult:
+    """Round fp32 [rows, columns] by `hessian` fp32 [columns, columns], which is changed.
+
+    A column that no input reached is rounded to nearest. With `act_order` the columns that matter
+    most come first and groups follow that order.
+    """
+    columns, size = weight.shape[1], grid.columns_of(weight)
+    unseen = hessian.diagonal() == 0
+    hessian.diagonal()[unseen] = 1.0
+    order = torch.arange(columns)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    factor, damp = _inverse_factor(hessian, damp)
+    del hessian
+    made = _Columns(weight.T[order].contiguous(), factor, grid, size)
+    block = max(BLOCK_COLUMNS // size, 1) * size if size < BLOCK_COLUMNS else BLOCK_COLUMNS
+    for start in range(0, columns, block):  # groups lie inside blocks, or blocks inside groups
+        made.block(start, min(start + block, columns))
+    back = order.argsort()
+    rounded = Rounded(
+        made.numbers[back].T.contiguous(),
+        made.scales.T.contiguous(),
+        made.zeros.T.to(torch.uint8).contiguous(),
+        group_index(columns, size)[back],
+        grid.bits,
+    )
+    return GptqResult(rounded, made.error, damp)
+
+
+class _Columns:
+    """A matrix on its way: a column of it is a row of `left`, which lies in one piece."""
+
+    def __init__(self, left: torch.Tensor, factor: torch.Tensor, grid: Grid, size: int) -> None:
+        self._left, self._factor, self._grid, self._size = left, factor, grid, size
+        columns, rows = left.shape
+        self.numbers = torch.empty_like(left, dtype=torch.uint8)  # [columns, rows]
+        self.scales, self.zeros = torch.empty(2, columns // size, rows)
+        self.error = 0.0
+
+    def block(self, start: int, stop: int) -> None:
+        """Round some columns; those after the last take up the errors of all of them at once."""
+        left, factor, grid = self._left, self._factor, self._grid
+        errors = torch.empty(stop - start, left.shape[1])
+        for column in range(start, stop):
+            group = column // self._size
+            if column % self._size == 0:
+                # of a group that reaches beyond the block, as far as errors have come
+                span = left[column : column + self._size]
+                self.scales[group], self.zeros[group] = find_grid(span.T, grid)
+            scale, zero, now = self.scales[group], self.zeros[group], left[column]
+            level = round_to(now, scale, zero, grid)
+            self.numbers[column] = level.to(torch.uint8)
+            off = (now - (level - zero) * scale) / factor[column, column]
+            left[column:stop] -= factor[column, column:stop, None] * off
+            errors[column - start] = off
+        left[stop:] -= factor[start:stop, stop:].T @ errors
+        self.error += float(errors.square().sum())
+
+
+def _inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+    """The upper Cholesky factor of the damped matrix's inverse, fp32, and the damping it took."""
+    dtype = torch.float64 if len(hessian) <= _WIDEST_IN_FP64 else torch.float32
+    mean = hessian.diagonal().double().mean().item()
+    while True:
+        damped = hessian.to(dtype, copy=True)
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed or damp >= _MOST_DAMP:
+            return upper.float(), damp
+        damp = min(damp * 10, _MOST_DAMP)
