@@ -69,7 +69,7 @@ class PackedWeight(QuantWeight):
         for name, buffer in self._aside.items():
             self.register_buffer(buffer, way_back.aside[name])
         self._way_back = replace(way_back, aside={})
-        self._order_bytes = _bytes_of(packed.order)
+        self.order_bytes = _bytes_of(packed.order)
 
     @classmethod
     def from_tensors(
@@ -266,15 +266,7 @@ class PackedWeight(QuantWeight):
         self, x: torch.Tensor, weights: Sequence[QuantWeight], norm: torch.Tensor | None
     ) -> list[PackedWeight] | None:
         """The weights if they can be multiplied with x in one call: all in one kind of panels."""
-        alike = [
-            weight
-            for weight in weights
-            if isinstance(weight, PackedWeight)
-            and (weight.kind, weight.zero_point) == (self.kind, self.zero_point)
-            and weight.packed.group == self.packed.group
-            and _dtypes(weight) == _dtypes(self)
-            and weight._order_bytes == self._order_bytes
-        ]
+        alike = [w for w in weights if isinstance(w, PackedWeight) and _are_alike(w, self)]
         numbers = x.dtype is torch.float32 and (norm is None or norm.dtype is torch.float32)
         plain = not (x.requires_grad and torch.is_grad_enabled())
         return alike if len(alike) == len(weights) and numbers and plain else None
@@ -352,6 +344,16 @@ def _restore(
     assert packed.scales is not None
     scales = deinterleave_groups(packed.scales, packed.rows)  # [rows, groups]
     return {"weight": kept, "scales": scales.contiguous()}
+
+
+def _are_alike(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether both may be multiplied in one call."""
+    return (
+        (one.kind, one.zero_point) == (other.kind, other.zero_point)
+        and one.packed.group == other.packed.group
+        and _dtypes(one) == _dtypes(other)
+        and one.order_bytes == other.order_bytes
+    )
 
 
 def _dtypes(weight: PackedWeight) -> tuple[torch.dtype | None, ...]:

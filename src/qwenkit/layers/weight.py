@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qwenkit.errors import NonFiniteError
+from qwenkit.errors import NonFiniteError, UsageError
 from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.ops.grouped_matmul import segments
 from qwenkit.kernels.packed import Packed
@@ -79,8 +79,11 @@ class QuantWeight(nn.Module):
         return None
 
     def way_back(self) -> WayBack:
-        """How panels of the whole weight become `to_tensors` again, byte for byte."""
-        raise NotImplementedError(f"{self.storage} has no panels")
+        """How panels of the whole weight become `to_tensors` again, byte for byte.
+
+        Raises UsageError where there are none.
+        """
+        raise UsageError(f"{self.storage} weights have no panels.")
 
     def check_finite(self) -> None:
         """Raises NonFiniteError when a number is NaN or infinite.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -118,17 +119,15 @@ class Multiply:
                 raise refuse(self._op, x=x, places=places)
         if norm is not None and norm.shape != (columns,):
             raise refuse(self._op, x=x, norm=norm)
-        kind, steps = KINDS[factors.kind], _steps(factors.kind)
-        given = scales[0] if scales else None
-        group, shift = _groups(kind.form, columns, given)
+        steps, group, zero_point, *groups = self._kind(factors, columns)
+        kind = KINDS[factors.kind]
         done = self._call(
             PackedMatmulArguments(
                 *map(_address, (x, norm, order, ends)),
                 (PackedMatrix * MOST_MATRICES)(*matrices),
-                _address(steps),
+                steps,
                 *(len(matrices), tokens, len(x), columns, group, FORMS.index(kind.form)),
-                *(factors.zero_point if steps is None else _LEVEL_ZERO, factors.parts),
-                *(0 if given is None else given.shape[1], shift, *_widths(given, mins)),
+                *(zero_point, factors.parts, *groups),
                 *(gated, torch.get_num_threads(), epsilon, kind.unit),
             )
         )
@@ -137,6 +136,19 @@ class Multiply:
         if done:
             raise KernelError(f"{self._op}: no memory for {tokens} rows of {columns} numbers.")
         return results
+
+    def _kind(self, factors: Factors, columns: int) -> tuple[Any, ...]:
+        """The address of levels, columns of a group of tokens, zero point, and of scales: groups,
+        shift, bytes, and whether minimums are zero points. All matrices must be alike.
+        """
+        scales, mins, steps = factors.scales, factors.mins, _steps(factors.kind)
+        given = scales[0] if scales else None
+        if len({(t.dtype, t.shape[1]) for t in scales}) > 1 or len({t.dtype for t in mins}) > 1:
+            raise KernelError(f"{self._op}: matrices of one call must have scales of one kind.")
+        group, shift = _groups(KINDS[factors.kind].form, columns, given)
+        zero_point = factors.zero_point if steps is None else _LEVEL_ZERO
+        count = 0 if given is None else given.shape[1]
+        return _address(steps), group, zero_point, count, shift, *_widths(given, mins)
 
 
 def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
