@@ -82,7 +82,8 @@ EFFECTS = {
         {"socket", "http", "urllib.request", "urllib3", "requests", "httpx", "aiohttp", "ssl"},
         {
             "checkpoint/hub.py",
-            "server/run.py",  # the port that it listens on
+            "server/door.py",  # the port that it listens on
+            "server/run.py",
         },
     ),
     "processes": (
