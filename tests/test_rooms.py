@@ -82,7 +82,8 @@ EFFECTS = {
         {"socket", "http", "urllib.request", "urllib3", "requests", "httpx", "aiohttp", "ssl"},
         {
             "checkpoint/hub.py",
-            "server/run.py",  # the port that it listens on
+            "server/door.py",  # the port that it listens on
+            "server/run.py",
             "bench/http_client.py",  # the client of servers that are measured
             "bench/server_process.py",  # free ports for them
         },

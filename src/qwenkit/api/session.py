@@ -37,6 +37,7 @@ from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
+from qwenkit.kernels.packed import KINDS
 from qwenkit.load import Loaded, load
 from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
@@ -331,5 +332,5 @@ def _check_arguments(
 def _kv_dtype(asked: str, model: torch.nn.Module, *, native: bool) -> str:
     """bf16 for "auto" where native products of the model's weights take less than fp32."""
     packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
-    rounds = native and any(m.kind != "fp32" for m in packed)
+    rounds = native and any(KINDS[m.kind].form not in ("fp32", "fp8") for m in packed)
     return "bf16" if asked == "auto" and rounds else asked

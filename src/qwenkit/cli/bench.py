@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenkit.bench.kernel_jobs import ROWS
+from qwenkit.bench.kernel_job import ROWS
 from qwenkit.bench.kernels import DEFAULT_SHAPES, KernelSettings, measure_kernels
 from qwenkit.bench.shapes import shape
 from qwenkit.bench.sources import Source

@@ -107,7 +107,10 @@ def serving(
         return
     load = LoadSettings(rate=rate, requests=requests, streams=streams, turns=turns, seed=seed)
     parts = _parts(part, is_random=shape_name is not None)
-    settings = ServingSettings(speed=speed, load=load, parts=parts, streams=streams)
+    _measure(ServingSettings(speed=speed, load=load, parts=parts, streams=streams), as_json)
+
+
+def _measure(settings: ServingSettings, as_json: bool) -> None:
     with ProgressBar() as progress:
         report = measure_serving(settings, progress=progress)
     _show(report, as_json=as_json)

@@ -70,7 +70,7 @@ def _count(root: ElementTree.Element, tally: Tally) -> None:
         skipped = case.find("skipped")
         if skipped is not None:
             tally.count("skipped")
-            reasons.append((skipped.text or skipped.get("message", "")).strip("()'"))
+            reasons.append((skipped.text or "").strip("()'"))
             continue
         wrong = next((e for e in case if e.tag in ("failure", "error")), None)
         detail = "" if wrong is None else wrong.get("message", "")
