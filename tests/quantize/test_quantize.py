@@ -196,6 +196,9 @@ def test_files_say_what_other_programs_read(tmp_path: Path) -> None:
     assert config["quantization_config"] == block
     assert (block["quant_method"], block["bits"], block["group_size"]) == ("gptq", 4, 32)
     assert (block["sym"], block["desc_act"], block["checkpoint_format"]) == (True, False, "gptq")
+    _, path, _ = write_quantized(tmp_path / "zeros", _settings("rtn", symmetric=False))
+    block = json.loads((path / "quantize_config.json").read_text())
+    assert (block["sym"], block["checkpoint_format"]) == (False, "gptq_v2")
     _, path, _ = write_quantized(tmp_path / "awq", _settings("awq", bits=4))
     config = json.loads((path / "config.json").read_text())
     assert config["quantization_config"] == {

@@ -144,8 +144,7 @@ class LayerQuantizer:
         return search_scales(weights, hessian.mean_absolute, hessian.matrix(), grid)
 
     def _grid(self, target: Target) -> Grid:
-        least = 0 if self.settings.is_awq_layout else 1
-        return Grid(target.bits, target.group_size, self.settings.is_symmetric, least)
+        return Grid(target.bits, target.group_size, self.settings.is_symmetric)
 
     def _feed(self, feed: Feed, sums: FeedSums | None) -> None:
         """Round the matrices of a feed: those that become alike by GPTQ, in one go."""
@@ -215,6 +214,7 @@ class LayerQuantizer:
             rounded.zero_points,
             rounded.groups,
             bits=rounded.bits,
+            is_v2=self.settings.is_v2,
         )
 
 

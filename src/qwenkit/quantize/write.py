@@ -120,7 +120,7 @@ def quantization_config(
         "lm_head": False,
         "model_name_or_path": None,
         "model_file_base_name": "model",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq_v2" if settings.is_v2 else "gptq",
         "meta": {"quantizer": [f"qwenkit:{__version__}"], "method": settings.method},
     } | _exceptions(settings, results, kept, usual)
 
