@@ -136,11 +136,13 @@ def test_awq_scales_channels_that_carry_much() -> None:
     sums.scale_inputs(scales)
     plain = round_to_nearest(weight, grid).dequantize()
     errors = [_error(weight, plain, other)]
-    for clip in (False, True):
-        found = round_clipped(weight * scales, sums.matrix(), grid, clip=clip)
+    for found in (
+        round_to_nearest(weight * scales, grid),
+        round_clipped(weight * scales, sums.matrix(), grid),
+    ):
         errors.append(_error(weight, found.dequantize() / scales, other))
     assert errors[1] < 0.8 * errors[0]
-    assert errors[2] < errors[1]
+    assert errors[2] < 0.95 * errors[1]
 
 
 def test_awq_leaves_alone_what_scaling_does_not_help() -> None:

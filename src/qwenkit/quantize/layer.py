@@ -25,7 +25,6 @@ from qwenkit.quantize.hessian import FeedSums, Hessian
 from qwenkit.quantize.settings import QuantizeSettings, Target
 
 _ERROR_ROWS = 512  # of a matrix, equally spaced: more would tell the same error more slowly
-_UNCLIPPED = ("q_proj", "k_proj")  # attention multiplies the one by the other, and a clip with it
 
 Flow = Callable[[], Iterator[tuple[torch.Tensor, PackedCausal]]]
 
@@ -171,9 +170,8 @@ class LayerQuantizer:
         assert target is not None
         views = [_of_expert(feed.matrices[path], number) for path in paths]
         names = [published_paths(path, feed.matrices[path])[number] for path in paths]
-        clip = not paths[0].endswith(_UNCLIPPED)
         try:
-            rounded, more = self._round(torch.cat(views), hessian, target, clip=clip)
+            rounded, more = self._round(torch.cat(views), hessian, target)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.path}.{names[0]}: {error}") from error
         start = 0
@@ -193,14 +191,12 @@ class LayerQuantizer:
         weight: torch.Tensor,
         hessian: torch.Tensor | None,
         target: Target,
-        *,
-        clip: bool,
     ) -> tuple[Rounded, str | None]:
         settings, grid = self.settings, self._grid(target)
         if hessian is None:
             return round_to_nearest(weight, grid), None
         if settings.method == "awq":
-            return round_clipped(weight, hessian, grid, clip=clip), None
+            return round_clipped(weight, hessian, grid), None
         order, damp = settings.act_order, settings.damp
         found = gptq(weight, hessian.clone(), grid, act_order=order, damp=damp)
         return found.rounded, f"damped by {found.damp:g}" if found.damp > damp else None
