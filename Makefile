@@ -56,9 +56,12 @@ test: $(ENV)/.installed-for-tests
 # First what would otherwise only be skipped: the other implementations and the default model.
 oracles: $(ORACLE_ENV)/.installed $(CLIENT_ENVS:=/.installed)
 	$(ORACLE_ENV)/bin/python -c "import gguf, llama_cpp, peft, safetensors, tokenizers, transformers"
+	$(ORACLE_ENV)/bin/python -c "import gradio, openai, playwright"
 	$(ORACLE_ENV)/bin/qwenkit pull default
 	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null \
 	|| echo "ARM kernels are not tested: that takes Debian's g++-aarch64-linux-gnu and qemu-user."
+	@{ command -v chromium || command -v chromium-browser; } >/dev/null \
+	|| echo "The chat page is not driven in a browser: that takes Debian's chromium."
 	OMP_NUM_THREADS=1 $(ORACLE_ENV)/bin/python -m pytest -m oracle -n $(WORKERS) -q $(TESTS)
 
 check: $(ENV)/.installed-for-tests

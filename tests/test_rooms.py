@@ -82,7 +82,8 @@ EFFECTS = {
         {"socket", "http", "urllib.request", "urllib3", "requests", "httpx", "aiohttp", "ssl"},
         {
             "checkpoint/hub.py",
-            "server/run.py",  # the port that it listens on
+            "server/door.py",  # the port that it listens on
+            "server/run.py",
         },
     ),
     "processes": (
@@ -104,6 +105,7 @@ EFFECTS = {
             "engine/constrain.py",  # compiles in a thread, within a time
             "kernels/build.py",  # one build at a time
             "kernels/cpu/bind.py",
+            "quantize/gguf_export.py",  # slabs of a matrix are quantized side by side
             "compat/streamers.py",  # the published iterator is filled from a thread of the user's
         },
     ),

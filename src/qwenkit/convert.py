@@ -14,16 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.layout import joined, parted
 from qwenkit.checkpoint.safetensors_write import DEFAULT_SHARD_BYTES
-from qwenkit.checkpoint.spec import Checkpoint
+from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.checkpoint.storages import PLAIN
 from qwenkit.errors import TokenizerError, UsageError, suggest
 from qwenkit.layers.position import QwenNtk
 from qwenkit.load import load, load_tokenizer, read_architecture
 from qwenkit.models import qwen, qwen2
 from qwenkit.models.rows import fill_rows
+from qwenkit.padding import Padded, pad_for_tensor_parallel
 from qwenkit.record import read_record
 from qwenkit.save import (
     CHATML_TEMPLATE,
@@ -92,6 +95,74 @@ def convert_folder(
         tokenizer_files=files,
         shard_bytes=shard_bytes,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedFolder:
+    """The files of the weights that were written and, where it was padded, how."""
+
+    weights: list[Path]
+    padded: Padded | None = None
+
+
+def export_folder(
+    source: str | Path,
+    folder: Path,
+    *,
+    pad_for_tp: int = 1,
+    group_size: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[float], None] | None = None,
+) -> ExportedFolder:
+    """Write the model at `source` as a folder of safetensors that transformers and vLLM read.
+
+    With `pad_for_tp` its widths are padded for so many devices, by `pad_for_tensor_parallel`. Of a
+    GGUF, blocks become numbers. Weights of a folder pass as they are, one at a time; `progress` is
+    told the share done. Raises as `load`, `pad_for_tensor_parallel` and `save_folder` do.
+    """
+    checkpoint = open_checkpoint(source)
+    if checkpoint.folder is None:
+        if pad_for_tp != 1:
+            raise UsageError("pad_for_tp: a GGUF is not padded; export it as a folder first.")
+        loaded = load(source, progress=progress)
+        return ExportedFolder(save_folder(loaded, folder, shard_bytes=shard_bytes))
+    load_tokenizer(checkpoint)  # a folder that lacks one is refused before anything is written
+    read_architecture(checkpoint)
+    padded = None
+    if pad_for_tp != 1:
+        padded = pad_for_tensor_parallel(checkpoint, pad_for_tp, group_size=group_size)
+    written = checkpoint if padded is None else padded.checkpoint
+    tensors = written.tensors
+    extra = checkpoint.tokenizer_config.get("extra_vocab_file")
+    names = [*TOKENIZER_FILES, *([extra] if extra else [])]
+    told = _Told(sum(tensor.size_bytes for tensor in tensors.values()), progress)
+    weights = write_model_folder(
+        folder,
+        checkpoint,
+        written.config,
+        {
+            name: Planned(tensor.shape, PLAIN[tensor.storage], partial(told.read, tensor))
+            for name, tensor in tensors.items()
+        },
+        tokenizer_files=partial(copy_files, checkpoint.folder, names=names),
+        shard_bytes=shard_bytes,
+    )
+    return ExportedFolder(weights, padded)
+
+
+class _Told:
+    """Reads tensors and tells what share of all bytes was read; lets their files' memory go."""
+
+    def __init__(self, size_bytes: int, progress: Callable[[float], None] | None) -> None:
+        self._size, self._read, self._progress = max(size_bytes, 1), 0, progress
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        if tensor.release is not None:
+            tensor.release()
+        self._read += tensor.size_bytes
+        if self._progress is not None:
+            self._progress(self._read / self._size)
+        return tensor.read()
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,14 @@ TOKENIZER_FILES = (
 _WEIGHTS_FILE = re.compile(
     r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
 )
+# What a file says of itself, or what we say from the record.
+_OWN_KEYS = (
+    "general.architecture",
+    "general.type",
+    "general.name",
+    "general.license",
+    "general.quantized_by",
+)
 _SHAPE = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
@@ -212,16 +220,32 @@ def save_gguf(loaded: Loaded, path: str | Path, *, storage: str | None = None) -
     tag = (loaded.record.stored_dtype or "F32") if storage is None else storage
     if tag not in ("F32", "F16", "BF16"):
         raise UsageError(f"storage: got {tag!r}. {suggest(tag, ('F32', 'F16', 'BF16'))}")
-    architecture = find(loaded.record.model_type)
-    metadata: Metadata = {"general.architecture": architecture.gguf_arch}
+    write_gguf(path, gguf_metadata(loaded), _gguf_entries(loaded, tag))
+
+
+def gguf_metadata(loaded: Loaded) -> Metadata:
+    """All that a GGUF says of a model beside its tensors; what the source is said to be in a GGUF
+    that it came from goes along. Raises UsageError for what GGUF has no place for.
+    """
+    arch = find(loaded.record.model_type).gguf_arch
+    metadata: Metadata = {"general.architecture": arch, "general.type": "model"}
     metadata |= {"general.name": loaded.record.name}
-    metadata |= shape_metadata(architecture.gguf_arch, _shape(loaded.config))
+    metadata |= _described(loaded.checkpoint)
+    metadata |= shape_metadata(arch, _shape(loaded.config))
     for key, value in to_gguf_metadata(
         loaded.tokenizer, vocab_rows=loaded.config.vocab_size
     ).items():
         metadata[key] = ("str", value) if key.endswith(".merges") else value  # may be empty
-    metadata |= _use(loaded)
-    write_gguf(path, metadata, _gguf_entries(loaded, tag))
+    return metadata | _use(loaded)
+
+
+def _described(checkpoint: Checkpoint) -> Metadata:
+    """Texts of a GGUF that say what the model is: its family, makers, version, size, links."""
+    return {
+        key: value
+        for key, value in checkpoint.gguf_metadata.items()
+        if key.startswith("general.") and key not in _OWN_KEYS and isinstance(value, str)
+    }
 
 
 def _gguf_entries(loaded: Loaded, tag: str) -> Iterator[TensorEntry]:

@@ -211,3 +211,35 @@ def test_a_result_needs_an_answer_before_it() -> None:
     for name, words in (("react", "before role function"), ("qwen_fn", "must follow a call")):
         with pytest.raises(RequestError, match=rf"messages\[1\].*{words}"):
             find(name).write(Conversation(messages=tuple(wrong)))
+
+
+def test_results_come_in_the_order_of_their_calls() -> None:
+    calls = (ToolCall("f", "{}", "1"), ToolCall("g", "{}", "2"))
+    asked = [Message("user", "q"), Message("assistant", "", tool_calls=calls)]
+    one, two = (Message("tool", text, tool_call_id=text) for text in ("1", "2"))
+
+    def text(*results: Message) -> str:
+        record = replace(template_record(CHATML), dialect="qwen_fn")
+        return render([*asked, *results], tokenizer=TOKENIZER, record=record).text
+
+    assert text(two, one) == text(one, two)
+    assert text(one, two).endswith("✿RESULT✿: 1\n✿RESULT✿: 2\n✿RETURN✿")
+    unnamed = replace(one, tool_call_id=None)
+    assert text(two, unnamed).endswith("✿RESULT✿: 2\n✿RESULT✿: 1\n✿RETURN✿")
+    assert text(two).endswith("✿RESULT✿: 2\n✿RETURN✿")
+
+
+@pytest.mark.parametrize("name", sorted(dialects()))
+def test_a_definition_that_is_too_deep_is_refused_by_field(name: str) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(20_000):
+        deep = {"a": deep}
+    for tool in (Tool("f", "", deep), Tool("f", "", {}, shown_parameters=[deep])):
+        with pytest.raises(RequestError, match=r"tools\[0\].parameters: nested deeper"):
+            render(
+                [Message("user", "q")],
+                tokenizer=TOKENIZER,
+                record=chatml_record(),
+                tools=[tool],
+                tool_options=ToolOptions(dialect=name),
+            )

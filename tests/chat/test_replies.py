@@ -115,6 +115,8 @@ def test_thoughts() -> None:
     assert read(thinking, "Hi <think>") == Reply("Hi <think>")
     assert read(thinking, "<think>\nHm") == Reply("", "Hm")
     assert read(form("hermes", "<think>\n", thinks=True), "Hm\n</think>\n\nHi") == Reply("Hi", "Hm")
+    begun = form("hermes", "It", thinks=True)
+    assert read(begun, "<think> is") == Reply("<think> is")
     closed = form("hermes", "<think>\n\n</think>\n\n", thinks=True)
     assert read(closed, "Hi") == Reply("Hi")
 
@@ -141,6 +143,7 @@ def test_qwen_fn(text: str) -> None:
 def test_qwen_fn_goes_on() -> None:
     for text in (": Yes", ":Yes", "Yes"):
         assert read(form("qwen_fn", "✿RETURN✿"), text) == Reply("Yes")
+    assert read(form("qwen_fn", "✿FUNCTION✿: a\n✿RESULT✿: 1\n✿RETURN✿: It"), " is") == Reply(" is")
     named = form("qwen_fn", "✿FUNCTION✿: get_time")
     assert read(named, "\n✿ARGS✿: {}") == Reply(tool_calls=(call("{}", "get_time"),))
 

@@ -197,3 +197,17 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
         write_gguf(tmp_path / "m.gguf", {}, rows)
     assert growth[0] < 2.5 * 4 * count
     assert read_gguf(tmp_path / "m.gguf").tensors["t4"].read()[-1] == 4
+
+
+def test_a_tensor_may_come_in_pieces(tmp_path: Path) -> None:
+    numbers = torch.arange(24, dtype=torch.float32).view(6, 4)
+    pieces = [numbers[:1], numbers[1:5].numpy().tobytes(), numbers[5:]]
+    rows = [("a", (6, 4), "F32", lambda: iter(pieces)), ("b", (4,), "F32", numbers[0])]
+    write_gguf(tmp_path / "m.gguf", {}, rows)
+    tensors = read_gguf(tmp_path / "m.gguf").tensors
+    assert torch.equal(tensors["a"].read(), numbers)
+    assert torch.equal(tensors["b"].read(), numbers[0])
+    for wrong, message in ((pieces[:2], "needs 96 bytes, got 80"), ([numbers.half()], "float16")):
+        with pytest.raises(UsageError, match=message):
+            write_gguf(tmp_path / "n.gguf", {}, [("a", (6, 4), "F32", lambda w=wrong: iter(w))])
+    assert not (tmp_path / "n.gguf").exists()

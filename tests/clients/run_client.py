@@ -1,5 +1,5 @@
 """Runs what docs/clients.md shows of one client, then the checks of its answers. Started with the
-Python of that client's environment: `run_client.py HEADING CHECKS http://…`.
+Python of that client's environment: `run_client.py HEADING CHECKS http://… DIALECT`.
 
 Any connection to something other than this machine, tried in Python, is reported and fails the run.
 """
@@ -53,7 +53,7 @@ def shown_program(heading: str, url: str) -> str:
     return "\n".join(blocks).replace(SHOWN_URL, url)
 
 
-def main(heading: str, checks: str, url: str) -> None:
+def main(heading: str, checks: str, url: str, dialect: str) -> None:
     sys.addaudithook(watch)
     atexit.register(report)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def main(heading: str, checks: str, url: str) -> None:
         program.write_text(shown_program(heading, url), encoding="utf-8")
         shown = runpy.run_path(str(program))
         check = runpy.run_path(str(HERE / "checks" / f"{checks}.py"))["check"]
-        check(shown, url)
+        check(shown | {"dialect": dialect}, url)
     sys.stdout.write(f"{heading}: passed\n")
 
 

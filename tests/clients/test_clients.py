@@ -1,5 +1,5 @@
-"""The client libraries of docs/clients.md, each as a process with its own environment, against one
-server process that says what `replies.py` has it say.
+"""The client libraries of docs/clients.md, each as a process with its own environment, against
+server processes whose models say what `replies.py` has them say.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from first_generation import FIRST, GENERATION, write_first_generation
+from tiny import write_tiny_checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -56,8 +60,14 @@ CLIENTS = (
     Client("smolagents", "smolagents", "openai-3"),
     Client("LlamaIndex", "llama_index", "openai-2"),
     Client("CrewAI", "crewai", "openai-2"),
+    Client("Ollama", "ollama", "openai-3"),
 )
-each_client = pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.checks)
+# Each with the default model, which calls tools as Hermes; some with others, that have other words.
+CONVERSATIONS = (
+    *((client, "hermes") for client in CLIENTS),
+    *((client, "qwen_fn") for client in CLIENTS[:2]),
+    *((client, "react") for client in CLIENTS[:3]),
+)
 
 
 def test_the_page_shows_each_client() -> None:
@@ -83,10 +93,35 @@ def test_the_page_names_the_versions_under_test() -> None:
 
 
 @pytest.fixture(scope="module")
-def server_url() -> Iterator[str]:
-    """A server of the default model with scripted tokens, for every client of this process."""
-    command = [sys.executable, "-m", "scripted_server", str(HERE / "replies.py"), "default"]
-    command += ["--served-model-name", "SmolLM2", "--served-model-name", "Qwen", "--port", "0"]
+def url_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Where the model with a dialect of tools is served: scripted tokens, one process a model."""
+    urls: dict[str, str] = {}
+    with ExitStack() as processes:
+
+        def url(dialect: str) -> str:
+            if dialect not in urls:
+                model = model_of(dialect, tmp_path_factory.mktemp(dialect))
+                urls[dialect] = processes.enter_context(serving(model))
+            return urls[dialect]
+
+        yield url
+
+
+def model_of(dialect: str, folder: Path) -> str:
+    """The default model, or a tiny one of the generation whose dialect this is."""
+    if dialect == "qwen_fn":
+        return str(write_tiny_checkpoint(folder, config={"max_position_embeddings": 8192}))
+    if dialect == "react":
+        long = {"seq_length": 8192, "max_position_embeddings": 8192}
+        generation = GENERATION | {"max_window_size": 8192, "max_new_tokens": 512}
+        return str(write_first_generation(folder, config=FIRST | long, generation=generation))
+    return "default"
+
+
+@contextmanager
+def serving(model: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "scripted_server", str(HERE / "replies.py"), model]
+    command += ["--served-model-name", "tested", "--served-model-name", "Qwen", "--port", "0"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]),
@@ -117,12 +152,19 @@ def address_of(process: subprocess.Popen[bytes]) -> str:
 
 
 @pytest.mark.oracle
-@each_client
-def test_a_conversation_with_a_tool(client: Client, server_url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("client", "dialect"), CONVERSATIONS, ids=lambda value: getattr(value, "checks", value)
+)
+def test_a_conversation_with_a_tool(
+    client: Client, dialect: str, url_of: Callable[[str], str], tmp_path: Path
+) -> None:
     if not (client.python.parents[1] / ".installed").exists():
         pytest.skip(f"needs .venv-{client.environment}, which `make oracles` makes")
     done = subprocess.run(
-        [client.python, HERE / "run_client.py", client.heading, client.checks, server_url],
+        [
+            *(client.python, HERE / "run_client.py"),
+            *(client.heading, client.checks, url_of(dialect), dialect),
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+import pytest
+
 from qwenkit.web.conversation import Turn
 from qwenkit.web.following import Run, follow
 from qwenkit.web.reply import Piece, Reply
@@ -56,6 +58,11 @@ def test_all_of_it_comes() -> None:
     turn, shown = run(Source("a", 0.03, "b", 0.03, "c"))
     assert (turn.text, turn.ended) == ("abc", "stop")
     assert 2 <= shown <= 3
+
+
+def test_a_sign_of_life_comes_without_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenkit.web.following.LATEST_S", 0.05)
+    assert run(Source(0.2))[1] >= 2
 
 
 def test_pieces_that_come_fast_are_shown_together() -> None:

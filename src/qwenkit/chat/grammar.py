@@ -95,6 +95,12 @@ class Calls:
     rules: Sequence[str]
 
 
+def may_think(start: str) -> bool:
+    """True where thoughts may come: none have ended in the prompt, and no answer has begun."""
+    at = start.rfind("<think>")
+    return not start.strip() if at < 0 else "</think>" not in start[at:]
+
+
 def literal(text: str) -> str:
     """A text as a grammar writes it."""
     return json.dumps(text, ensure_ascii=False)
@@ -114,7 +120,7 @@ def reply_constraint(
 
     Raises RequestError where `asked` does not go together with that.
     """
-    options = grammar.options
+    options, thinks = grammar.options, thinks and may_think(grammar.start)
     strict = any(map(grammar.is_strict, grammar.tools))
     rules = list(calls.rules) if calls is not None else []
     if calls is not None and options.must_call:
@@ -142,7 +148,7 @@ def reply_constraint(
 
 def _start(grammar: CallGrammar, *, thinks: bool) -> list[str]:
     """The rule `start`: the reply, and before it the thoughts that have not ended in the prompt."""
-    if not thinks or "</think>" in grammar.start:
+    if not thinks:
         return ["start: reply"]
     thought = grammar.until("thought", "</think>")
     if "<think>" in grammar.start:

@@ -22,9 +22,8 @@ _CLOSERS = {"{": "}", "[": "]"}
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`"}
 _GAP = re.compile(r"[\s\ufeff]*")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?(?:\*/|\Z)|#[^\n]*", re.DOTALL)
-_COMMENT_BEHIND = re.compile(r"\s(?:/[/*]|#)")
 _KEY = re.compile(r"[^\W\d][\w$.-]*")
-_WORD = re.compile(r"[^,{}\[\]\"'\n\r]+")
+_WORD = re.compile(r"(?:(?!\s(?:/[/*]|#))[^,{}\[\]\"'\n\r])+")  # a comment may stand behind it
 _NUMBER = re.compile(
     r"([-+]?)(0[xX][0-9a-fA-F]{1,16}|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)((?:[eE][-+]?[0-9]+)?)"
 )
@@ -308,8 +307,7 @@ class _Rewriter:
         match = _WORD.match(self.source, self.at)
         if match is None:
             raise _HopelessError
-        raw = _COMMENT_BEHIND.split(match[0], maxsplit=1)[0]
-        word = raw.strip()
+        word = match[0].strip()
         if _STRICT_NUMBER.fullmatch(word):
             written = word
         elif word in _LITERALS:
@@ -320,7 +318,7 @@ class _Rewriter:
             written = json.dumps(word, ensure_ascii=False)
         else:
             raise _HopelessError
-        self.at += len(raw.rstrip())
+        self.at += len(match[0].rstrip())
         self.out.append(written)
 
     def _gap(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from qwenkit.chat.grammar import may_think
 from qwenkit.chat.json_repair import repair_arguments, repair_object
 from qwenkit.chat.json_scan import JsonScan
 from qwenkit.chat.tape import Steps, Tape, any_of, overlap
@@ -108,10 +109,10 @@ def plain(tape: Tape) -> Steps[None]:
 
 def thoughts(tape: Tape) -> Steps[None]:
     """A thought between <think> and </think> at the reply's beginning, if there is one."""
+    if not may_think(tape.start):
+        return
     at = tape.start.rfind(THINK)
-    if at < 0 or THINK_END in tape.start[at:]:
-        if tape.start.strip():
-            return  # the answer has begun already
+    if at < 0:
         space = yield from tape.skip(_SPACES)
         if not (yield from tape.expect(THINK)):
             tape.put_back(space)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from qwenkit.chat.chatml import ChatMLPrompt, render_chatml
-from qwenkit.chat.dialects.spec import Conversation, Written, find, visible
+from qwenkit.chat.dialects.spec import Conversation, Dialect, Written, find, visible
 from qwenkit.chat.guard import Guard, planes
 from qwenkit.chat.pieces import TURN_END, Piece, cut_before_turn_end, loss_mask, split_marked
 from qwenkit.chat.replies import ReplyFormat, open_turn, thinks
+from qwenkit.chat.rewrite import in_call_order
 from qwenkit.chat.template import compile_template, run_template
 from qwenkit.chat.values import JsonObject, Limits
 from qwenkit.errors import RequestError, UsageError
@@ -107,8 +108,7 @@ def render(
         template=template,
     )
     dialect = find(options.dialect or record.dialect or _USUAL_DIALECT[record.chat_format])
-    has_tools = conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)
-    written = dialect.write(conversation) if has_tools else Written(messages=tuple(messages))
+    written = _written(dialect, conversation)
     start = written.reply_start
     continues = continue_final_message or (start is not None and add_generation_prompt)
     prompt = _prompt(
@@ -134,6 +134,19 @@ def render(
         dropped_messages=prompt.dropped_messages,
         dropped_tokens=prompt.dropped_tokens,
     )
+
+
+def _written(dialect: Dialect, conversation: Conversation) -> Written:
+    """The conversation with its tools in the dialect; as it is where there are none."""
+    messages, tools = conversation.messages, conversation.tools
+    for i, tool in enumerate(tools):
+        _mapped(tool.parameters, str, f"tools[{i}].parameters")
+        _mapped(tool.shown_parameters, str, f"tools[{i}].parameters")
+    if not tools and not any(m.role == "tool" or m.tool_calls for m in messages):
+        return Written(messages=messages)
+    if dialect.name != "template":
+        conversation = replace(conversation, messages=in_call_order(messages))
+    return dialect.write(conversation)
 
 
 def _prompt(

@@ -9,6 +9,29 @@ from dataclasses import replace
 from qwenkit.types.messages import Message, Tool, ToolCall
 
 
+def in_call_order(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with the results of several calls in the order of the calls.
+
+    Dialects tell results apart by their order only, and who runs calls at the same time may hand
+    over first what was done first. Results stay as they are unless each names a call by its id.
+    """
+    ordered: list[Message] = []
+    places: dict[str | None, int] = {}
+    results: list[Message] = []
+    for message in (*messages, None):
+        if message is not None and message.role == "tool":
+            results.append(message)
+            continue
+        if len({r.tool_call_id for r in results} & set(places)) == len(results):
+            results.sort(key=lambda result: places[result.tool_call_id])
+        ordered += results
+        results = []
+        if message is not None:
+            ordered.append(message)
+            places = {call.id: i for i, call in enumerate(message.tool_calls) if call.id}
+    return tuple(ordered)
+
+
 def rewritten(
     messages: Sequence[Message],
     tools: Sequence[Tool],

@@ -25,6 +25,7 @@ T = TypeVar("T")
 Steps = Generator[None, None, T]
 """A part of a grammar: yields where it needs more text, returns what it found."""
 
+_BLOCK = 4_096  # characters: what is put back behind a mark is no more than that
 _LONGEST_SPACE = 64  # white space that is held back as what may stand in front of a call
 
 
@@ -55,8 +56,7 @@ class Tape:
 
     def add(self, text: str) -> None:
         """More text has come."""
-        if text:
-            self._input.append(text)
+        self._input.extend(_blocks(text))
 
     def finish(self, *, complete: bool) -> None:
         """No more text comes; `complete` where the model itself ended it."""
@@ -72,8 +72,7 @@ class Tape:
 
     def put_back(self, text: str) -> None:
         """Take it later."""
-        if text:
-            self._input.appendleft(text)
+        self._input.extendleft(reversed(_blocks(text)))
 
     def until(self, markers: tuple[str, ...], give: Callable[[str], None]) -> Steps[str | None]:
         """Give the text up to the first of `markers`; take and return that, or None at the end.
@@ -204,6 +203,10 @@ class Tape:
     def schema(self, name: str) -> Mapping[str, object]:
         """The schema of a tool's parameters, {} where there is no such tool."""
         return self.tools[name].parameters if name in self.tools else {}
+
+
+def _blocks(text: str) -> list[str]:
+    return [text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK)]
 
 
 @lru_cache(maxsize=64)

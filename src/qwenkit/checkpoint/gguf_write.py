@@ -7,7 +7,7 @@ can be made when their turn comes: only one tensor is in memory at a time.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +33,8 @@ Scalar = bool | int | float | str
 Value = Scalar | Sequence[Scalar]
 TypedValue = tuple[str, Value]
 Data = bytes | bytearray | memoryview | torch.Tensor
-TensorEntry = tuple[str, Sequence[int], str, Data | Callable[[], Data]]
+Made = Data | Callable[[], Data | Iterator[Data]]
+TensorEntry = tuple[str, Sequence[int], str, Made]
 
 TYPES: Mapping[str, int] = {
     "u8": 0,
@@ -71,7 +72,7 @@ def write_gguf(
 
     `tensors`: (name, shape, storage, data). `shape` is the logical shape, outermost first, and
     `storage` a tag as in `StoredTensor`. `data` are the bytes, or a tensor as `StoredTensor.read`
-    returns it, or a function that makes either when its turn comes.
+    returns it, or a function that makes either when its turn comes, or makes it piece by piece.
 
     Raises UsageError for what the format has no place for, CheckpointError when the disk refuses.
     """
@@ -106,13 +107,11 @@ class _Entry:
     name: str
     shape: tuple[int, ...]
     storage: str
-    data: Data | Callable[[], Data]
+    data: Made
     size_bytes: int
 
     @classmethod
-    def of(
-        cls, name: str, shape: Sequence[int], storage: str, data: Data | Callable[[], Data]
-    ) -> _Entry:
+    def of(cls, name: str, shape: Sequence[int], storage: str, data: Made) -> _Entry:
         if not name:
             raise UsageError("tensors: a name is empty.")
         if storage not in GGML_NUMBERS:
@@ -136,19 +135,23 @@ class _Entry:
         return _text(self.name) + shape + struct.pack("<IQ", GGML_NUMBERS[self.storage], offset)
 
     def write(self, output: BinaryIO) -> None:
-        data = self.data() if callable(self.data) else self.data
-        if isinstance(data, torch.Tensor):
-            if data.dtype != read_dtype(self.storage):
-                wanted = read_dtype(self.storage)
-                raise UsageError(f"{self.name}: {self.storage} needs {wanted}, got {data.dtype}.")
-            data = tensor_bytes(data)
-        given = memoryview(data).nbytes
+        made = self.data() if callable(self.data) else self.data
+        given = 0
+        for piece in made if isinstance(made, Iterator) else [made]:
+            if isinstance(piece, torch.Tensor):
+                if piece.dtype != read_dtype(self.storage):
+                    wanted = read_dtype(self.storage)
+                    raise UsageError(
+                        f"{self.name}: {self.storage} needs {wanted}, got {piece.dtype}."
+                    )
+                piece = tensor_bytes(piece)
+            given += memoryview(piece).nbytes
+            output.write(piece)
         if given != self.size_bytes:
             raise UsageError(
                 f"{self.name}: {self.storage} {list(self.shape)} needs {self.size_bytes} bytes, "
                 f"got {given}."
             )
-        output.write(data)
 
 
 def _typed(key: str, value: Value | TypedValue) -> bytes:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from qwenkit.bench.kernel_jobs import ROWS
+from qwenkit.bench.kernel_job import ROWS
 from qwenkit.bench.kernels import DEFAULT_SHAPES, KernelSettings, measure_kernels
 from qwenkit.bench.shapes import shape
 from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.checkpoint.hub import resolve
-from qwenkit.cli import console
+from qwenkit.cli import console, figures
 from qwenkit.cli.bench_kv import kv
 from qwenkit.cli.bench_memory import memory
 from qwenkit.cli.bench_needle import needle
@@ -116,6 +116,7 @@ def speed(
         console.say_json(result.to_json())
     else:
         show_speed(result)
+        figures.say_beside(shape_name or model, "speed")
 
 
 @app.command()

@@ -111,6 +111,7 @@ def rows(info: ModelInfo) -> list[tuple[str, str]]:
         ("tokenizer", f"{record.vocab_size:,} tokens{padding}"),
         ("chat format", record.chat_format),
         ("template", f"{info.template} …" if info.template else "none"),
+        ("calls of tools", record.dialect or "none"),
         ("stops", ", ".join(f"{text!r} ({i})" for i, text in info.stops) or "none"),
         ("sampling", _sampling(info)),
         ("licence", record.licence or "not stated"),

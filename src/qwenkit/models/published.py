@@ -5,6 +5,7 @@ The inverse of loading. A weight that two layers share comes once, under its fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,38 +45,109 @@ def published_tensors(model: nn.Module) -> Iterator[NamedTensor]:
             yield from _named(path, part, value)
 
 
-def gguf_tensors(model: CausalModel, architecture: Architecture) -> Iterator[NamedTensor]:
-    """Under GGUF's names: experts stacked in three dimensions, rotary rows in GGUF's order, sizes
-    of one dropped, vectors in fp32, heads of plain numbers with rows of length one where GGUF's
-    engines expect that.
+@dataclass(frozen=True, slots=True)
+class GgufSlot:
+    """A tensor of a GGUF file and where its numbers come from: of the parameter `part` of the
+    module at `path`, the rows from `first_row` on, in this order or in that of `order` [rows],
+    counted from there. `shape` is as the file has it; `rows` are those of all experts together.
+    """
 
-    Raises UsageError for a weight that GGUF has no name or no block type for.
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    part: str
+    first_row: int
+    rows: int
+    order: torch.Tensor | None
+    unit_rows: bool
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) > 1
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a row."""
+        return self.shape[-1] if self.is_matrix else 1
+
+    @property
+    def matrices(self) -> int:
+        """As many as there are experts; 1 for any other matrix."""
+        return math.prod(self.shape[:-2])
+
+    def of(self, value: torch.Tensor | QuantWeight) -> NamedTensor:
+        """The tensor of the weight `value` that its module has: bytes as they are stored, and plain
+        numbers as they are, but vectors in fp32 and where GGUF's engines expect that with rows of
+        length one. Raises UsageError for a weight that GGUF has no block type for.
+        """
+        (named,) = _named(self.path, self.part, value)
+        if named.name != f"{self.path}.{self.part}":
+            raise UsageError(f"{self.path}: GGUF has no block type for {named.storage} weights.")
+        tensor = named.tensor
+        if self.unit_rows and named.storage is None:
+            tensor = functional.normalize(tensor.float(), dim=1).to(tensor.dtype)
+        if not self.is_matrix:
+            tensor = tensor.to(torch.float32)
+        rows = tensor.reshape(-1) if not self.is_matrix else tensor.reshape(-1, tensor.shape[-1])
+        rows = rows[self.first_row : self.first_row + self.rows]
+        if self.order is not None:
+            rows = rows[self.order]
+        return NamedTensor(self.name, self.shape, named.storage, rows.reshape(*self.shape[:-1], -1))
+
+    def numbers(self, value: torch.Tensor | QuantWeight, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a matrix in fp32, [rows, columns], as `of` has them."""
+        first, last = self.first_row + start, self.first_row + stop
+        if self.order is not None:
+            index = self.order[start:stop] + self.first_row
+            some = value.select_rows(index) if isinstance(value, QuantWeight) else value[index]
+        elif isinstance(value, QuantWeight):
+            some = value.row_range(first, last)
+        else:
+            some = value[first:last]
+        numbers = some.dequantize(torch.float32) if isinstance(some, QuantWeight) else some.detach()
+        if self.unit_rows:
+            numbers = functional.normalize(numbers.float(), dim=1).to(numbers.dtype)
+        return numbers.float()
+
+
+def gguf_layout(model: CausalModel, architecture: Architecture) -> list[GgufSlot]:
+    """The tensors of a model under GGUF's names: experts stacked in three dimensions, rotary rows
+    in GGUF's order, sizes of one dropped. Looks at shapes only: meta tensors will do.
+
+    Raises UsageError for a weight that GGUF has no name for.
     """
     names = {ours: theirs for theirs, ours in architecture.gguf_names.items()}
+    slots = []
     for path, module, part, value in _own_weights(model):
         number = next((step for step in path.split(".") if step.isdecimal()), "")
         pattern = f"{path}.{part}".replace(f".{number}.", ".{}.", 1) if number else f"{path}.{part}"
         if pattern not in names:
             raise UsageError(f"{path}.{part}: GGUF has no name for it in {architecture.gguf_arch}.")
-        if path in architecture.gguf_unit_rows and isinstance(value, torch.Tensor):
-            value = functional.normalize(value.float(), dim=1).to(value.dtype)
-        (named,) = _named(path, part, value)
-        if named.name != f"{path}.{part}":
-            raise UsageError(f"{path}: GGUF has no block type for {named.storage} weights.")
-        shape, tensor = named.shape, named.tensor
+        shape = tuple(value.shape)
         if isinstance(module, GroupedLinear):
             shape = (module.groups, module.out_features, module.in_features)
         elif isinstance(module, Linear) and module.out_features == 1:
             shape = shape[1:]
-        if len(shape) == 1:
-            tensor = tensor.to(torch.float32)
-        tensor = tensor.reshape(*shape[:-1], -1)
         parts = architecture.gguf_parts.get(names[pattern], (names[pattern],))
         shape = (shape[0] // len(parts), *shape[1:])
-        for name, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
+        rows = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+        for index, name in enumerate(parts):
+            order = None
             if is_interleaved(name, architecture):
-                rows = rows[pairs_from_halves(shape[0], model.config.head_dim)]
-            yield NamedTensor(name.replace("{}", number), shape, named.storage, rows)
+                order = pairs_from_halves(rows, model.config.head_dim)
+            unit_rows = path in architecture.gguf_unit_rows
+            name = name.replace("{}", number)
+            slots.append(GgufSlot(name, shape, path, part, index * rows, rows, order, unit_rows))
+    return slots
+
+
+def gguf_tensors(model: CausalModel, architecture: Architecture) -> Iterator[NamedTensor]:
+    """The tensors of `gguf_layout` with their numbers.
+
+    Raises UsageError for a weight that GGUF has no name or no block type for.
+    """
+    for slot in gguf_layout(model, architecture):
+        yield slot.of(getattr(model.get_submodule(slot.path), slot.part))
 
 
 def is_interleaved(gguf_name: str, architecture: Architecture) -> bool:

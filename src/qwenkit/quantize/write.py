@@ -15,7 +15,6 @@ from qwenkit.checkpoint.safetensors_write import DEFAULT_SHARD_BYTES
 from qwenkit.checkpoint.spec import StoredTensor
 from qwenkit.checkpoint.storages import BLOCKS, PLAIN
 from qwenkit.errors import UsageError
-from qwenkit.fill import PLAIN_STORAGES
 from qwenkit.formats.ggml import GgmlWeight
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Linear
@@ -30,6 +29,7 @@ from qwenkit.save import (
     write_model_folder,
     write_same_tokenizer,
 )
+from qwenkit.stored_weight import PLAIN_STORAGES
 
 
 def write_result(

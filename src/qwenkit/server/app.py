@@ -79,6 +79,7 @@ def guarded(served: Served) -> Guard:
     )
     app.state.served = served
     app.state.metrics = Metrics(served)
+    app.state.schema = None
     app.openapi = partial(schema.complete, app, served.settings.access)  # type: ignore[method-assign]
     for group in _GROUPS:
         app.include_router(group)

@@ -45,6 +45,9 @@ class ApiError(Exception):
     headers: Mapping[str, str] = field(default_factory=dict)
     old_detail: str | None = None
 
+    def __str__(self) -> str:
+        return self.message
+
     @property
     def kind(self) -> str:
         """OpenAI's name of the family of errors."""

@@ -24,13 +24,13 @@ from qwenkit.server.auth import Doorman
 from qwenkit.server.errors import ApiError, described
 from qwenkit.server.facts import KEY, Facts
 from qwenkit.server.hosts import Origins, allowing, preflight
-from qwenkit.server.json_body import parse_json
+from qwenkit.server.json_body import read_json
 from qwenkit.server.settings import ServerSettings
 
 OPEN_PATHS = frozenset(("/health", "/ready"))  # what answers without a key
 log = logging.getLogger("qwenkit.server.requests")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_NO_BODY = frozenset(("GET", "HEAD", "OPTIONS"))
+_OF_A_BODY = frozenset((b"content-length", b"transfer-encoding"))
 _DRAINED_BYTES = 1 << 16
 _DRAINED_S = 1.0
 Pairs = list[tuple[bytes, bytes]]
@@ -43,19 +43,17 @@ class _Answer:
     send: Send
     facts: Facts
     headers: Pairs
+    unread: Receive | None = None  # where a body still comes from that nobody has read
     started: bool = False
-    ended: bool = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
             self.facts.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
-        elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.ended = True
         await self.send(message)
 
-    async def refuse(self, error: ApiError, unread: Receive | None = None) -> None:
+    async def refuse(self, error: ApiError) -> None:
         """The whole answer that an error makes. A body that was not read is taken a little longer,
         so that a client that still sends gets to read why, and then the connection is closed.
         """
@@ -66,12 +64,12 @@ class _Answer:
             (b"content-length", str(len(body)).encode()),
             *((name.encode(), value.encode("latin-1")) for name, value in error.headers.items()),
         ]
-        if unread is not None:
+        if self.unread is not None:
             headers.append((b"connection", b"close"))
         await self({"type": "http.response.start", "status": error.status, "headers": headers})
-        if unread is not None:
+        if self.unread is not None:
             await self({"type": "http.response.body", "body": body, "more_body": True})
-            await _read_away(unread)
+            await _read_away(self.unread)
             body = b""
         await self({"type": "http.response.body", "body": body})
 
@@ -109,6 +107,8 @@ class Guard:
         headers: Pairs = list(scope["headers"])
         facts = Facts(_request_id(headers), scope["method"], scope["path"])
         answer = _Answer(send, facts, [(b"x-request-id", facts.request_id.encode())])
+        if any(name in _OF_A_BODY and value != b"0" for name, value in headers):
+            answer.unread = receive
         try:
             await self._serve(scope, receive, answer, headers)
         finally:
@@ -126,7 +126,7 @@ class Guard:
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a request failed", extra={"fields": facts.line()})
-            await answer.refuse(described(error), None if scope["method"] in _NO_BODY else receive)
+            await answer.refuse(described(error))
             return
         inner = {**scope, KEY: facts}
         if scope["method"] == "HEAD":
@@ -171,7 +171,8 @@ class Guard:
         if scope["method"] != "POST" or not self._takes_body(scope["path"]):
             return b""
         body = await self._body(receive, headers)
-        facts.value = parse_json(body)
+        answer.unread = None
+        facts.value = await read_json(body)
         return body
 
     async def _body(self, receive: Receive, headers: Pairs) -> bytes:

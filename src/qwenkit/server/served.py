@@ -24,7 +24,8 @@ _LOOK_S = 0.25  # how often it is asked whether the engine lives
 _AT_ONCE = 2  # prompts of one client that are made in threads at one time
 _COMPILED_AT_ONCE = 2
 _COMPILE_S = 10.0  # for all answers of a request; the engine bounds each one
-DEAD = "the engine has ended; the server must be started again."
+DEAD = "The engine has ended; the server must be started again."
+SHUTTING_DOWN = "The server is shutting down."
 T = TypeVar("T")
 
 
@@ -137,6 +138,8 @@ class Served:
         """The stream of requests that the engine has taken. What their outputs must be is compiled
         before, for few at a time. Raises RequestError, and ApiError when compiling takes long.
         """
+        if not self.is_alive:
+            raise ApiError(503, DEAD, code="engine_dead")
         if all(request.sampling.constraint is None for request in requests):
             return self._watched(self.llm.stream_requests(requests))
         async with self._turn(client), self._compiling:
@@ -171,11 +174,13 @@ class Served:
         return stream
 
     async def look_after(self) -> None:
-        """End all streams when the engine has ended; runs until then, or until it is cancelled."""
-        while self.is_alive:
+        """End all streams when the engine has ended; runs until it is cancelled."""
+        was_alive = True
+        while True:
+            if not was_alive:  # by now the engine's own last events have come, if any do
+                self.end_all(DEAD)
+            was_alive = self.is_alive
             await asyncio.sleep(_LOOK_S)
-        await asyncio.sleep(_LOOK_S)  # the engine's own last events are better than ours
-        self.end_all(DEAD)
 
     def end_all(self, error: str) -> None:
         """End every stream with this error."""

@@ -15,9 +15,8 @@ from qwenkit.server.facts import facts_of
 from qwenkit.server.route import group
 from qwenkit.server.served import Served
 from qwenkit.server.sse import json_answer
-from qwenkit.server.wire.base import Shape, Wire
+from qwenkit.server.wire.base import Few, Many, Shape, Wire
 from qwenkit.server.wire.chat import ChatMessage, ToolDefinition
-from qwenkit.server.wire.completions import TokenId
 from qwenkit.server.wire.generation import Text
 
 router = group()
@@ -28,8 +27,8 @@ class TokenizeRequest(Wire):
 
     model: str | None = None
     prompt: str | None = Field(None, description="Control tokens in it are plain text.")
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[ToolDefinition] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)] | None = None
+    tools: Few[ToolDefinition] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[Text, Any] | None = None
@@ -49,7 +48,7 @@ class DetokenizeRequest(Wire):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[int], Field(fail_fast=True, max_length=1 << 20)]
 
 
 class DetokenizeAnswer(Shape):
@@ -86,7 +85,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     facts = facts_of(request.scope)
     facts.model = served.target(body.model).name
     tokenizer = served.llm.tokenizer
-    wrong = next((i for i in body.tokens if i >= tokenizer.vocab_size), None)
+    wrong = next((i for i in body.tokens if not 0 <= i < tokenizer.vocab_size), None)
     if wrong is not None:
         most = tokenizer.vocab_size - 1
         message = f"tokens: {wrong} is no token; allowed: 0 to {most}."

@@ -150,12 +150,18 @@ def _optional_text(field: str, value: object) -> str | None:
 
 
 def parse_tools(items: Iterable[Tool | Mapping[str, Any]]) -> tuple[Tool, ...]:
-    """Read OpenAI-style tool dictionaries. Raises RequestError naming the tool that cannot be
-    used.
+    """Read tool dictionaries in OpenAI's shape or the first generation's. Raises RequestError
+    naming the tool that cannot be used.
     """
-    return tuple(
+    tools = tuple(
         t if isinstance(t, Tool) else _parse_tool(f"tools[{i}]", t) for i, t in enumerate(items)
     )
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        if tool.name in names:
+            raise RequestError(f"tools[{i}]", f"there is another tool of the name {tool.name!r}.")
+        names.add(tool.name)
+    return tools
 
 
 def _parse_tool(field: str, item: object) -> Tool:

@@ -30,6 +30,7 @@ from qwenkit.web.transcript import coming, transcript
 from qwenkit.web.view import Updates, Values, View, placeholder
 from qwenkit.web.words import known_language, script_words, word
 
+_LINGER_S = 15.0
 _KEEP_EVERY_S = 2.0  # a reply that is coming is put in the browser's storage this often
 
 
@@ -49,6 +50,7 @@ class Actions:
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         free = {**quiet, "concurrency_limit": None}
         page.load(self.start, inputs=[parts.kept], outputs=outputs, **free)
+        page.load(linger, inputs=None, outputs=None, **free)
         parts.message.submit(self.send, inputs=inputs, outputs=outputs, **free)
         parts.message.stop(self.stop, inputs=inputs, outputs=None, **free)
         parts.action.change(self.act, inputs=inputs, outputs=outputs, **free)
@@ -168,7 +170,10 @@ class Actions:
         """What has come so far, now and then, until it ends; kept in the browser too."""
         kept_s = time.monotonic()
         pieces = self._server.stream(request)
-        async for _ in follow(pieces, reply, run, explain=self._explainer(language)):
+        async for is_new in follow(pieces, reply, run, explain=self._explainer(language)):
+            if not is_new:
+                yield {}
+                continue
             began_s, so_far = time.monotonic(), reply.turn()
             html = await asyncio.to_thread(coming, so_far, language=language)
             updates: Updates = {self._parts.live: html}
@@ -194,6 +199,17 @@ class Actions:
         return {self._parts.model: update, **note}
 
 
+async def linger() -> AsyncIterator[None]:
+    """Never done, so that Gradio's stream of events to a page never closes.
+
+    It closes the stream when nothing is pending, and an action that begins just then is never
+    heard of again. A page that has gone ends this at the next turn.
+    """
+    while True:
+        await asyncio.sleep(_LINGER_S)
+        yield
+
+
 # Actions that are done at once: (the view, the conversation, the script's command, the fields).
 
 
@@ -202,7 +218,10 @@ def _new(view: View, before: Conversation, command: Values, values: Values) -> U
 
 
 def _open(view: View, before: Conversation, command: Values, values: Values) -> Updates:
-    return _opened(view, from_plain(command.get("conversation")), values, keep=False)
+    opened = _opened(view, from_plain(command.get("conversation")), values, keep=False)
+    if command.get("at_start"):  # whoever was quick has written something already
+        del opened[view.parts.message]["value"]
+    return opened
 
 
 def _import(view: View, before: Conversation, command: Values, values: Values) -> Updates:

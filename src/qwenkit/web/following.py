@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from qwenkit.web.reply import Piece, Reply
 
 SOONEST_S = 0.06  # between two updates: more would only keep the browser busy
+LATEST_S = 5.0  # even without news: Gradio notices only then that nobody looks any more
 
 
 @dataclass(slots=True)
@@ -33,23 +34,25 @@ async def follow(
     run: Run,
     *,
     explain: Callable[[Exception], str],
-) -> AsyncIterator[None]:
+) -> AsyncIterator[bool]:
     """Take `pieces` into `reply` until they end or `run.stop` is set.
 
-    Yields when there is something new to show, `run.pause_s` apart. An error of the server becomes
-    the reply's, in the words of `explain`.
+    Yields True when there is something new to show, `run.pause_s` apart, and False when there was
+    nothing for `LATEST_S`. An error of the server becomes the reply's, in the words of `explain`.
     """
     filling = asyncio.create_task(_fill(pieces, reply))
     stopping = asyncio.create_task(run.stop.wait())
-    shown = 0
+    shown, yielded_s = 0, time.monotonic()
     try:
         while not filling.done() and not run.stop.is_set():
             await asyncio.wait(
                 {filling, stopping}, timeout=run.pause_s, return_when=asyncio.FIRST_COMPLETED
             )
-            if reply.pieces != shown:
+            is_new = reply.pieces != shown
+            if is_new or time.monotonic() - yielded_s > LATEST_S:
                 shown = reply.pieces
-                yield
+                yield is_new
+                yielded_s = time.monotonic()
     finally:
         filling.cancel()
         stopping.cancel()

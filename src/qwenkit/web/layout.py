@@ -159,12 +159,10 @@ def _text(name: str, *, lines: int, hint: str = "") -> Any:
 
 
 def _number(setting: Setting) -> Any:
+    """Without bounds of Gradio's: it would refuse every action, without saying why."""
     return gr.Number(
         value=None,
         label=word(setting.name, "en"),
-        minimum=setting.lowest,
-        maximum=setting.highest,
-        precision=0 if setting.is_whole else None,
         step=1 if setting.is_whole else 0.05,
         min_width=0,
         elem_id=f"q-set-{setting.name}",

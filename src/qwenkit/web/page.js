@@ -97,6 +97,7 @@
         if (text !== null) await keep({ id, title }, text);
       }
     }
+    setTimeout(() => keepDraft({ target: field("q-message") }), 100);
     if (signal.focus) write();
     if (signal.download) await save(signal.download);
     if (signal.ready) await begin();
@@ -105,14 +106,15 @@
     document.body.classList.add("q-ready");
     await list();
     const last = remembered("last");
-    if (last && heads.some((head) => head.id === last)) await open(last);
+    if (last && heads.some((head) => head.id === last)) await open(last, true);
+    restoreDraft();
     write();
   };
-  const open = async (id) => {
+  const open = async (id, atStart = false) => {
     const text = await within("readonly", (_, texts) => texts.get(id));
     if (!text) return;
     remember("last", id);
-    ask({ do: "open", conversation: JSON.parse(text) });
+    ask({ do: "open", conversation: JSON.parse(text), at_start: atStart });
   };
   const save = async ({ name, type, length }) => {
     const quoted = await whenFull("q-exported", length);
@@ -331,9 +333,15 @@
     if (!PHONE.matches) field("q-message")?.focus(); // on a phone the keyboard would cover half
   };
   let pinned = true;
+  let isSticking = false;
   const stick = () => {
-    const scroller = $("#q-scroll");
-    if (pinned && scroller) scroller.scrollTop = scroller.scrollHeight;
+    if (isSticking) return; // once a picture: measuring lays everything out
+    isSticking = true;
+    requestAnimationFrame(() => {
+      isSticking = false;
+      const scroller = $("#q-scroll");
+      if (pinned && scroller) scroller.scrollTop = scroller.scrollHeight;
+    });
   };
   // Enter ends the composing of a Chinese word; it must not send what is half written.
   const composing = (event) => {
@@ -347,6 +355,27 @@
     if (field("q-editing")?.value) ask({ do: "cancel" });
     document.body.classList.remove("q-side-open");
   });
+
+  // What is being written outlives a reload, such as Gradio's own after a lost connection.
+  const DRAFT = "qwenkit-draft";
+  const keepDraft = (event) => {
+    if (event.target !== field("q-message")) return;
+    try {
+      sessionStorage.setItem(DRAFT, event.target.value);
+    } catch {
+      // Too long to keep, or nothing may be kept.
+    }
+  };
+  document.addEventListener("input", keepDraft);
+  const restoreDraft = () => {
+    let draft;
+    try {
+      draft = sessionStorage.getItem(DRAFT);
+    } catch {
+      return;
+    }
+    if (draft && !field("q-message").value) fill(field("q-message"), draft);
+  };
 
   // ---- Start: Gradio draws the page a while after this script runs.
 

@@ -9,6 +9,7 @@ from qwenkit.errors import MissingDependencyError, QwenkitError
 from qwenkit.web.client import ChatServer
 from qwenkit.web.guard import Admission, Guard
 
+_PAGES_AND_ANSWERS = 1000  # at once: each open page is an event that is never done, see `linger`
 _LEAVE_S = 2  # seconds that open streams have to end when the page is stopped
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif"]
 _MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Noto Sans Mono", "monospace"]
@@ -29,6 +30,7 @@ def page_app(server: ChatServer, admission: Admission, *, system: str = "") -> A
     page, parts = build()
     with page:
         Actions(parts, server, system=system).connect(page)
+    page.max_threads = _PAGES_AND_ANSWERS
     page.queue(default_concurrency_limit=None, api_open=False)
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),

@@ -7,6 +7,7 @@ long is clipped for the eye, always with a line that says so; the conversation i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 from qwenkit.types.messages import ToolCall
@@ -16,6 +17,7 @@ from qwenkit.web.words import word
 
 _PLAIN_SHOWN = 20_000  # characters shown of what is not Markdown
 _NAME_SHOWN = 80
+_RUN = re.compile(r"[!-~]{400}")  # a word that is none; the page's style sheet says why
 _TURNS_SHOWN = 200
 
 
@@ -75,7 +77,8 @@ def _assistant_body(turn: Turn, language: str) -> str:
         thoughts = f'<details class="q-thoughts"{is_open}>{summary}{text}</details>'
     said = ""
     if turn.text:
-        said = f'<div class="q-said">{render(turn.text, copy=word("copy", language))}</div>'
+        kind = "q-said q-run" if _RUN.search(turn.text[:LONGEST]) else "q-said"
+        said = f'<div class="{kind}">{render(turn.text, copy=word("copy", language))}</div>'
         if len(turn.text) > LONGEST:
             said += _clip_note(LONGEST, len(turn.text), language)
     return thoughts + said + "".join(_call(call, language) for call in turn.calls)

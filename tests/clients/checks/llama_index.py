@@ -28,7 +28,7 @@ def check(shown: dict[str, Any], url: str) -> None:
 
 
 async def check_events(agent: Any) -> None:
-    """One call, its result, and an answer that came in pieces."""
+    """One call, its result, and the answer, which its pieces add up to."""
     running = agent.run(QUESTION)
     events = [event async for event in running.stream_events()]
     assert str(await running) == ANSWER
@@ -38,7 +38,6 @@ async def check_events(agent: Any) -> None:
     assert str(result.tool_output) == RESULT
     pieces = [event.delta for event in events if isinstance(event, AgentStream) and event.delta]
     assert "".join(pieces).endswith(ANSWER)
-    assert len(pieces) > 3
 
 
 def check_model(model: Any, get_weather: Any) -> None:

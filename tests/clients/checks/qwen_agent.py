@@ -29,9 +29,8 @@ def check_own_prompt(shown: dict[str, Any], llm: dict[str, Any]) -> None:
     assistant = type(shown["assistant"])(llm=llm, function_list=["get_weather"])
     *_, replies = assistant.run(messages=shown["messages"])
     check_replies(replies)
-    greetings = list(assistant.run(messages=[{"role": "user", "content": "Hello!"}]))
-    assert greetings[-1][-1]["content"] == GREETING
-    assert len(greetings) > 1, "the answer came in one piece"
+    *_, (greeting,) = assistant.run(messages=[{"role": "user", "content": "Hello!"}])
+    assert greeting["content"] == GREETING
 
 
 def check_first_template(shown: dict[str, Any], llm: dict[str, Any]) -> None:

@@ -185,7 +185,7 @@ def read(tape: Tape) -> Steps[None]:
     if tape.start.endswith(RETURN):
         if (yield from tape.expect(":")):
             yield from tape.expect(" ")
-    elif (named := tape.start.rfind(_NAME_MARK)) >= 0:
+    elif (named := tape.start.rfind(_NAME_MARK)) >= 0 and RESULT not in tape.start[named:]:
         tape.put_back(tape.start[named:])  # a call that the reply goes on with
     mark: str | None = None
     name = ""
@@ -228,7 +228,7 @@ def calls(grammar: CallGrammar) -> Calls:
     """Calls in their lines, the first one's name perhaps in the prompt already."""
     first = f"{literal(_NAME_MARK)} body"
     begin = f" {{name}}\n{_ARGUMENTS_MARK} "
-    if _NAME_MARK in grammar.start:
+    if _NAME_MARK in grammar.start.rpartition(RESULT)[2]:
         begin = f"\n{_ARGUMENTS_MARK} "
         first = "body"
     more = f"({literal(chr(10) + _NAME_MARK)} body)*" if grammar.several else ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from functools import cache
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from qwenkit.errors import suggest
@@ -13,6 +14,13 @@ from qwenkit.server.errors import ApiError
 
 Model = TypeVar("Model", bound=BaseModel)
 UNKNOWN, REFUSED, SAID = "unknown_field", "refused_field", "said"
+
+
+Item = TypeVar("Item")
+# Lists of bounded length, of which the first wrong item ends the look: what pydantic does with a
+# list is done in the event loop, and telling of a million wrong items would take it a minute.
+Few = Annotated[list[Item], Field(fail_fast=True, max_length=128)]
+Many = Annotated[list[Item], Field(fail_fast=True, max_length=4096)]
 
 
 class Wire(BaseModel):
@@ -30,13 +38,12 @@ class Wire(BaseModel):
     def _look_at_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        fields = [field.alias or name for name, field in cls.model_fields.items()]
-        given = {}
+        given, names = {}, _names(cls)
         for name, value in data.items():
-            if name in fields:
+            if name in names:
                 given[name] = value
             elif name not in cls.refused:
-                known = suggest(name, fields)
+                known = suggest(name, names)
                 raise PydanticCustomError(
                     UNKNOWN, "unknown field. {known}", {"name": name, "known": known}
                 )
@@ -45,6 +52,12 @@ class Wire(BaseModel):
                     REFUSED, "{reason}", {"name": name, "reason": cls.refused[name]}
                 )
         return given
+
+
+@cache
+def _names(shape: type[BaseModel]) -> frozenset[str]:
+    """The names of a shape's fields in JSON."""
+    return frozenset(field.alias or name for name, field in shape.model_fields.items())
 
 
 class Shape(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from qwenkit.server.wire.base import Shape, Wire
+from qwenkit.server.wire.base import Few, Many, Shape, Wire
 from qwenkit.server.wire.generation import MOST_LOGPROBS, MOST_SEED, GenerationFields, Text
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -29,6 +29,9 @@ class RefusalPart(Wire):
 
     type: Literal["refusal"]
     refusal: str
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class FunctionCall(Wire):
@@ -56,14 +59,14 @@ class ChatMessage(Wire):
     }
 
     role: Role
-    content: str | list[TextPart | RefusalPart] | None = None
+    content: str | Few[Part] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Few[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
     reasoning_content: str | None = None
     refusal: str | None = Field(None, description="Of a reply given back; read as its content.")
-    annotations: list[Any] | None = Field(None, description="Of a reply given back; not used.")
+    annotations: Few[Any] | None = Field(None, description="Of a reply given back; not used.")
     parsed: Any = Field(None, description="As the openai client adds it to a reply; not used.")
     id: str | None = Field(
         None, description="Of a tool's result: its call, as qwen-agent names it for tool_call_id."
@@ -78,7 +81,7 @@ class FunctionDefinition(Wire):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | list[dict[str, Any]] | None = None
+    parameters: dict[str, Any] | Few[dict[str, Any]] | None = None
     strict: bool | None = Field(None, description="The arguments keep to the schema, always.")
 
 
@@ -107,7 +110,7 @@ class QwenFunction(Wire):
 
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, Any] | list[dict[str, Any]] | None = None
+    parameters: dict[str, Any] | Few[dict[str, Any]] | None = None
     name_for_human: str | None = None
     name_for_model: str | None = None
     description_for_model: str | None = None
@@ -162,7 +165,7 @@ class ChatRequest(GenerationFields):
         "prompt_cache_retention": "the cache keeps what it has room for; leave it out.",
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_SEED)
     max_tokens: int | None = Field(None, ge=1, le=MOST_SEED)
     max_length: int | None = Field(
@@ -174,10 +177,10 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[ToolDefinition] | None = None
+    tools: Few[ToolDefinition] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[QwenFunction] | None = None
+    functions: Few[QwenFunction] | None = None
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(
@@ -185,7 +188,7 @@ class ChatRequest(GenerationFields):
     )
     chat_template_kwargs: dict[Text, Any] | None = None
     store: Literal[False] | None = Field(None, description="Nothing is stored here.")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Few[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Annotated[str, Field(max_length=256)] | None = Field(
         None, description="As `user`, where that is left out."

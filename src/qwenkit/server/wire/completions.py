@@ -7,17 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from qwenkit.server.wire.base import Shape
+from qwenkit.server.wire.base import Many, Shape
 from qwenkit.server.wire.chat import UsageShape
 from qwenkit.server.wire.generation import MOST_LOGPROBS, MOST_SEED, GenerationFields
 
-TokenId = Annotated[int, Field(ge=0, le=MOST_SEED)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+# That they are of the vocabulary is looked at where the event loop does not wait for it.
+Ids = Annotated[list[int], Field(fail_fast=True, min_length=1, max_length=1 << 20)]
 Prompt = (
     str
     | Ids
-    | Annotated[list[str], Field(min_length=1)]
-    | Annotated[list[Ids], Field(min_length=1)]
+    | Annotated[Many[str], Field(min_length=1)]
+    | Annotated[Many[Ids], Field(min_length=1)]
 )
 MAX_TOKENS = 16  # OpenAI's default
 

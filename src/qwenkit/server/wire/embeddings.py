@@ -10,8 +10,9 @@ from qwenkit.server.wire.base import Shape, Wire
 from qwenkit.server.wire.completions import Ids
 
 MOST_INPUTS = 2048  # OpenAI's limit
-Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
-IdLists = Annotated[list[Ids], Field(min_length=1, max_length=MOST_INPUTS)]
+_SOME = Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)
+Texts = Annotated[list[str], _SOME]
+IdLists = Annotated[list[Ids], _SOME]
 
 
 class EmbeddingRequest(Wire):

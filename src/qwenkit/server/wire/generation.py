@@ -6,18 +6,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from qwenkit.server.errors import ApiError
-from qwenkit.server.wire.base import Wire
+from qwenkit.server.wire.base import Few, Many, Wire, said
 
 MOST_SEED = 2**63 - 1
 COLD = 0.01  # below this temperature the first generation's server took the most likely token
 MOST_N = 128
 MOST_LOGPROBS = 20
+MOST_BIASES = 1024
 
 Text = Annotated[str, Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+
+
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)
+]
+
+
+def _few_biases(value: Any) -> Any:
+    """Their number before each is looked at."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise said(f"got {len(value)} entries; allowed: {MOST_BIASES}.")
+    return value
 
 
 class StreamOptions(Wire):
@@ -52,7 +65,7 @@ class GenerationFields(Wire):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: Annotated[Biases, BeforeValidator(_few_biases)] | None = Field(
         None, description="Token ids, as texts of digits, and what is added to their logits."
     )
     seed: int | None = Field(None, ge=0, le=MOST_SEED)
@@ -65,8 +78,8 @@ class GenerationFields(Wire):
     )
     max_tokens: int | None = Field(None, ge=0, le=MOST_SEED)
     min_tokens: int | None = Field(None, ge=0, le=MOST_SEED)
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] | None = None
+    stop: Text | Many[Text] | None = None
+    stop_token_ids: Many[Annotated[int, Field(ge=0, le=MOST_SEED)]] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -77,9 +90,9 @@ class GenerationFields(Wire):
         None, description="The output is JSON of this schema; true: any object."
     )
     guided_regex: Text | None = None
-    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    guided_choice: Annotated[Many[Text], Field(min_length=1)] | None = None
     guided_grammar: Text | None = Field(None, description="A Lark grammar whose rule is start.")
-    allowed_scripts: list[Text] | Text | None = Field(
+    allowed_scripts: Few[Text] | Text | None = Field(
         None, description="Unicode scripts; the output ends before a letter of another one."
     )
     loop_detection: bool | LoopDetectionFields | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from qwenkit.server.wire.base import Shape, Wire
+from qwenkit.server.wire.base import Few, Many, Shape, Wire
 from qwenkit.server.wire.chat import Name, ToolDefinition
 from qwenkit.server.wire.embeddings import Texts
 from qwenkit.server.wire.generation import MOST_SEED, Penalty, Text
@@ -46,7 +46,7 @@ class OllamaOptions(Wire):
     repeat_last_n: Literal[-1] | None = Field(None, description="The penalty sees the whole text.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Few[Text] | None = None
     mirostat: Literal[0] | None = Field(None, description="Not supported; 0 is off.")
     typical_p: Literal[1] | None = Field(None, description="Not supported; 1 is off.")
     tfs_z: Literal[1] | None = Field(None, description="Not supported; 1 is off.")
@@ -78,7 +78,7 @@ class OllamaMessage(Wire):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    tool_calls: list[OllamaCall] | None = None
+    tool_calls: Few[OllamaCall] | None = None
     tool_name: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
@@ -102,8 +102,8 @@ class OllamaFields(Wire):
 class OllamaChat(OllamaFields):
     """A conversation to go on with. Without messages: a question whether the model is loaded."""
 
-    messages: list[OllamaMessage] = Field(default_factory=list)
-    tools: list[ToolDefinition] | None = None
+    messages: Many[OllamaMessage] = Field(default_factory=list)
+    tools: Few[ToolDefinition] | None = None
 
 
 class OllamaGenerate(OllamaFields):

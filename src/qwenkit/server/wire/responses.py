@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from qwenkit.server.wire.base import Shape, Wire
+from qwenkit.server.wire.base import Few, Many, Shape, Wire
 from qwenkit.server.wire.chat import Name, PromptDetails, TokenLogprob
 from qwenkit.server.wire.generation import MOST_LOGPROBS, MOST_SEED, Text
 
@@ -20,8 +20,8 @@ class ContentPart(Wire):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: Few[Any] | None = None
+    logprobs: Many[Any] | None = None
 
 
 class RefusedPart(Wire):
@@ -36,7 +36,7 @@ class MessageItem(Wire):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart | RefusedPart]
+    content: str | Few[ContentPart | RefusedPart]
     id: str | None = None
     status: Status | None = None
     phase: str | None = None
@@ -58,7 +58,7 @@ class OutputItem(Wire):
 
     type: Literal["function_call_output"]
     call_id: Text
-    output: str | list[ContentPart]
+    output: str | Few[ContentPart]
     id: str | None = None
     status: Status | None = None
 
@@ -75,13 +75,25 @@ class ThoughtItem(Wire):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[ThoughtPart] = Field(default_factory=list)
-    content: list[ThoughtPart] | None = None
+    summary: Few[ThoughtPart] = Field(default_factory=list)
+    content: Few[ThoughtPart] | None = None
     encrypted_content: None = None
     status: Status | None = None
 
 
-InputItem = MessageItem | CallItem | OutputItem | ThoughtItem
+def _kind(item: Any) -> str | None:
+    """An item's type; a message need not name it."""
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[OutputItem, Tag("function_call_output")]
+    | Annotated[ThoughtItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
 
 
 class FunctionTool(Wire):
@@ -141,7 +153,7 @@ class ResponsesRequest(Wire):
     }
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[Many[InputItem], Field(min_length=1)]
     instructions: str | None = Field(None, description="Stands before the input as system message.")
     max_output_tokens: int | None = Field(None, ge=1, le=MOST_SEED)
     temperature: float | None = Field(None, ge=0, le=100)
@@ -152,12 +164,12 @@ class ResponsesRequest(Wire):
     seed: int | None = Field(None, ge=0, le=MOST_SEED)
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Few[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Few[Literal["message.output_text.logprobs"]] | None = None
     truncation: Literal["disabled"] | None = Field(None, description="A prompt is never cut.")
     store: Literal[False] | None = Field(None, description="Nothing is stored here.")
     background: Literal[False] | None = None

@@ -1,0 +1,229 @@
+"""The chat page as its users have it: a real process, in a real browser.
+
+The page's process says which addresses it asks for; the browser says what it requests, and whether
+a script ran that should not have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WAIT_MS = 30_000
+
+# Every address that the process looks up or connects to is written to the file in the first word.
+_WATCHED = """
+import sys
+log = open(sys.argv.pop(1), "a", buffering=1)
+def watch(event, args):
+    if event == "socket.connect":
+        log.write(f"{args[1][0] if isinstance(args[1], tuple) else args[1]}\\n")
+    elif event == "socket.getaddrinfo":
+        log.write(f"{args[0]}\\n")
+sys.addaudithook(watch)
+from qwenkit.cli.main import main
+main()
+"""
+
+# Set before any script of the page: counts what its policy had to stop.
+_WATCHER = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (event) =>
+  window.violations.push(`${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
+"""
+
+
+@contextmanager
+def running_page(url: str, folder: Path, *options: str) -> Iterator[str]:
+    """`qwenkit web` for the server at `url`; gives its address.
+
+    What it asked for stands in `folder`/asked.txt.
+    """
+    log = folder / "asked.txt"
+    command = [sys.executable, "-c", _WATCHED, str(log), "web", "--url", url]
+    command += ["--server-port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if found := re.search(r"http://[\d.]+:\d+/", line):
+                break
+        else:
+            raise AssertionError(f"the page never opened:\n{said}")
+        draining = threading.Thread(target=process.stderr.read, daemon=True)
+        draining.start()
+        yield found[0]
+        process.terminate()
+        process.wait(20)
+        draining.join(20)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+class Outside:
+    """An address that nothing may ask: `asked` holds the paths of those who did."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        asked = self.asked
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_error(404)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """Debian's Chromium. Skips where it is not."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian's package chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield opened
+        opened.close()
+
+
+class Chat:
+    """One tab with the page: what a person does with it, and what it must never do."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        self.address = address
+        self.requested: list[str] = []
+        self.errors: list[str] = []
+        context.add_init_script(_WATCHER)
+        self.page = context.new_page()
+        self.page.set_default_timeout(WAIT_MS)
+        self.page.on("request", self._note)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
+        self.open()
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.requested.append(request.url)
+
+    def open(self) -> None:
+        """Load the page, or load it again."""
+        self.page.goto(self.address)
+        self.page.wait_for_selector("body.q-ready")
+        self.page.wait_for_function(
+            "() => document.querySelector('#q-current input')?.value.length > 10"
+        )
+
+    def write(self, text: str) -> None:
+        """Put `text` into the box, as if it were pasted."""
+        self.page.evaluate(
+            """(text) => {
+                const box = document.querySelector("#q-message textarea");
+                box.focus();
+                box.value = text;
+                box.dispatchEvent(new Event("input", { bubbles: true }));
+            }""",
+            text,
+        )
+
+    def say(self, text: str, *, wait: bool = True) -> None:
+        """Send `text`, and wait until the answer is complete."""
+        before = self.revision
+        self.write(text)
+        self.page.locator("#q-message textarea").press("Enter")
+        if wait:
+            self.wait_for_answer(before)
+
+    @property
+    def conversation(self) -> dict[str, Any]:
+        """The conversation that the page holds."""
+        value = self.page.evaluate("document.querySelector('#q-current input').value")
+        held: dict[str, Any] = json.loads(value)
+        return held
+
+    @property
+    def revision(self) -> int:
+        """It grows with every change."""
+        return int(self.conversation["revision"])
+
+    @property
+    def texts(self) -> list[str]:
+        """What was said, turn by turn."""
+        return [turn.get("text", "") for turn in self.conversation["turns"]]
+
+    def wait_for_answer(self, before: int) -> None:
+        """Until the box takes a message again and more has been said than at revision `before`."""
+        self._wait(
+            """(before) => {
+                const held = JSON.parse(document.querySelector("#q-current input").value);
+                const isReady = document.querySelector("#q-message .submit-button");
+                const isComing = document.querySelector("#q-live .q-coming");
+                return held.revision > before + 1 && isReady && !isComing;
+            }""",
+            before,
+        )
+
+    def wait_for_revision(self, revision: int) -> None:
+        """Until the conversation is that far."""
+        script = "(r) => JSON.parse(document.querySelector('#q-current input').value).revision >= r"
+        self._wait(script, revision)
+
+    def _wait(self, script: str, number: int) -> None:
+        """Until `script` of `number` is true; what the page says then is in the error."""
+        from playwright.sync_api import TimeoutError as TooLongError
+
+        try:
+            self.page.wait_for_function(script, arg=number)
+        except TooLongError as error:
+            note = self.page.inner_text("#q-note")
+            box = self.page.input_value("#q-message textarea")
+            shown = self.page.inner_text("body")[-1000:]
+            raise AssertionError(f"{note=} {box=} {self.conversation=} {shown=}") from error
+
+    def wait_for_text(self, selector: str, text: str) -> None:
+        """Until what `selector` finds holds `text`."""
+        self.page.locator(selector).filter(has_text=text).first.wait_for()
+
+    def check_harmless(self, place: str = "") -> None:
+        """No script ran that is not the page's, nothing was stopped, and nothing outside asked."""
+        assert self.page.evaluate("window.hacked") is None, place
+        assert self.page.evaluate("window.violations") == [], place
+        assert self.requested == [], place
+        assert self.errors == [], place
+        links = self.page.evaluate("[...document.links].map((link) => link.protocol)")
+        assert set(links) <= {"http:", "https:", "mailto:"}, place
+        assert (
+            self.page.evaluate(
+                "[...document.querySelectorAll('#q-past *, #q-live *')].filter((e) => "
+                "e.matches('script,style,iframe,object,embed,img,video,audio,form,input,link,meta,base')"
+                " || [...e.attributes].some((a) => a.name.startsWith('on')))"
+                ".map((e) => e.outerHTML.slice(0, 200))"
+            )
+            == []
+        ), place
