@@ -128,6 +128,8 @@ class QuantizeSettings:
         bits = self._bits(path)
         if bits is None:
             return None
+        if self.method in _FIXED_BITS:
+            return Target(bits, WHOLE_ROW)
         widths = every_width if self.is_awq_layout else (columns,)
         return Target(bits, fitting_group(widths, self.group_size or GROUP_SIZES[0], path))
 
