@@ -26,7 +26,7 @@ from qwenkit.layers.position import QwenNtk
 from qwenkit.load import load, load_tokenizer, read_architecture
 from qwenkit.models import qwen, qwen2
 from qwenkit.models.rows import fill_rows
-from qwenkit.padding import Padded, Width, pad_for_tensor_parallel
+from qwenkit.padding import Padded, pad_for_tensor_parallel
 from qwenkit.record import read_record
 from qwenkit.save import (
     CHATML_TEMPLATE,
@@ -102,8 +102,7 @@ class ExportedFolder:
     """The files of the weights that were written and, where it was padded, how."""
 
     weights: list[Path]
-    widths: tuple[Width, ...] = ()
-    remarks: tuple[str, ...] = ()
+    padded: Padded | None = None
 
 
 def export_folder(
@@ -129,17 +128,18 @@ def export_folder(
         return ExportedFolder(save_folder(loaded, folder, shard_bytes=shard_bytes))
     load_tokenizer(checkpoint)  # a folder that lacks one is refused before anything is written
     read_architecture(checkpoint)
-    padded = Padded(checkpoint)
+    padded = None
     if pad_for_tp != 1:
         padded = pad_for_tensor_parallel(checkpoint, pad_for_tp, group_size=group_size)
-    tensors = padded.checkpoint.tensors
+    written = checkpoint if padded is None else padded.checkpoint
+    tensors = written.tensors
     extra = checkpoint.tokenizer_config.get("extra_vocab_file")
     names = [*TOKENIZER_FILES, *([extra] if extra else [])]
     told = _Told(sum(tensor.size_bytes for tensor in tensors.values()), progress)
     weights = write_model_folder(
         folder,
         checkpoint,
-        padded.checkpoint.config,
+        written.config,
         {
             name: Planned(tensor.shape, PLAIN[tensor.storage], partial(told.read, tensor))
             for name, tensor in tensors.items()
@@ -147,7 +147,7 @@ def export_folder(
         tokenizer_files=partial(copy_files, checkpoint.folder, names=names),
         shard_bytes=shard_bytes,
     )
-    return ExportedFolder(weights, padded.widths, padded.remarks)
+    return ExportedFolder(weights, padded)
 
 
 class _Told:

@@ -52,13 +52,20 @@ class Width:
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """A checkpoint that splits over `ranks` devices as far as padding goes, its changed widths, and
+    """A checkpoint that splits over several devices as far as padding goes, its changed widths, and
     in sentences what padding cannot make divisible.
     """
 
     checkpoint: Checkpoint
     widths: tuple[Width, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    def said(self, ranks: int) -> list[str]:
+        """What was done for so many devices, in sentences."""
+        if not self.widths:
+            return [f"Every width splits over {ranks} devices as it is.", *self.remarks]
+        widths = [f"{w.key}: {w.before:,} wide, padded to {w.after:,}." for w in self.widths]
+        return [*widths, *self.remarks]
 
 
 def pad_for_tensor_parallel(

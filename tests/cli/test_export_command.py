@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from qwenkit.checkpoint import open_checkpoint
-from qwenkit.checkpoint.imatrix import ColumnSquares, Imatrix, write_imatrix
+from qwenkit.checkpoint.imatrix import ColumnSquares, Imatrix, read_imatrix, write_imatrix
 from qwenkit.cli.main import app
 from tiny import write_tiny_checkpoint
 
@@ -70,6 +70,10 @@ def test_a_folder_is_written_and_padded(run: CliRunner, model: Path, tmp_path: P
         (["--gguf", "q8_0", "--folder"], "Say what to write"),
         (["--gguf", "q4_k_l"], "--gguf: got 'q4_k_l'. Did you mean 'q4_k_"),
         (["--folder", "--imatrix", "x"], "--imatrix: only for --gguf."),
+        (["--folder", "--calibrate", "x"], "--calibrate: only for --gguf."),
+        (["--gguf", "q8_0", "--imatrix", "x", "--calibrate", "x"], "give one of them"),
+        (["--gguf", "q8_0", "--save-imatrix", "x"], "--save-imatrix: only with --calibrate."),
+        (["--gguf", "q8_0", "--calibrate", "/none/x"], "data: '/none/x' cannot be read"),
         (["--gguf", "q8_0", "--pad-for-tp", "2"], "--pad-for-tp: only for --folder"),
         (["--folder", "--group-size", "64"], "--group-size: only for --pad-for-tp."),
         (["--gguf", "q8_0", "--imatrix", "/none/x"], "/none/x: imatrix: cannot be read"),
@@ -82,3 +86,25 @@ def test_what_does_not_go_together_is_refused(
     assert done.exit_code in (1, 2)
     assert message in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_an_importance_matrix_is_computed_and_kept(
+    run: CliRunner, model: Path, tmp_path: Path
+) -> None:
+    text, kept = tmp_path / "text.txt", tmp_path / "kept.gguf"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    call = ["export", str(model), str(first), "--gguf", "iq4_nl", "--calibrate", str(text)]
+    done = run.invoke(app, [*call, "--rows", "3", "--max-len", "64", "--save-imatrix", str(kept)])
+    assert done.exit_code == 0, done.stderr
+    assert "no entry" not in done.stdout
+    imatrix = read_imatrix(kept)
+    assert (imatrix.datasets, imatrix.chunks, imatrix.chunk_tokens) == (("text.txt",), 3, 64)
+    call = ["export", str(model), str(second), "--gguf", "iq4_nl", "--imatrix", str(kept)]
+    assert run.invoke(app, call).exit_code == 0
+    assert first.read_bytes() == second.read_bytes()
+    plain = tmp_path / "c.gguf"
+    run.invoke(app, ["export", str(model), str(plain), "--gguf", "iq4_nl"])
+    name = "blk.0.attn_q.weight"
+    blocks = [open_checkpoint(file).tensors[name].read() for file in (first, plain)]
+    assert not torch.equal(*blocks)

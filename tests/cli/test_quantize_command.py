@@ -100,6 +100,36 @@ def test_rounding_needs_no_data(made: tuple[Path, Path], tmp_path: Path) -> None
     assert json.loads((out / "quality.json").read_text())["own_perplexity"] is None
 
 
+def test_a_width_is_padded_first(made: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = made
+    out = tmp_path / "out"
+    given = ("quantize", model, out, "--data", data, "--group-size", 32, "--no-speed", *LOOSE)
+    done = run(*given, "--pad-for-tp", 4)
+    assert done.exit_code == 0, done.output
+    assert "intermediate_size: 96 wide, padded to 128." in done.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert config["intermediate_size"] == 128
+    assert config["quantization_config"]["group_size"] == 32
+    unlike = run("compare", model, out, *LOOSE)
+    assert "pad the other too: qwenkit export" in unlike.output
+    padded = tmp_path / "padded"
+    run("export", model, padded, "--folder", "--pad-for-tp", 4, "--group-size", 32)
+    assert run("compare", padded, out, "--text", data, *LOOSE).exit_code == 0
+
+
+def test_published_figures_stand_beside_a_comparison(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    parent = tmp_path / "Qwen2-0.5B-Instruct"
+    parent.symlink_to(made[0])
+    shown = run("compare", parent, made[0], *LOOSE)
+    assert shown.exit_code == 0, shown.output
+    assert (
+        "Published, on other machines:\nQwen2-0.5B-Instruct: Qwen2 Instruct in BF16" in shown.stdout
+    )
+    assert "  GPTQ-Int4: average 29.7%, MMLU 33.0%, C-Eval 39.2%" in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qwenkit.checkpoint.hub import resolve
-from qwenkit.cli import console, download, options
+from qwenkit.cli import console, download, figures, options
 from qwenkit.cli import quality_options as quality
 from qwenkit.cli.grouped import grouped
 
@@ -33,6 +33,8 @@ def command(
 ) -> None:
     """Show a quantized, merged or converted model beside its parent: perplexity, KL, the share of
     tokens after which both find the same one likeliest, and the matrices furthest apart.
+
+    What was published of the parent and its quantized forms is shown below.
 
     Without --text both are run on random tokens: enough to find a matrix that is wrong, not to say
     what is lost. Ends with status 1 where the model is beyond the limits, or where a matrix is off
@@ -70,5 +72,6 @@ def command(
         console.say_json(sheet.to_json())
     else:
         console.say(sheet.to_markdown(), end="")
+        figures.say_beside(parent, "quality")
     if sheet.refusals():
         raise typer.Exit(1)

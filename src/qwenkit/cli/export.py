@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +11,14 @@ import typer
 
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console, download, options
+from qwenkit.cli import quality_options as quality
+from qwenkit.cli.grouped import grouped
 from qwenkit.errors import UsageError, suggest
 
 if TYPE_CHECKING:
+    from qwenkit.checkpoint.imatrix import Imatrix
     from qwenkit.quantize.gguf_export import Exported
+    from qwenkit.quantize.stream import LayerSource
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name on the hub, folder or file.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to write.")]
@@ -31,10 +36,50 @@ ImatrixFile = Annotated[
     typer.Option(
         "--imatrix",
         metavar="FILE",
-        help="An importance matrix of llama-imatrix, GGUF or .dat, or of --save-imatrix.",
+        help="Round by an importance matrix: of llama-imatrix (GGUF or .dat) or --save-imatrix.",
         show_default=False,
     ),
 ]
+Calibrate = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibrate",
+        metavar="FILE",
+        help="Round by an importance matrix computed from this: plain text, conversations of "
+        'fine-tuning or {"text"} lines; may be given several times.',
+    ),
+]
+SaveImatrix = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-imatrix",
+        metavar="FILE",
+        help="With --calibrate: keep the importance matrix, as llama-imatrix writes it.",
+        show_default=False,
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ImportanceOptions:
+    """What says how much each column counts; see `qwenkit.cli.grouped`."""
+
+    imatrix: ImatrixFile = None
+    calibrate: Calibrate = None
+    rows: quality.Rows = 128
+    max_len: quality.MaxLen = None
+    save_imatrix: SaveImatrix = None
+
+    def check(self, gguf: str | None) -> None:
+        """Raises UsageError for options that do not go together."""
+        named = {"--imatrix": self.imatrix, "--calibrate": self.calibrate}
+        given = [name for name, value in named.items() if value]
+        if len(given) > 1:
+            raise UsageError("--imatrix and --calibrate: give one of them.")
+        if given and gguf is None:
+            raise UsageError(f"{given[0]}: only for --gguf.")
+        if self.save_imatrix is not None and not self.calibrate:
+            raise UsageError("--save-imatrix: only with --calibrate.")
 
 
 AsFolder = Annotated[
@@ -62,11 +107,13 @@ PadGroupSize = Annotated[
 ]
 
 
+@grouped
 def command(
     model: Model,
     out: Out,
+    *,
     gguf: Gguf = None,
-    imatrix: ImatrixFile = None,
+    importance: ImportanceOptions,
     folder: AsFolder = False,
     pad_for_tp: PadForTp = None,
     group_size: PadGroupSize = None,
@@ -87,38 +134,73 @@ def command(
     Examples:
       qwenkit export Qwen/Qwen2-0.5B-Instruct qwen2.gguf --gguf q4_k_m
       qwenkit export ./my-model my-model.gguf --gguf bf16
+      qwenkit export ./my-model my-model.gguf --gguf iq4_xs --calibrate chats.jsonl
       qwenkit export ./my-model my-model.gguf --gguf q4_0 --imatrix my-model.imatrix.gguf
       qwenkit export ./my-model ./padded --folder --pad-for-tp 8
     """
     options.check_names_a_hub(model, {"--revision": revision})
     from qwenkit.quantize.gguf_scheme import SCHEMES  # torch: seconds that --help does without
 
-    _check(gguf, folder, SCHEMES, imatrix=imatrix, pad_for_tp=pad_for_tp, group_size=group_size)
-    read = None
-    if imatrix is not None:
+    _check(gguf, folder, SCHEMES, pad_for_tp=pad_for_tp, group_size=group_size)
+    importance.check(gguf)
+    given = None
+    if importance.imatrix is not None:
         from qwenkit.checkpoint.imatrix import read_imatrix
 
-        read = read_imatrix(imatrix)
+        given = read_imatrix(importance.imatrix)
     with download.bars() as bars:
-        source = resolve(model, offline=offline, revision=revision, progress=bars)
+        path = resolve(model, offline=offline, revision=revision, progress=bars)
     if gguf is None:
-        _write_folder(source, out, pad_for_tp, group_size)
+        _write_folder(path, out, pad_for_tp, group_size)
         return
+    _write_gguf(path, out, gguf, importance, given)
+
+
+def _write_gguf(
+    path: Path, out: Path, gguf: str, importance: ImportanceOptions, given: Imatrix | None
+) -> None:
     from qwenkit.kernels.cpu import register
     from qwenkit.quantize.gguf_export import export_gguf
+    from qwenkit.quantize.stream import LayerSource
 
     register()
+    source = LayerSource(path)
+    if importance.calibrate:
+        given = _calibrated(source, importance)
     with console.progress(f"Writing {out} …") as show:
+        file = importance.imatrix or importance.save_imatrix
         done = export_gguf(
             source,
             out,
             gguf,
-            imatrix=read,
-            imatrix_file="" if imatrix is None else str(imatrix),
+            imatrix=given,
+            imatrix_file="" if file is None else str(file),
             progress=show,
         )
     for line in _report(done):
         console.say(line)
+
+
+def _calibrated(source: LayerSource, given: ImportanceOptions) -> Imatrix:
+    from qwenkit.checkpoint.imatrix import write_imatrix
+    from qwenkit.quantize.calibrate import read_rows
+    from qwenkit.quantize.importance import compute_imatrix
+
+    files = given.calibrate or []
+    shown = read_rows(
+        files,
+        files,  # nothing is kept back: nothing is judged
+        source.tokenizer,
+        source.record,
+        most_rows=given.rows,
+        most_tokens=given.max_len,
+    )
+    with console.progress("Computing the importance matrix …") as show:
+        dataset = ", ".join(file.name for file in files)
+        made = compute_imatrix(source, shown.calibration, dataset=dataset, progress=show)
+    if given.save_imatrix is not None:
+        write_imatrix(made, given.save_imatrix)
+    return made
 
 
 def _check(
@@ -126,7 +208,6 @@ def _check(
     folder: bool,
     schemes: Collection[str],
     *,
-    imatrix: Path | None,
     pad_for_tp: int | None,
     group_size: int | None,
 ) -> None:
@@ -136,8 +217,6 @@ def _check(
         raise UsageError(f"Say what to write: --gguf TYPE, one of {kinds}; or --folder.")
     if gguf is not None and gguf.lower() not in schemes:
         raise UsageError(f"--gguf: got {gguf!r}. {suggest(gguf, schemes)}")
-    if folder and imatrix is not None:
-        raise UsageError("--imatrix: only for --gguf.")
     if pad_for_tp is not None and not folder:
         raise UsageError("--pad-for-tp: only for --folder; llama.cpp splits any width.")
     if group_size is not None and pad_for_tp is None:
@@ -153,12 +232,9 @@ def _write_folder(source: Path, out: Path, pad_for_tp: int | None, group_size: i
         )
     count = len(done.weights)
     console.say(f"{out}: {count} file{'s' if count > 1 else ''} of weights.")
-    if pad_for_tp is not None and not done.widths:
-        console.say(f"Every width splits over {pad_for_tp} devices as it is.")
-    for width in done.widths:
-        console.say(f"{width.key}: {width.before:,} wide, padded to {width.after:,}.")
-    for remark in done.remarks:
-        console.say(remark)
+    if pad_for_tp is not None and done.padded is not None:
+        for line in done.padded.said(pad_for_tp):
+            console.say(line)
 
 
 def _report(done: Exported) -> list[str]:

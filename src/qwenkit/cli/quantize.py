@@ -19,6 +19,7 @@ from qwenkit.cli.grouped import grouped
 from qwenkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from qwenkit.checkpoint.spec import Checkpoint
     from qwenkit.quantize.layer import MatrixResult
     from qwenkit.quantize.report import Limits, Sheet
     from qwenkit.quantize.run import Step
@@ -89,6 +90,16 @@ Rules = Annotated[
         "may be given several times, the last one counts.",
     ),
 ]
+PadForTp = Annotated[
+    int | None,
+    typer.Option(
+        "--pad-for-tp",
+        metavar="N",
+        min=1,
+        help="Widen the feed-forward parts by zeros first, so that N devices share whole groups.",
+        show_default=False,
+    ),
+]
 Speed = Annotated[
     bool, typer.Option("--speed/--no-speed", help="Measure how fast the result writes.")
 ]
@@ -114,6 +125,7 @@ class QuantizeOptions:
     act_order: ActOrder = False
     symmetric: Symmetric = None
     rule: Rules = None
+    pad_for_tp: PadForTp = None
 
     def settings(self) -> QuantizeSettings:
         """As the quantizer takes them. Raises UsageError."""
@@ -203,7 +215,8 @@ class _Job:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        start, source = time.monotonic(), LayerSource(self.path)
+        start = time.monotonic()
+        source = LayerSource(_opened(self.path, given.pad_for_tp, self.settings))
         rows = read_rows(
             given.data or (),
             judged.text or (),
@@ -231,6 +244,21 @@ class _Job:
                 }
         publish(work, sheet, force=force)
         return sheet
+
+
+def _opened(path: Path, pad_for_tp: int | None, settings: QuantizeSettings) -> Checkpoint:
+    """The model to quantize, padded where that is asked for: what is done is said."""
+    from qwenkit.checkpoint import open_checkpoint
+    from qwenkit.padding import pad_for_tensor_parallel
+
+    checkpoint = open_checkpoint(path)
+    if pad_for_tp is None:
+        return checkpoint
+    size = settings.to_json()["group_size"] or 64  # of nf4 and int8, which have their own
+    padded = pad_for_tensor_parallel(checkpoint, pad_for_tp, group_size=size if size > 0 else 32)
+    for line in padded.said(pad_for_tp):
+        console.note(line)
+    return padded.checkpoint
 
 
 @contextmanager

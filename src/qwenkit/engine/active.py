@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from qwenkit.engine.constrain import Matcher
 from qwenkit.engine.logprobs import prompt_logprobs
-from qwenkit.engine.plan import Chunk
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.pooling import Pooler
 from qwenkit.engine.request import Limits, Request
-from qwenkit.engine.sampler import Choice, Sampler
+from qwenkit.engine.sampler import Choice, Sampler, choose_together, together
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import NonFiniteError, QwenkitError
 from qwenkit.types.events import FinishEvent, PromptEvent, TokenEvent, Usage
@@ -83,9 +83,18 @@ class Active:
         pools_all = request.embedding is not None and request.embedding.pooling == "mean"
         return 0 if pools_all or request.sampling.prompt_logprobs is not None else None
 
-    def take(self, chunk: Chunk, rows: torch.Tensor) -> Taken:
+    def sampler_of(self, chunk: Chunk) -> Sampler | None:
+        """What samples the last of a chunk's rows, if it is the only one sampled and nothing else
+        has a say: then it can be chosen together with others'.
+        """
+        samples = chunk.sample and self._pooler is None and self.request.scored_from is None
+        alone = self._matcher is None and not chunk.drafted and self._sampler.joins
+        return self._sampler if samples and alone else None
+
+    def take(self, chunk: Chunk, rows: torch.Tensor, token_id: int | None = None) -> Taken:
         """Make of the rows of a chunk, [chunk.rows, vocab_size], or of a request to be embedded
-        [chunk.rows, hidden_size], what the request is for.
+        [chunk.rows, hidden_size], what the request is for. `token_id` is what was chosen from the
+        last of them, if it was.
         """
         first = chunk.start + len(chunk.token_ids) - chunk.rows
         if self._pooler is not None:
@@ -98,7 +107,7 @@ class Active:
         if known:
             taken.events.append(self._report_prompt(first + 1, rows[:known]))
         if samples:
-            self._sample(chunk, rows[known:], taken)
+            self._sample(chunk, rows[known:], taken, token_id)
         elif chunk.sample:
             taken.ending = Ending("stop")
         return taken
@@ -141,14 +150,17 @@ class Active:
             return PromptEvent(self.request.id, 0, (None, *entries))
         return PromptEvent(self.request.id, start, entries)
 
-    def _sample(self, chunk: Chunk, rows: torch.Tensor, taken: Taken) -> None:
+    def _sample(self, chunk: Chunk, rows: torch.Tensor, taken: Taken, token_id: int | None) -> None:
         """Tokens from rows [drafted + 1, vocab_size], up to the first that is not what was drafted,
         or ends the output.
         """
         drafted = chunk.token_ids[len(chunk.token_ids) - chunk.drafted :]
         for row, guess in zip(rows, (*drafted, None), strict=True):
             try:
-                choice = self._choose(row)
+                if token_id is None:
+                    choice = self._choose(row)
+                else:
+                    choice = self._sampler.take(token_id, row)
             except NonFiniteError:
                 if chunk.drafted:  # a guess may have done that: it is asked again without any
                     return
@@ -170,6 +182,23 @@ class Active:
         choice = self._sampler.choose(row, self._matcher.mask())
         self._matcher.consume(choice.token_id)
         return choice
+
+
+def chosen_together(
+    active: Mapping[str, Active], plan: Plan, pieces: Sequence[torch.Tensor]
+) -> dict[str, int]:
+    """The next token of every request of a plan whose row can be chosen from together with others';
+    `pieces` has the rows of each chunk.
+    """
+    samplers, rows = {}, []
+    for chunk, piece in zip(plan.chunks, pieces, strict=True):
+        sampler = active[chunk.request_id].sampler_of(chunk)
+        if sampler is not None and together(piece):
+            samplers[chunk.request_id] = sampler
+            rows.append(piece[-1])
+    if not rows:
+        return {}
+    return dict(zip(samplers, choose_together([*samplers.values()], rows), strict=True))
 
 
 def describe(error: Exception) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from qwenkit.adapters.bank import Piece
 from qwenkit.adapters.peft_files import LoraAdapter
-from qwenkit.engine.active import Active, describe
+from qwenkit.engine.active import Active, chosen_together, describe
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.constrain import Grammars, Matcher
 from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
@@ -204,12 +204,14 @@ class Engine:
         self._end_overdue()
         plan = self._scheduler.schedule(self._drafts())
         pieces = self._runner.rows(plan, self._adapter_keys(plan)) if plan.chunks else ()
+        chosen = chosen_together(self._active, plan, pieces)
         events: list[Event] = [*self._take_untold()]
         sampled: dict[str, tuple[int, ...]] = {}
         endings: dict[str, Ending] = {}
         for chunk, rows in zip(plan.chunks, pieces, strict=True):
             try:
-                taken = self._active[chunk.request_id].take(chunk, rows)
+                token_id = chosen.get(chunk.request_id)
+                taken = self._active[chunk.request_id].take(chunk, rows, token_id)
             except Exception as error:
                 if isinstance(error, NonFiniteError):
                     error = self._located(error, chunk)

@@ -9,16 +9,17 @@ Nothing here sees another request: a row is worked on alone, and the random numb
 token depends on nothing but the request's seed and the token's place in the output. So a seed gives
 the same tokens in any batch, in any chunking and after any preemption, if the logits are the same.
 
-All of it is numpy in the thread that asks. torch works on more than 32,768 numbers with its whole
-OpenMP team, and a decoding engine whose other threads have such teams too spends longer on waking
-and spinning than on a row of 151,936 logits.
+Where there are native kernels, all rows of a step are worked on in one call of them, in which each
+is alone too; else, and where only some tokens are allowed, row by row in numpy. torch works on more
+than 32,768 numbers with its whole OpenMP team, and a decoding engine whose other threads have such
+teams too spends longer on waking and spinning than on a row of 151,936 logits.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -37,9 +38,14 @@ from qwenkit.engine.logprobs import (
     token_logprob,
 )
 from qwenkit.errors import RequestError
+from qwenkit.kernels.ops.sample_tokens import sample_tokens
 from qwenkit.types.sampling import SamplingParams
 
 Bools = NDArray[numpy.bool_]
+_NO_IDS = numpy.empty(0, numpy.int64)
+_NO_NUMBERS = numpy.empty(0, numpy.float32)
+_FEW = 1024  # of top-k: so many are sorted as fast by the kernel
+_NOT_FINITE = -1  # in place of a token: no choice could be made
 _LARGEST = numpy.finfo(numpy.float32).max  # so that no penalty makes a score infinite
 _COLDEST = 1e-6  # this is greedy but for exact ties, and differences stay far from fp32's end
 _STRETCH = 512  # weights that are summed at a time before a draw
@@ -81,6 +87,15 @@ class Sampler:
         self._biases = numpy.array([bias for _, bias in sampling.logit_bias], numpy.float32)
         early_stops = sorted(stop_ids) if sampling.min_tokens else []
         self._early_stops = numpy.array(early_stops, numpy.int64)
+        self._rules = (
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            sampling.temperature,
+            float(sampling.top_k),
+            sampling.top_p,
+            sampling.min_p,
+        )
 
     def choose(self, logits: torch.Tensor, allowed: Bools | None = None) -> Choice:
         """The next token, from logits [vocab_rows] of any float dtype on any device; one of those
@@ -89,6 +104,9 @@ class Sampler:
         Raises NonFiniteError when one of them is no finite number: nothing sensible can be chosen.
         Raises RequestError when only stop tokens are allowed and `min_tokens` puts them off.
         """
+        if allowed is None and self.joins and together(logits):
+            (chosen,) = choose_together((self,), (logits,))
+            return self.take(chosen, logits)
         row = in_fp32(logits)  # [vocab_rows]
         what = f"output token {self._length}"
         if not numpy.isfinite(row[self._adjusted_ids]).all():
@@ -100,14 +118,48 @@ class Sampler:
             for ids, values in reversed(before):
                 row[ids] = values
         if token_id is None or not numpy.isfinite(row[self._vocab_size :]).all():
-            check_finite(row, what)
-        assert token_id is not None, "what is not finite was found"
+            token_id = _NOT_FINITE
+        return self.take(token_id, logits)
+
+    def take(self, token_id: int, logits: torch.Tensor) -> Choice:
+        """What `choose_together` chose from logits [vocab_rows], remembered and reported on.
+
+        Raises NonFiniteError as `choose` does.
+        """
+        if token_id == _NOT_FINITE:
+            check_finite(in_fp32(logits), f"output token {self._length}")
+            raise AssertionError("what is not finite was found")
         self._remember(token_id)
         if self._sampling.logprobs is None:
             return Choice(token_id)
         count = self._sampling.logprobs
+        row = in_fp32(logits)  # [vocab_rows]
         report = token_logprob(row, token_id, count=count, vocab_size=self._vocab_size)
         return Choice(token_id, report.logprob, report.top)
+
+    @property
+    def joins(self) -> bool:
+        """Whether `choose_together` is for it; a nucleus of the whole vocabulary is found faster
+        by numpy, which has a sort of many numbers.
+        """
+        sampling = self._sampling
+        few = 0 < sampling.top_k <= _FEW
+        return sampling.greedy or few or sampling.top_p == 1
+
+    def asks(self) -> tuple[list[float], list[tuple[Indices, Floats]]]:
+        """The next token's row of `settings`, and its ids and numbers of each kind, as the op
+        `sample_tokens` takes them.
+        """
+        sampling = self._sampling
+        number = 0.0 if sampling.greedy else uniform(self._seed, self._length)
+        early = self._length < sampling.min_tokens
+        banned = self._early_stops if early else _NO_IDS
+        return [*self._rules, number], [
+            (self._seen_ids, _zeros(self._seen_ids)),
+            self._counted,
+            (self._biased_ids, self._biases),
+            (banned, _zeros(banned)),
+        ]
 
     def _pick(self, scores: Floats, allowed: Bools | None) -> int | None:
         """The next token by adjusted scores [vocab_size]; None where they are not all finite."""
@@ -140,8 +192,16 @@ class Sampler:
     @property
     def _adjusted_ids(self) -> Indices:
         """The ids whose scores `_adjust` may change."""
-        counted = numpy.array(list(self._output_counts), numpy.int64)
+        counted, _ = self._counted
         return numpy.concatenate((self._seen_ids, counted, self._biased_ids, self._early_stops))
+
+    @property
+    def _counted(self) -> tuple[Indices, Floats]:
+        """Ids of the output whose number matters, and how often each was there."""
+        if not self._output_counts:
+            return _NO_IDS, _NO_NUMBERS
+        ids = numpy.array(list(self._output_counts), numpy.int64)
+        return ids, numpy.array(list(self._output_counts.values()), numpy.float32)
 
     def _adjust(self, row: Floats) -> list[tuple[Indices, Floats]]:
         """Change scores in place by penalties, biases and what may not come yet; returns what stood
@@ -158,8 +218,7 @@ class Sampler:
             ids = self._seen_ids
             change(ids, penalize_repetition(row[ids], sampling.repetition_penalty))
         if self._output_counts:
-            ids = numpy.array(list(self._output_counts), numpy.int64)
-            used = numpy.array(list(self._output_counts.values()), numpy.float32)
+            ids, used = self._counted
             penalties = sampling.presence_penalty, sampling.frequency_penalty
             change(ids, penalize_counts(row[ids], used, *penalties))
         if sampling.logit_bias:
@@ -175,6 +234,41 @@ class Sampler:
         if self._sampling.repetition_penalty != 1 and token_id not in self._seen:
             self._seen.add(token_id)
             self._seen_ids = numpy.append(self._seen_ids, token_id)
+
+
+def _zeros(ids: Indices) -> Floats:
+    return numpy.zeros(len(ids), numpy.float32)
+
+
+def together(logits: torch.Tensor) -> bool:
+    """Whether `choose_together` takes such logits; else they are worked on row by row, in numpy."""
+    native = "cpu" in sample_tokens.backends and logits.is_cpu and logits.stride(-1) == 1
+    return native and logits.dtype is torch.float32
+
+
+def choose_together(samplers: Sequence[Sampler], logits: Sequence[torch.Tensor]) -> list[int]:
+    """The next token of each of one model's samplers, for `Sampler.take`, from its logits
+    [vocab_rows]. A row has the same token as alone.
+    """
+    settings, ids, numbers, ends = [], [], [], [0]
+    for sampler in samplers:
+        rules, kinds = sampler.asks()
+        settings.append(rules)
+        for some, given in kinds:
+            ends.append(ends[-1] + len(some))
+            if len(some):
+                ids.append(some)
+                numbers.append(given)
+    chosen: torch.Tensor = sample_tokens(
+        torch.tensor(settings, dtype=torch.float64),
+        logits,
+        torch.from_numpy(numpy.concatenate(ids) if ids else _NO_IDS),
+        torch.from_numpy(numpy.concatenate(numbers) if ids else _NO_NUMBERS),
+        torch.tensor(ends),
+        min(samplers[0]._vocab_size, len(logits[0])),
+    )  # [rows]
+    tokens: list[int] = chosen.tolist()
+    return tokens
 
 
 def penalize_repetition(scores: Floats, penalty: float) -> Floats:

@@ -120,6 +120,13 @@ def check_alike(parent: LayerSource, own: LayerSource) -> None:
     if parent.anatomy != own.anatomy:
         kinds = " and ".join(s.record.model_type for s in (parent, own))
         raise UsageError(f"model_type: {kinds} have other matrices and cannot be compared.")
+    widths = [getattr(source.config, "intermediate_size", 0) for source in (parent, own)]
+    if widths[0] != widths[1]:
+        raise UsageError(
+            f"intermediate_size: {widths[0]} in {parent.checkpoint.path}, {widths[1]} in "
+            f"{own.checkpoint.path}. Where one was padded, pad the other too: qwenkit export "
+            "MODEL OUT --folder --pad-for-tp N."
+        )
 
 
 class _PartPair:

@@ -20,19 +20,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.gguf_metadata import Metadata
 from qwenkit.checkpoint.gguf_write import TensorEntry, write_gguf
 from qwenkit.checkpoint.imatrix import Imatrix
 from qwenkit.checkpoint.names import given_path
 from qwenkit.checkpoint.storages import BLOCKS, PLAIN, size_bytes
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError
-from qwenkit.fill import fill_part, refuse_another
+from qwenkit.fill import refuse_another
 from qwenkit.formats.ggml_quantize import quantize_blocks
 from qwenkit.kernels.finite import is_finite
 from qwenkit.layers.linear import Embedding
 from qwenkit.layers.weight import QuantWeight
-from qwenkit.load import Loaded, check_layers, load_tokenizer, read_architecture
+from qwenkit.load import Loaded
 from qwenkit.models.published import GgufSlot, gguf_layout
 from qwenkit.quantize.gguf_scheme import (
     Choice,
@@ -41,9 +40,8 @@ from qwenkit.quantize.gguf_scheme import (
     choose_storages,
     find_scheme,
 )
-from qwenkit.record import read_record
+from qwenkit.quantize.stream import LayerSource
 from qwenkit.save import gguf_metadata
-from qwenkit.tensor_names import tensors_by_our_names
 
 _SLAB_NUMBERS = 1 << 20  # of fp32, 4 MiB: each thread holds a few times that
 _QUANTIZATION_VERSION = 2  # of GGML's block layouts
@@ -73,7 +71,7 @@ class Exported:
 
 
 def export_gguf(
-    source: str | Path,
+    source: LayerSource | str | Path,
     path: str | Path,
     gguf: str,
     *,
@@ -91,15 +89,16 @@ def export_gguf(
     numbers that a type cannot hold.
     """
     scheme, target = find_scheme(gguf), given_path("path", path)
-    parts = _Parts(source)
-    slots = gguf_layout(parts.skeleton, parts.architecture)
+    given = source if isinstance(source, LayerSource) else LayerSource(source)
+    _refuse_left_over(given)
+    slots = gguf_layout(given.skeleton, given.architecture)
     shapes = [(slot.name, slot.shape) for slot in slots]
-    choices = choose_storages(scheme, shapes, parts.facts, has_importance=imatrix is not None)
+    choices = choose_storages(scheme, shapes, _facts(given), has_importance=imatrix is not None)
     means = {} if imatrix is None else _importances(slots, choices, imatrix)
-    metadata = gguf_metadata(parts.described()) | _file_metadata(scheme, imatrix, imatrix_file)
+    metadata = gguf_metadata(_described(given)) | _file_metadata(scheme, imatrix, imatrix_file)
     numbers = sum(math.prod(slot.shape) for slot in slots)
     with _one_thread_an_op() as threads, ThreadPoolExecutor(threads) as workers:
-        work = _Work(parts, choices, means, numbers, workers, threads, progress)
+        work = _Work(_Parts(given), choices, means, numbers, workers, threads, progress)
         entries: list[TensorEntry] = [
             (slot.name, slot.shape, choices[slot.name].tag, partial(work.pieces, slot))
             for slot in slots
@@ -138,68 +137,54 @@ def _one_thread_an_op() -> Iterator[int]:
 
 
 class _Parts:
-    """A checkpoint of which the model is built in parts, one at a time."""
+    """The weights of a model, of which one part is held at a time."""
 
-    def __init__(self, source: str | Path) -> None:
-        self.checkpoint = open_checkpoint(source)
-        self.architecture, self.config = read_architecture(self.checkpoint)
-        check_layers(self.checkpoint, self.config)
-        self._tokenizer = load_tokenizer(self.checkpoint)
-        with torch.device("meta"):
-            self.skeleton = self.architecture.build(self.config).eval()
-        self._tensors = tensors_by_our_names(
-            self.architecture, self.checkpoint, self.config.head_dim
-        )
-        self._releases = {t.release for t in self.checkpoint.tensors.values() if t.release}
+    def __init__(self, source: LayerSource) -> None:
+        self._source = source
         self._held: tuple[str, nn.Module] | None = None
-        self._refuse_left_over()
-
-    def described(self) -> Loaded:
-        """All that the checkpoint says of the model, which has no numbers yet."""
-        record = read_record(self.checkpoint, self._tokenizer, self.config)
-        return Loaded(self.skeleton, self.config, record, self._tokenizer, self.checkpoint)
-
-    @property
-    def facts(self) -> ModelFacts:
-        """What the mixtures ask for."""
-        return ModelFacts(
-            arch=self.architecture.gguf_arch,
-            layers=self.config.num_hidden_layers,
-            heads=self.config.num_attention_heads,
-            kv_heads=self.config.num_key_value_heads,
-            experts=getattr(self.config, "num_experts", 0),
-        )
 
     def value(self, path: str, part: str) -> torch.Tensor | QuantWeight:
         """A weight as it is stored. The part of the model that was held before is let go."""
-        unit = _unit(path)
+        source, unit = self._source, _unit(path)
         if self._held is None or self._held[0] != unit:
-            self.let_go()
-            module = copy.deepcopy(self.skeleton.get_submodule(unit))
-            fill_part(unit, module, self.architecture, self.checkpoint, self._tensors, dtype=None)
+            self._held = None
+            source.release()
+            module = copy.deepcopy(source.skeleton.get_submodule(unit))
+            source.fill(unit, module, None)
             self._held = unit, module
-            head = self._tensors.get("lm_head.weight")
-            if isinstance(module, Embedding) and self.config.tie_word_embeddings and head:
+            head = source.tensors.get("lm_head.weight")
+            if isinstance(module, Embedding) and source.config.tie_word_embeddings and head:
                 refuse_another(module.weight, head)
         below = path[len(unit) + 1 :]
         owner = self._held[1].get_submodule(below) if below else self._held[1]
         value: torch.Tensor | QuantWeight = getattr(owner, part)
         return value
 
-    def let_go(self) -> None:
-        """Of the part that is held, and of the memory that its files have filled."""
-        self._held = None
-        for release in self._releases:
-            release()
 
-    def _refuse_left_over(self) -> None:
-        units = {_unit(name.rpartition(".")[0]) for name, _ in self.skeleton.named_parameters()}
-        units.add("lm_head")  # which shares its parameter where it is tied
-        for name in self._tensors:
-            if units.isdisjoint(_steps(name)) and not name.endswith(self.architecture.ignored):
-                raise CheckpointError(
-                    self.checkpoint.path, "tensors", f"belongs to no part of the model: {name}."
-                )
+def _refuse_left_over(source: LayerSource) -> None:
+    units = {_unit(name.rpartition(".")[0]) for name, _ in source.skeleton.named_parameters()}
+    units.add("lm_head")  # which shares its parameter where it is tied
+    for name in source.tensors:
+        if units.isdisjoint(_steps(name)) and not name.endswith(source.architecture.ignored):
+            raise CheckpointError(
+                source.checkpoint.path, "tensors", f"belongs to no part of the model: {name}."
+            )
+
+
+def _facts(source: LayerSource) -> ModelFacts:
+    return ModelFacts(
+        arch=source.architecture.gguf_arch,
+        layers=source.config.num_hidden_layers,
+        heads=source.config.num_attention_heads,
+        kv_heads=source.config.num_key_value_heads,
+        experts=getattr(source.config, "num_experts", 0),
+    )
+
+
+def _described(source: LayerSource) -> Loaded:
+    """All that the checkpoint says of the model, which has no numbers here."""
+    checkpoint, record = source.checkpoint, source.record
+    return Loaded(source.skeleton, source.config, record, source.tokenizer, checkpoint)
 
 
 def _unit(path: str) -> str:
@@ -325,8 +310,9 @@ def _file_metadata(scheme: Scheme, imatrix: Imatrix | None, imatrix_file: str) -
     if scheme.is_quantized:
         metadata["general.quantization_version"] = _QUANTIZATION_VERSION
     if imatrix is not None and scheme.is_quantized:
+        if imatrix_file:
+            metadata["quantize.imatrix.file"] = Path(imatrix_file).name
         metadata |= {
-            "quantize.imatrix.file": Path(imatrix_file).name,
             "quantize.imatrix.entries_count": ("i32", len(imatrix.entries)),
             "quantize.imatrix.chunks_count": ("i32", imatrix.chunks),
         }

@@ -47,7 +47,9 @@ class Held:
 
 
 class LayerSource:
-    """A checkpoint of which the model is built in parts. Raises as `load`."""
+    """A checkpoint of which the model is built in parts; `skeleton` is the whole of it on the meta
+    device. Raises as `load`.
+    """
 
     def __init__(self, path: str | Path | Checkpoint) -> None:
         self.checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
@@ -56,7 +58,7 @@ class LayerSource:
         self.tokenizer: BytePairTokenizer = load_tokenizer(self.checkpoint)
         self.record: ModelRecord = read_record(self.checkpoint, self.tokenizer, self.config)
         with torch.device("meta"):
-            self._skeleton = self.architecture.build(self.config).eval()
+            self.skeleton = self.architecture.build(self.config).eval()
         head_dim = self.config.head_dim
         self.tensors = tensors_by_our_names(self.architecture, self.checkpoint, head_dim)
         self._releases = {t.release for t in self.checkpoint.tensors.values() if t.release}
@@ -82,7 +84,7 @@ class LayerSource:
 
     def meta_layer(self, number: int) -> nn.Module:
         """A decoder layer without numbers."""
-        return copy.deepcopy(self._skeleton.get_submodule(self.layer_path(number)))
+        return copy.deepcopy(self.skeleton.get_submodule(self.layer_path(number)))
 
     def layer(self, number: int) -> tuple[nn.Module, dict[str, Held]]:
         """A decoder layer in fp32, and how its matrices lie in files, by their paths below it.
@@ -90,11 +92,11 @@ class LayerSource:
         The numbers may be changed. What its file has filled of the memory is let go.
         """
         path, layer = self.layer_path(number), self.meta_layer(number)
-        self._fill(path, layer, torch.float32)
+        self.fill(path, layer, torch.float32)
         for parameter in layer.parameters():  # fp32 of a file would be the file's own pages
             parameter.data = parameter.data.clone()
         held = {name: self._plain(path, name, m) for name, m in _matrices(layer)}
-        self._release()
+        self.release()
         return layer, held
 
     def embedded(self, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
@@ -106,22 +108,22 @@ class LayerSource:
             ids = torch.tensor([i for row in rows[first:last] for i in row])
             first = last
             yield embedding(ids, torch.float32)
-        self._release()
+        self.release()
 
     def finish(self) -> HeadModel:
         """The last norm and the head, in fp32."""
-        norm = copy.deepcopy(self._skeleton.get_submodule(self.anatomy.norm))
-        self._fill(self.anatomy.norm, norm, torch.float32)
-        head = copy.deepcopy(self._skeleton.get_submodule("lm_head"))
+        norm = copy.deepcopy(self.skeleton.get_submodule(self.anatomy.norm))
+        self.fill(self.anatomy.norm, norm, torch.float32)
+        head = copy.deepcopy(self.skeleton.get_submodule("lm_head"))
         if self.config.tie_word_embeddings:
             weight = self._embedding().weight
         else:
-            self._fill("lm_head", head, torch.float32)
+            self.fill("lm_head", head, torch.float32)
             weight = head.weight  # type: ignore[assignment]
         plain = weight.dequantize(torch.float32) if isinstance(weight, QuantWeight) else weight
         del head.weight
         head.weight = nn.Parameter(plain.detach().float(), requires_grad=False)
-        self._release()
+        self.release()
         return HeadModel(norm, head)
 
     def context(self, lengths: Sequence[int]) -> PackedCausal:
@@ -130,13 +132,14 @@ class LayerSource:
         return PackedCausal(lengths, rope="per-request", trained_tokens=trained)
 
     def _embedding(self) -> Embedding:
-        embedding = copy.deepcopy(self._skeleton.get_submodule(self.anatomy.embedding))
+        embedding = copy.deepcopy(self.skeleton.get_submodule(self.anatomy.embedding))
         assert isinstance(embedding, Embedding)
         # in what it is stored in: of its rows only some are wanted
-        self._fill(self.anatomy.embedding, embedding, self.stored_dtype)
+        self.fill(self.anatomy.embedding, embedding, self.stored_dtype)
         return embedding
 
-    def _fill(self, path: str, part: nn.Module, dtype: torch.dtype) -> None:
+    def fill(self, path: str, part: nn.Module, dtype: torch.dtype | None) -> None:
+        """Fill a copy of the part at `path`; see `fill_part`."""
         fill_part(path, part, self.architecture, self.checkpoint, self.tensors, dtype=dtype)
 
     def _plain(self, layer: str, name: str, module: Linear | GroupedLinear) -> Held:
@@ -154,7 +157,8 @@ class LayerSource:
         each = 4 if stored is None else PLAIN[stored.storage].itemsize
         return Held(None, weight.numel() * each, weight.numel())
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Let go of the memory that the files have filled."""
         for release in self._releases:
             release()
 

@@ -13,7 +13,7 @@ from qwenkit.engine.service import AsyncEventStream
 from qwenkit.server.errors import ApiError
 from qwenkit.server.facts import Facts
 from qwenkit.server.logprobs import LogprobWriter
-from qwenkit.server.served import Served, Target
+from qwenkit.server.served import SHUTTING_DOWN, Served, Target
 from qwenkit.server.wire.generation import GenerationFields
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
 from qwenkit.types.options import RequestOptions
@@ -120,12 +120,14 @@ def check_finish(event: FinishEvent) -> None:
     if event.reason == "error":
         raise failed(event)
     if event.reason == "abort":
-        raise ApiError(503, "The server ended before the answer did.", code="shutting_down")
+        raise ApiError(503, SHUTTING_DOWN, code="shutting_down")
 
 
 def failed(event: FinishEvent) -> ApiError:
     """What is said of an answer that ended with an error."""
     message = event.error or "the engine failed"
+    if message == SHUTTING_DOWN:
+        return ApiError(503, SHUTTING_DOWN, code="shutting_down")
     if message.startswith("RequestError: "):  # found where the request was run
         return ApiError(400, message.removeprefix("RequestError: "), code="invalid_value")
     return ApiError(500, f"The answer failed: {message}", code="engine_error")

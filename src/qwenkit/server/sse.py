@@ -90,8 +90,10 @@ class Streamed(Response):
                 await _send(send, piece)
         except Exception as error:
             refusal = described(error)
-            if refusal.status >= 500:
+            if not isinstance(error, ApiError):
                 log.exception("a stream failed", extra={"fields": facts()})
+            elif refusal.status >= 500:
+                log.error(refusal.message, extra={"fields": facts()})
             await _send(send, self.as_piece(refusal))
 
     async def _ping(self, send: Send) -> None:

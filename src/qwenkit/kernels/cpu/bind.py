@@ -37,7 +37,9 @@ from qwenkit.kernels.cpu.bind_rows import (
     bind_rms_norm,
     bind_rotary,
     bind_silu_mul,
+    bind_take_columns,
 )
+from qwenkit.kernels.cpu.bind_sampling import bind_sample_tokens
 from qwenkit.kernels.cpu.library import Kernel, function, open_library
 from qwenkit.kernels.cpu.place import place_helpers
 from qwenkit.kernels.registry import OPS
@@ -172,5 +174,7 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
         "rms_norm": bind_rms_norm(library),
         "rotary": bind_rotary(library),
         "rotary_kv_write": bind_rotary_kv_write(library),
+        "sample_tokens": bind_sample_tokens(library),
         "silu_mul": bind_silu_mul(library),
+        "take_columns": bind_take_columns(library),
     }

@@ -140,6 +140,20 @@ inline vec widen_signed(const uint8_t* p) {
 
 #endif
 
+// The largest lane.
+inline float highest_lane(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(v);
+#elif defined(__AVX2__)
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+    float left = v[0] > v[1] ? v[0] : v[1], right = v[2] > v[3] ? v[2] : v[3];
+    return left > right ? left : right;
+#endif
+}
+
 // The first `count` lanes from memory (none when it is negative) and zeros after them; nothing
 // beyond is read or written.
 inline vec load_some(const float* p, int64_t count) {
