@@ -39,6 +39,8 @@ Script = Callable[[str], str]
 class ScriptedSampler:
     """In the place of `engine.sampler.Sampler`: one request's tokens are those of its reply."""
 
+    joins = False  # with no native choice for several rows at once
+
     def __init__(
         self,
         session: Session,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwenkit.compat import AutoModelForCausalLM as AutoModelForCausalLM
     from qwenkit.compat import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from qwenkit.compat import AutoTokenizer as AutoTokenizer
+    from qwenkit.compat import BitsAndBytesConfig as BitsAndBytesConfig
     from qwenkit.compat import GenerationConfig as GenerationConfig
     from qwenkit.compat import TextIteratorStreamer as TextIteratorStreamer
     from qwenkit.compat import TextStreamer as TextStreamer
@@ -36,6 +37,7 @@ _PUBLIC = {
     "AutoModelForCausalLM": "qwenkit.compat",
     "AutoPeftModelForCausalLM": "qwenkit.compat",
     "AutoTokenizer": "qwenkit.compat",
+    "BitsAndBytesConfig": "qwenkit.compat",
     "GenerationConfig": "qwenkit.compat",
     "TextIteratorStreamer": "qwenkit.compat",
     "TextStreamer": "qwenkit.compat",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +23,15 @@ from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.models.spec import Architecture, CausalModel
+from qwenkit.stored_weight import (
+    PLAIN_STORAGES,
+    check_shape,
+    has_own_format,
+    quantization_of,
+    read_weight,
+)
 from qwenkit.tensor_names import tensors_by_our_names
 
-PLAIN_STORAGES = ("F32", "F16", "BF16", "F64")
 _MATRICES = (Linear, Embedding, GroupedLinear)
 
 
@@ -42,13 +47,15 @@ def fill(
 ) -> None:
     """Put every tensor of the checkpoint into its slot of a model built on the meta device.
 
-    Raises CheckpointError naming a tensor that is missing, left over or of another shape,
-    NonFiniteError naming one with NaN or infinity in it.
+    Raises CheckpointError naming a tensor that is missing, left over, of another shape or not what
+    the config says, ConfigError for a way of storing that is not known, NonFiniteError naming a
+    tensor with NaN or infinity in it.
     """
     tensors = tensors_by_our_names(architecture, checkpoint, model.config.head_dim)
     slots = [(n, m) for n, m in model.named_modules() if _has_parameters(m)]
     _arrange_experts(slots, tensors, checkpoint)
     names_below = _names_below(tensors)
+    _check_quantized(slots, tensors, names_below, checkpoint)
     tied = getattr(model, "lm_head", None) if model.config.tie_word_embeddings else None
     if merging is not None:
         merging.check(model, tied=tied)
@@ -132,7 +139,7 @@ def _arrange_experts(
     for path, module in slots:
         if isinstance(module, GroupedLinear):
             one = next(module.published_paths(path))
-            if _has_own_format(one, tensors, checkpoint):
+            if has_own_format(one, tensors, checkpoint):
                 continue  # of several tensors each, which no file has stacked
             gather(
                 tensors,
@@ -157,16 +164,27 @@ def _device_of(path: str, devices: Mapping[str, str]) -> str:
     return next(d for part, d in devices.items() if f"{path}.".startswith(f"{part}."))
 
 
-def _has_own_format(path: str, tensors: Mapping[str, StoredTensor], checkpoint: Checkpoint) -> bool:
-    """Whether the weight at `path` is several tensors that a format reads together."""
-    prefix = f"{path}."
-    storage = {n[len(prefix) :]: t.storage for n, t in tensors.items() if n.startswith(prefix)}
-    return len(storage) > 1 and claim(storage, _quantization(checkpoint)) is not None
-
-
-def _quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    given = checkpoint.config.get("quantization_config")
-    return given if isinstance(given, Mapping) else {}  # anything else is refused before
+def _check_quantized(
+    slots: list[tuple[str, nn.Module]],
+    tensors: Mapping[str, StoredTensor],
+    names_below: Mapping[str, list[str]],
+    checkpoint: Checkpoint,
+) -> None:
+    """Some weight must be stored as the config says. Raises CheckpointError."""
+    given = quantization_of(checkpoint)
+    if not given:
+        return
+    for slot, module in slots:
+        for path in _paths(slot, module):
+            below = {n[len(path) + 1 :]: tensors[n].storage for n in names_below.get(path, ())}
+            if claim(below, given) is not None:
+                return
+    raise CheckpointError(
+        checkpoint.path,
+        "quantization_config",
+        f"says {given.get('quant_method')!r}, but no weight is stored so. Remove it where the "
+        "weights are plain, or get them from the quantized model's repository.",
+    )
 
 
 def _names_below(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
@@ -178,6 +196,14 @@ def _names_below(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
             names.setdefault(name[:at], []).append(name)
             at = name.rfind(".", 0, at)
     return names
+
+
+def _paths(path: str, module: nn.Module) -> Iterator[str]:
+    """Where the matrices of a module stand in published checkpoints."""
+    if isinstance(module, GroupedLinear):
+        yield from module.published_paths(path)
+    elif isinstance(module, _MATRICES):
+        yield path
 
 
 def _take(
@@ -199,7 +225,7 @@ def _fill_module(
     expected = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     matrix = below.get("weight") or next(iter(below.values()), None)
     if isinstance(module, _MATRICES):
-        weight = _quantized(path, below, expected["weight"], checkpoint)
+        weight = read_weight(path, below, expected["weight"], checkpoint)
         if weight is not None:
             del module.weight, expected["weight"]
             module.weight = weight.to(device)
@@ -210,7 +236,7 @@ def _fill_module(
     for part, shape in expected.items():
         name = f"{path}.{part}"
         stored = below.pop(part, None)
-        _check_shape(checkpoint, name, stored, shape, below)
+        check_shape(checkpoint, name, stored, shape, below)
         assert stored is not None
         if stored.storage not in PLAIN_STORAGES:
             raise CheckpointError(
@@ -241,9 +267,9 @@ def _fill_experts(
     for path, below in experts.items():
         matrix = next(iter(below.values()), None)
         shape = module.out_features, module.in_features
-        weight = _quantized(path, below, shape, checkpoint)
+        weight = read_weight(path, below, shape, checkpoint)
         if weight is None or matrix is None:
-            _check_shape(checkpoint, f"{path}.weight", None, shape, below)
+            check_shape(checkpoint, f"{path}.weight", None, shape, below)
             raise AssertionError("a weight that no format reads is refused")
         _take_bias(path, module, below, {})
         if below:
@@ -283,57 +309,6 @@ def _blaming(stored: StoredTensor) -> Iterator[None]:
     except NonFiniteError as error:
         told = str(error).removeprefix(f"{stored.name}: ")
         raise NonFiniteError(f"{stored.file}: {stored.name}: {told}") from error
-
-
-def _quantized(
-    path: str,
-    below: dict[str, StoredTensor],
-    shape: tuple[int, ...],
-    checkpoint: Checkpoint,
-) -> QuantWeight | None:
-    """The weight of a layer in its storage format; takes its tensors out of `below`. None where
-    no format claims them.
-    """
-    storage = {part: t.storage for part, t in below.items() if part != "bias"}
-    given = _quantization(checkpoint)
-    chosen = claim(storage, given)
-    if chosen is None:
-        return None
-    rows, columns = shape
-    if storage.keys() == {"weight"}:  # of several tensors the format itself knows the shapes
-        _check_shape(checkpoint, f"{path}.weight", below["weight"], shape, below)
-    stored = {part: below.pop(part) for part in storage}
-    file = next(iter(stored.values())).file
-    tag = chosen.name
-    try:
-        tag = chosen.tag(storage, given)
-        tensors = {part: tensor.read() for part, tensor in stored.items()}
-        return chosen.weight.from_tensors(tensors, shape=(rows, columns), storage=tag)
-    except CheckpointError as error:
-        raise CheckpointError(file, path, f"cannot be read as {tag}: {error}") from error
-
-
-def _check_shape(
-    checkpoint: Checkpoint,
-    name: str,
-    stored: StoredTensor | None,
-    shape: tuple[int, ...],
-    others: Mapping[str, StoredTensor],
-) -> None:
-    if stored is None:
-        unknown = [part for part in others if part not in ("weight", "bias")]
-        method = _quantization(checkpoint).get("quant_method")
-        reason = f"is missing; the model needs it, {shape}."
-        if unknown and name.endswith(".weight"):
-            reason += (
-                f" There are {', '.join(sorted(unknown))} in its place, which no known format "
-                f"reads where quantization_config says quant_method {method!r}."
-            )
-        raise CheckpointError(checkpoint.path, name, reason)
-    if stored.shape != shape:
-        raise CheckpointError(
-            stored.file, name, f"has shape {stored.shape}; config.json asks for {shape}."
-        )
 
 
 def _tie(

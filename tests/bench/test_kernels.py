@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from qwenkit.bench import kernel_jobs
+from qwenkit.bench import kernel_job
 from qwenkit.bench.ceilings import Ceilings
-from qwenkit.bench.kernel_jobs import BUILDERS, Job
+from qwenkit.bench.kernel_job import Job
+from qwenkit.bench.kernel_jobs import BUILDERS
 from qwenkit.bench.kernels import (
     KernelReport,
     KernelResult,
@@ -29,7 +30,7 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @pytest.fixture(autouse=True)
 def _one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_jobs, "_MOST_COPIES", 2)
+    monkeypatch.setattr(kernel_job, "_MOST_COPIES", 2)
 
 
 def test_every_op_with_a_builder_is_one() -> None:

@@ -46,7 +46,7 @@ def test_a_draft_model_guesses_and_is_refused_beside_another_guesser(tmp_path: P
         ({"weights": "bf16", "group_size": 32}, "^--group-size: only weights int4 and int8"),
         ({"group_size": 32}, "^--group-size: only weights int4 and int8"),
         ({"weights": "int4", "head_weights": "q4"}, "^--head-weights: got 'q4'"),
-        ({"head_weights": "int8"}, "^--head-weights: needs weights to be int4"),
+        ({"head_weights": "int8"}, "^--head-weights: needs weights to be something else than auto"),
     ],
 )
 def test_kinds_of_weights_are_checked_before_any_download(given: Any, said: str) -> None:

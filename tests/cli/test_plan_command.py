@@ -93,7 +93,7 @@ def test_longer_than_the_config_allows_is_said(run: CliRunner) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--weights", "nf4"], "--weights: got 'nf4'"),
+        (["--weights", "nf5"], "--weights: got 'nf5'"),
         (["--group-size", "64"], "--group-size: says something only together with --weights"),
         (["--head-weights", "int8"], "--head-weights: says something only together"),
         (["--kv-dtype", "int3"], "--kv-dtype: got 'int3'"),

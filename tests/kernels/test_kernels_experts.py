@@ -9,7 +9,7 @@ from qwenkit.errors import KernelError
 from qwenkit.kernels import build
 from qwenkit.kernels.cpu.bind import cpu_features, load_kernels
 from qwenkit.kernels.cpu.library import Kernel
-from qwenkit.kernels.ops.packed_matmul import example_matrix
+from qwenkit.kernels.ops.packed_matmul import Setting
 from qwenkit.kernels.packed import PANEL_ROWS, Packed
 
 EXPERTS, ROWS, COLUMNS = 7, 48, 256
@@ -27,7 +27,7 @@ def kernels(request: pytest.FixtureRequest) -> dict[str, Kernel]:
 
 def matrices(kind: str, group: int) -> list[Packed]:
     generator = torch.Generator().manual_seed(0)
-    return [example_matrix(kind, EXPERTS * ROWS, COLUMNS, generator, group=group) for _ in range(2)]
+    return [Setting(kind, group).matrix(EXPERTS * ROWS, COLUMNS, generator) for _ in range(2)]
 
 
 def lists(packed: list[Packed], panels: slice = slice(None)) -> list[list[torch.Tensor]]:
@@ -37,7 +37,8 @@ def lists(packed: list[Packed], panels: slice = slice(None)) -> list[list[torch.
 
 
 @pytest.mark.parametrize(
-    ("kind", "group"), [("int4", 32), ("int4", 128), ("int8", 64), ("bf16", 2)]
+    ("kind", "group"),
+    [("int4", 32), ("int4", 128), ("int8", 64), ("nf4", 64), ("fp8", 128), ("bf16", 0)],
 )
 @pytest.mark.parametrize("tokens", [1, 9, 80])
 def test_all_experts_at_once_give_the_bits_of_each(

@@ -12,7 +12,7 @@ import torch
 
 from quantized_made import DENSE, EXPERTS, compared, made_rows, write_quantized
 from qwenkit.checkpoint import open_checkpoint, write_safetensors
-from qwenkit.errors import QualityError, UsageError
+from qwenkit.errors import CheckpointError, QualityError, UsageError
 from qwenkit.formats.gptq import GptqWeight
 from qwenkit.quantize.compare import Comparison, MatrixComparison
 from qwenkit.quantize.judge import judge, measure, publish
@@ -59,6 +59,14 @@ def _packed_across(tensors: Tensors) -> set[str]:
     return {"self_attn.o_proj"}
 
 
+def _say_nothing_of_symmetry(path: Path) -> None:
+    """Of symmetric numbers the loader itself knows what zero points must be, and refuses others."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["sym"]
+    file.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -82,6 +90,7 @@ def test_what_is_planted_is_named(
         tensors = _tensors(path)
         expected = {f"{LAYER}{name}" for name in plant(tensors)}
         write_safetensors(path / "model.safetensors", tensors)
+        _say_nothing_of_symmetry(path)
         sheet = measure(source, path, judging, "", limits=LOOSE, name="planted")
     assert {matrix.path for matrix, _ in sheet.suspects()} == expected
     assert len(sheet.refusals()) == len(expected)
@@ -93,6 +102,12 @@ def test_a_whole_file_of_the_other_version_is_named(tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     config["quantization_config"]["checkpoint_format"] = "gptq_v2"
     file.write_text(json.dumps(config))
+    with (
+        torch.inference_mode(),
+        pytest.raises(CheckpointError, match=r"layers\.0\..*zero points are all 7"),
+    ):
+        measure(source, path, rows.judging, "", limits=LOOSE, name="v2")
+    _say_nothing_of_symmetry(path)
     with torch.inference_mode():
         sheet = measure(source, path, rows.judging, "", limits=LOOSE, name="v2")
     assert len(sheet.suspects()) >= 12  # of fourteen matrices

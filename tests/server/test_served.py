@@ -14,6 +14,7 @@ import pytest
 from in_process import HELLO, Client, asked, data_of
 
 from qwenkit.server.errors import ApiError
+from qwenkit.server.served import SHUTTING_DOWN
 from qwenkit.server.settings import Access, ServerSettings
 
 PATIENCE_S = 20.0
@@ -208,8 +209,9 @@ def test_while_draining_nothing_new_is_taken_and_what_runs_may_end(tiny: Path) -
         client.served.draining = False
         late = asyncio.create_task(client.post("/v1/chat/completions", {**LONG, "stream": True}))
         await until(lambda: client.served.llm.status().running == 1)
-        client.served.end_all("the server is shutting down.")
-        assert "shutting down" in data_of((await late).text)[-1]["error"]["message"]
+        client.served.end_all(SHUTTING_DOWN)
+        assert data_of((await late).text)[-1]["error"]["code"] == "shutting_down"
+        await until(lambda: free(client))  # the engine does not go on with it
 
     asked(tiny, use)
 

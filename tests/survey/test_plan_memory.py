@@ -154,7 +154,8 @@ def test_the_engine_has_these_constants() -> None:
     assert settings.max_sequences == plan_memory.MOST_USERS
     assert kernel_memory.LARGE_BYTES == plan_memory._LARGE_BYTES
     matrix = torch.ones(16, 128)
-    for kind, group in DEFAULT_GROUPS.items():
+    for kind in ("int4", "int8"):
+        group = DEFAULT_GROUPS[kind]
         assert PackedWeight.round_to_nearest(matrix, kind).packed.group == group
 
 

@@ -12,8 +12,10 @@ import pytest
 from huggingface_hub import constants
 
 from fake_hub import FakeHub, serving
+from quantized_files import LAYOUTS, write_quantized
 from qwenkit.errors import ConfigError, ModelNotFoundError, NetworkError, UsageError
-from qwenkit.formats.plan import WeightPlan
+from qwenkit.formats.plan import BITSANDBYTES_KINDS, WeightPlan
+from qwenkit.load import load
 from qwenkit.survey import plan_source
 from qwenkit.survey.plan import Choice, Plan, make_plan
 from qwenkit.survey.plan_memory import Workload, estimate
@@ -275,13 +277,50 @@ def test_an_offline_setting_asks_no_hub(hub: FakeHub, monkeypatch: pytest.Monkey
 
 
 def test_weights_that_cannot_run_are_refused(hub: FakeHub, tmp_path: Path) -> None:
-    block = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    block = {"quantization_config": {"quant_method": "hqq", "bits": 4}}
     hub.files["config.json"] = json.dumps(CONFIG | block).encode()
-    with pytest.raises(UsageError, match="stored as gptq, which cannot be run yet"):
+    with pytest.raises(ConfigError, match="quant_method is 'hqq'"):
         find_shape("Some/Model")
     folder = write_tiny_checkpoint(tmp_path / "model", config=block)
-    with pytest.raises(UsageError, match="stored as gptq"):
+    with pytest.raises(ConfigError, match="quant_method is 'hqq'"):
         find_shape(str(folder))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_quantized_files_are_weighed_as_they_are(name: str, hub: FakeHub, tmp_path: Path) -> None:
+    """Of layers so small some scales are no small part: within a tenth."""
+    written = write_quantized(tmp_path, LAYOUTS[name])
+    shape = find_shape(str(written.folder))
+    weights = weigh(shape.architecture, shape.config, WeightPlan(), shape.storage_of)
+    loaded = load(written.folder, plan=WeightPlan()).model
+    size = sum(b.nbytes for b in (*loaded.buffers(), *loaded.parameters()))
+    assert weights.held_bytes == pytest.approx(size, rel=0.1)
+    hub.files["config.json"] = (written.folder / "config.json").read_bytes()
+    theirs = find_shape("Some/Model")
+    assert theirs.storage == shape.storage
+    again = weigh(theirs.architecture, theirs.config, WeightPlan(), theirs.storage_of)
+    assert again.held_bytes == pytest.approx(size, rel=0.2)
+    assert weights.rounds == (not name.endswith(("fp8", "blocks", "tensor")))
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES_KINDS)
+def test_kinds_of_bitsandbytes_are_weighed(kind: str, tmp_path: Path) -> None:
+    written = write_quantized(tmp_path, LAYOUTS["nf4"])
+    shape = find_shape(str(written.twin))
+    plan = WeightPlan(kind)
+    weights = weigh(shape.architecture, shape.config, plan, shape.storage_of)
+    loaded = load(written.twin, plan=plan).model
+    size = sum(b.nbytes for b in (*loaded.buffers(), *loaded.parameters()))
+    assert weights.held_bytes == pytest.approx(size, rel=0.1)
+    with_kind = make_plan(
+        shape,
+        Workload(tokens=512),
+        Choice(weights=kind),
+        process_bytes=0,
+        available_bytes=1 << 40,
+        machine_bytes=None,
+    )
+    assert with_kind.recommended == kind
 
 
 def test_an_unknown_architecture_is_named(hub: FakeHub) -> None:

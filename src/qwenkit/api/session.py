@@ -37,6 +37,7 @@ from qwenkit.errors import UsageError, suggest
 from qwenkit.formats.packed import PackedWeight
 from qwenkit.formats.plan import WeightPlan
 from qwenkit.kernels import cpu
+from qwenkit.kernels.packed import KINDS
 from qwenkit.load import Loaded, load
 from qwenkit.parallel import DeviceMap, GivenMap, connect, plan_devices, read_places
 from qwenkit.record import context_limit
@@ -81,8 +82,9 @@ class Session:
         `dtype` "auto", "float32" or "bfloat16" is that of the activations. `weights` "auto" runs
         what is stored; "int4", "int8", "bf16" or "fp32" rounds every matrix to nearest at load,
         with `group_size` columns to a scale (32, 64 or 128) and `head_weights` for embedding and
-        head (default: int8 with int4). `compute` "auto" uses the fastest kernels of this machine,
-        which round activations for int4 and int8 weights, "reference" the readable torch ones.
+        head (default: int8 with int4); "nf4", "fp4", "nf4-double", "fp4-double" and "llm-int8" are
+        bitsandbytes'. `compute` "auto" uses the fastest kernels of this machine, which round
+        activations where weights are whole numbers, "reference" the readable torch ones.
         `device` is where everything is: "cpu", "cuda:1", or "auto", accelerators if there are any;
         `device_map`, instead, may split the model between layers (`parallel.plan_devices`).
         `pin_threads` gives helper threads a core each. `context_tokens` limits prompt and answer
@@ -93,10 +95,9 @@ class Session:
         where products round activations, else as computed). `prefix_cache` keeps what prompts begin
         with. `speculation` "prompt-lookup" guesses tokens from what was said before, `draft` names
         a smaller model of the same vocabulary that guesses them: the output stays the same.
-        `adapters` are served by name beside
-        the model (see `load_adapter`), `merge` is one to go into its weights: into quantized ones
-        only where `weights` says what they become. `offline` uses no network; `revision` is a
-        branch or tag.
+        `adapters` are served by name beside the model (see `load_adapter`), `merge` is one to go
+        into its weights: into quantized ones only where `weights` says what they become. `offline`
+        uses no network; `revision` is a branch or tag.
 
         Raises UsageError, and as `resolve`, `load` and `qwenkit.adapter_files.read_adapter`.
         """
@@ -331,5 +332,5 @@ def _check_arguments(
 def _kv_dtype(asked: str, model: torch.nn.Module, *, native: bool) -> str:
     """bf16 for "auto" where native products of the model's weights take less than fp32."""
     packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
-    rounds = native and any(m.kind != "fp32" for m in packed)
+    rounds = native and any(KINDS[m.kind].form not in ("fp32", "fp8") for m in packed)
     return "bf16" if asked == "auto" and rounds else asked

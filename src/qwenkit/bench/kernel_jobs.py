@@ -6,222 +6,46 @@ going round them reads memory, as a model does that goes through its layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from qwenkit.bench.kernel_job import (
+    Builder,
+    Config,
+    Job,
+    copy_count,
+    head_sizes,
+    matrices,
+    random_rows,
+)
+from qwenkit.bench.kernel_jobs_packed import (
+    packed_experts_jobs,
+    packed_gated_jobs,
+    packed_matmul_jobs,
+    packed_projections_jobs,
+    packed_rows_jobs,
+)
 from qwenkit.kernels.blocks import block_layout, example_blocks
-from qwenkit.kernels.ops.packed_matmul import example_matrix
-from qwenkit.kernels.packed import Packed
-from qwenkit.kernels.registry import Arguments
 
-ROWS = (1, 2, 4, 8, 16, 512)
-_COLD_BYTES = 256 << 20
-_MOST_COPIES = 64
 _CACHES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _CONTEXT = 512  # tokens that a decoding sequence has
 _BLOCK_TOKENS = 16
-_PACKED = (("int4", 32), ("int4", 128), ("int8", 32), ("int8", 128), ("bf16", 2), ("fp32", 1))
 _STORED = ("Q4_0", "Q4_1", "Q8_0")
-_HEAD_ROWS = 16  # the head computes sampled rows only
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One call: `calls` are argument tuples to go round, `bytes_read` the weights, cache or rows
-    that a call reads, `operations` two for each multiply-and-add, `kind` the ceiling of products
-    ("fp32", "int8", "bf16"). `torch_calls` is torch's own operator for the same job, if any.
-    """
-
-    what: str
-    rows: int
-    calls: list[Arguments]
-    bytes_read: int
-    operations: int = 0
-    kind: str = "fp32"
-    torch_calls: list[Callable[[], Any]] | None = None
-
-
-Config = Mapping[str, Any]
-Builder = Callable[[Config, tuple[int, ...]], Iterator[Job]]
-
-
-def _matrices(config: Config) -> Iterator[tuple[str, int, int]]:
-    """(name, rows, columns) of the matrices that decide a model's speed."""
-    hidden, ffn = int(config["hidden_size"]), int(config["intermediate_size"])
-    head_dim = hidden // int(config["num_attention_heads"])
-    qkv = hidden + 2 * int(config["num_key_value_heads"]) * head_dim
-    yield "qkv", qkv, hidden
-    yield "gate,up", 2 * ffn, hidden
-    yield "down", hidden, ffn
-    yield "head", int(config["vocab_size"]), hidden
-
-
-def _copies(size_bytes: int) -> int:
-    return max(1, min(_MOST_COPIES, _COLD_BYTES // max(size_bytes, 1)))
-
-
-def _rows_of(matrix: str, rows: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for n in rows if matrix != "head" or n <= _HEAD_ROWS)
-
-
-def _x(rows: int, columns: int) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-
-
-def _packed_matmul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    generator = torch.Generator().manual_seed(0)
-    for name, out, columns in _matrices(config):
-        for kind, group in _PACKED:
-            if columns % group:
-                continue
-            matrix = example_matrix(kind, out, columns, generator, group=group)
-            tensors = [matrix.data] if matrix.scales is None else [matrix.data, matrix.scales]
-            size = sum(t.numel() * t.itemsize for t in tensors)
-            copies = [[t.clone() for t in tensors] for _ in range(_copies(size))]
-            torchs = _torch_products(kind, group, out, columns, generator)
-            for n in _rows_of(name, rows):
-                x = _x(n, columns)
-                tail = (matrix.kind, matrix.rows, matrix.zero_point, name == "head")
-                yield Job(
-                    what=f"{name} {out}x{columns} {kind}" + (f" g{group}" if group > 2 else ""),
-                    rows=n,
-                    calls=[
-                        (x, c[0], c[1] if len(c) > 1 else None, None, None, None, *tail)
-                        for c in copies
-                    ],
-                    bytes_read=size,
-                    operations=2 * n * out * columns,
-                    kind={"int4": "int8", "int8": "int8"}.get(kind, kind),
-                    torch_calls=None if torchs is None else torchs(x),
-                )
-
-
-def _lists(matrices: list[Packed], copies: int) -> Iterator[tuple[Any, Any, Any]]:
-    """(data, scales, minimums) of some matrices together, in so many copies."""
-    for _ in range(copies):
-        scales = [m.scales.clone() for m in matrices if m.scales is not None]
-        yield [m.data.clone() for m in matrices], scales, []
-
-
-def _packed_together(
-    what: str, outs: list[int], columns: int, rows: tuple[int, ...]
-) -> Iterator[tuple[str, int, Any, int, int, torch.Tensor, list[Any]]]:
-    """For each kind of weights and number of rows what the fused products have in common: a name,
-    bytes, kind, zero point, rows, x and the matrices' copies.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for kind, group in _PACKED:
-        if columns % group:
-            continue
-        made = [example_matrix(kind, out, columns, generator, group=group) for out in outs]
-        one = next(_lists(made, 1))
-        size = sum(t.numel() * t.itemsize for tensors in one for t in tensors)
-        copies = list(_lists(made, _copies(size)))
-        name = f"{what} {kind}" + (f" g{group}" if group > 2 else "")
-        for n in rows:
-            yield name, size, made[0].kind, made[0].zero_point, n, _x(n, columns), copies
-
-
-def _packed_projections(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    heads, kv_heads, head_dim = _heads(config)
-    hidden, kv = int(config["hidden_size"]), kv_heads * head_dim
-    outs, norm = [heads * head_dim, kv, kv], torch.ones(hidden)
-    what = f"norm, q {outs[0]} k {kv} v {kv} x{hidden}"
-    for name, size, kind, zero, n, x, copies in _packed_together(what, outs, hidden, rows):
-        tail = (kind, outs, zero, [False, False, True])
-        yield Job(
-            what=name,
-            rows=n,
-            calls=[(x, norm, 1e-6, *c, [], *tail) for c in copies],
-            bytes_read=size,
-            operations=2 * n * sum(outs) * hidden,
-            kind={"int4": "int8"}.get(kind, kind),
-        )
-
-
-def _packed_gated(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    hidden, ffn = int(config["hidden_size"]), int(config["intermediate_size"])
-    norm, what = torch.ones(hidden), f"norm, gate and up {ffn}x{hidden}, SwiGLU"
-    for name, size, kind, zero, n, x, copies in _packed_together(what, [ffn, ffn], hidden, rows):
-        yield Job(
-            what=name,
-            rows=n,
-            calls=[(x, norm, 1e-6, *c, kind, ffn, zero) for c in copies],
-            bytes_read=size,
-            operations=4 * n * ffn * hidden,
-            kind={"int4": "int8"}.get(kind, kind),
-        )
-
-
-def _packed_experts(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    """Gate and up of eight of 64 experts for each token, all of which have the same eight."""
-    hidden = int(config["hidden_size"])
-    ffn, chosen, experts = 512, 8, 64
-    what, outs = f"8 of 64, gate and up {ffn}x{hidden}", [experts * ffn, experts * ffn]
-    for name, size, kind, zero, n, x, copies in _packed_together(what, outs, hidden, rows):
-        order = torch.arange(n).repeat(chosen)  # [choices]
-        ends = torch.arange(1, experts + 1).clamp(max=chosen) * n
-        yield Job(
-            what=name,
-            rows=n,
-            calls=[(x, order, ends, *c, kind, ffn, zero) for c in copies],
-            bytes_read=size * chosen // experts,
-            operations=4 * n * chosen * ffn * hidden,
-            kind={"int4": "int8"}.get(kind, kind),
-        )
-
-
-def _torch_products(
-    kind: str, group: int, out: int, columns: int, generator: torch.Generator
-) -> Callable[[torch.Tensor], list[Callable[[], Any]]] | None:
-    """torch's own product for weights of this kind: x to calls that go round copies."""
-    count = _copies(int(out * columns * {"int4": 0.5, "int8": 1, "bf16": 2, "fp32": 4}[kind]))
-    if kind in ("bf16", "fp32"):
-        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        first = torch.randn(out, columns, generator=generator).to(dtype)
-        plain = [first.clone() for _ in range(count)]
-        return lambda x: _each(functional.linear, x.to(dtype), plain)
-    aten = torch.ops.aten
-    if kind == "int8":
-        if group != 128 or not hasattr(aten, "_weight_int8pack_mm"):
-            return None  # torch has one scale a row: beside one of ours is enough
-        whole = torch.randint(-127, 127, (out, columns), dtype=torch.int8, generator=generator)
-        scales = torch.rand(out, generator=generator).to(torch.bfloat16)
-        bytes8 = [whole.clone() for _ in range(count)]
-        return lambda x: _each(aten._weight_int8pack_mm, x.to(torch.bfloat16), bytes8, scales)
-    if not hasattr(aten, "_weight_int4pack_mm_for_cpu") or out % 16:
-        return None
-    numbers = torch.randint(0, 16, (out, columns), dtype=torch.int32, generator=generator)
-    packed = aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    both = torch.rand(columns // group, out, 2, generator=generator).to(torch.bfloat16)
-    nibbles = [packed.clone() for _ in range(count)]
-    multiply = aten._weight_int4pack_mm_for_cpu
-    return lambda x: _each(multiply, x.to(torch.bfloat16), nibbles, group, both)
-
-
-def _each(
-    operator: Callable[..., Any], x: torch.Tensor, weights: list[torch.Tensor], *more: Any
-) -> list[Callable[[], Any]]:
-    def call(weight: torch.Tensor) -> Callable[[], Any]:
-        return lambda: operator(x, weight, *more)
-
-    return [call(weight) for weight in weights]
 
 
 def _block_matmul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     generator = torch.Generator().manual_seed(0)
-    name, out, columns = next(m for m in _matrices(config) if m[0] == "gate,up")
+    name, out, columns = next(m for m in matrices(config) if m[0] == "gate,up")
     for stored in _STORED:
         if columns % block_layout(stored).block_columns:
             continue
         blocks = example_blocks(stored, (out, columns), scale=0.02, generator=generator)
-        copies = [blocks.clone() for _ in range(_copies(blocks.numel()))]
+        copies = [blocks.clone() for _ in range(copy_count(blocks.numel()))]
         for n in rows:
-            x = _x(n, columns)
+            x = random_rows(n, columns)
             yield Job(
                 what=f"{name} {out}x{columns} {stored}",
                 rows=n,
@@ -232,26 +56,11 @@ def _block_matmul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
             )
 
 
-def _packed_rows(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    generator = torch.Generator().manual_seed(0)
-    out, columns = int(config["vocab_size"]), int(config["hidden_size"])
-    matrix = example_matrix("int4", out, columns, generator)
-    for n in rows:
-        ids = torch.randint(0, out, (n,), generator=generator)
-        tail = (matrix.kind, matrix.rows, columns, matrix.zero_point)
-        yield Job(
-            what=f"embedding {out}x{columns} int4",
-            rows=n,
-            calls=[(ids, matrix.data, matrix.scales, None, *tail)],
-            bytes_read=n * columns // 2,
-        )
-
-
 def _rms_norm(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     width = int(config["hidden_size"])
     weight = torch.ones(width)
     for n in rows:
-        x = _x(n, width)
+        x = random_rows(n, width)
         yield Job(
             what=f"{width}",
             rows=n,
@@ -264,7 +73,7 @@ def _rms_norm(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
 def _silu_mul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
     width = int(config["intermediate_size"])
     for n in rows:
-        gate, up = _x(n, width), _x(n, width)
+        gate, up = random_rows(n, width), random_rows(n, width)
         yield Job(
             what=f"{width}",
             rows=n,
@@ -274,15 +83,10 @@ def _silu_mul(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
         )
 
 
-def _heads(config: Config) -> tuple[int, int, int]:
-    heads = int(config["num_attention_heads"])
-    return heads, int(config["num_key_value_heads"]), int(config["hidden_size"]) // heads
-
-
 def _rotary(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    heads, _, head_dim = _heads(config)
+    heads, _, head_dim = head_sizes(config)
     for n in rows:
-        x = _x(n, heads * head_dim).view(n, heads, head_dim)
+        x = random_rows(n, heads * head_dim).view(n, heads, head_dim)
         angles = torch.rand(n, head_dim // 2)
         yield Job(
             what=f"{heads} heads of {head_dim}",
@@ -293,9 +97,9 @@ def _rotary(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
 
 
 def _kv_write(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    _, kv_heads, head_dim = _heads(config)
+    _, kv_heads, head_dim = head_sizes(config)
     for n in rows:
-        k = _x(n, kv_heads * head_dim).view(n, kv_heads, head_dim)
+        k = random_rows(n, kv_heads * head_dim).view(n, kv_heads, head_dim)
         cache = torch.zeros(2, -(-n // _BLOCK_TOKENS), _BLOCK_TOKENS, kv_heads, head_dim)
         yield Job(
             what=f"{kv_heads} heads of {head_dim}",
@@ -306,10 +110,10 @@ def _kv_write(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
 
 
 def _rotary_kv_write(config: Config, rows: tuple[int, ...]) -> Iterator[Job]:
-    heads, kv_heads, head_dim = _heads(config)
+    heads, kv_heads, head_dim = head_sizes(config)
     for n in rows:
-        q = _x(n, heads * head_dim).view(n, heads, head_dim)
-        k = _x(n, kv_heads * head_dim).view(n, kv_heads, head_dim)
+        q = random_rows(n, heads * head_dim).view(n, heads, head_dim)
+        k = random_rows(n, kv_heads * head_dim).view(n, kv_heads, head_dim)
         angles = torch.rand(n, head_dim // 2)
         for dtype in _CACHES:
             cache = torch.zeros(2, -(-n // _BLOCK_TOKENS), _BLOCK_TOKENS, kv_heads, head_dim)
@@ -334,16 +138,16 @@ def _attention(config: Config, n: int, dtype: torch.dtype) -> Job:
     """Over caches of `dtype`, in so many copies that decoding reads memory; torch's own operator
     has keys and values of that type in one piece.
     """
-    heads, kv_heads, head_dim = _heads(config)
+    heads, kv_heads, head_dim = head_sizes(config)
     prompt = n >= _CONTEXT
     sequences = 1 if prompt else n
     tokens = n if prompt else _CONTEXT
     blocks = -(-tokens // _BLOCK_TOKENS)
-    q = _x(n, heads * head_dim).view(n, heads, head_dim)
+    q = random_rows(n, heads * head_dim).view(n, heads, head_dim)
     shape = (2, sequences * blocks, _BLOCK_TOKENS, kv_heads, head_dim)
     size = 2 * sequences * tokens * kv_heads * head_dim * dtype.itemsize
     first = torch.randn(shape).to(dtype)
-    caches = [first.clone() for _ in range(1 if prompt else _copies(size))]
+    caches = [first.clone() for _ in range(1 if prompt else copy_count(size))]
     tables = torch.arange(sequences * blocks).view(sequences, blocks)
     queries = torch.full((sequences,), n // sequences)
     held = torch.full((sequences,), tokens)
@@ -374,13 +178,13 @@ def _bound(operator: Callable[..., Any], *given: Any, **named: Any) -> Callable[
 
 
 BUILDERS: dict[str, Builder] = {
-    "packed_matmul": _packed_matmul,
-    "packed_projections": _packed_projections,
-    "packed_gated": _packed_gated,
-    "packed_experts": _packed_experts,
+    "packed_matmul": packed_matmul_jobs,
+    "packed_projections": packed_projections_jobs,
+    "packed_gated": packed_gated_jobs,
+    "packed_experts": packed_experts_jobs,
     "block_matmul": _block_matmul,
     "paged_attention": _paged_attention,
-    "packed_rows": _packed_rows,
+    "packed_rows": packed_rows_jobs,
     "rms_norm": _rms_norm,
     "silu_mul": _silu_mul,
     "rotary": _rotary,

@@ -18,7 +18,8 @@ import torch
 
 import qwenkit
 from qwenkit.bench.ceilings import Ceilings, measure_ceilings
-from qwenkit.bench.kernel_jobs import BUILDERS, ROWS, Job
+from qwenkit.bench.kernel_job import ROWS, Job
+from qwenkit.bench.kernel_jobs import BUILDERS
 from qwenkit.bench.shapes import shape
 from qwenkit.bench.speed import machine
 from qwenkit.errors import KernelError, UsageError, suggest

@@ -10,8 +10,14 @@ import typer
 
 from qwenkit.cli import console, loading, options
 from qwenkit.cli.grouped import grouped
-from qwenkit.cli.serving import Adapters, KvCacheTokens, ServedNames, public_name, read_adapters
-from qwenkit.errors import MissingDependencyError
+from qwenkit.cli.serving import (
+    Adapters,
+    KvCacheTokens,
+    ServedNames,
+    check_installed,
+    public_name,
+    read_adapters,
+)
 
 Source = Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, one a line.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, one a line.")]
@@ -53,13 +59,12 @@ def command(
     """
     name = options.check_model_name(model)
     adapters = read_adapters(adapter)
-    try:
-        from qwenkit.server import batch
-        from qwenkit.server.settings import ServerSettings
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "fastapi", "serve", "a batch") from error
-    asked = batch.check_input(source)
-    file, done = batch.open_output(output, asked)
+    check_installed("qwenkit batch")
+    from qwenkit.server.batch_files import check_input, open_output
+    from qwenkit.server.settings import ServerSettings
+
+    asked = check_input(source)
+    file, done = open_output(output, asked)
     with file:
         if done == asked:
             console.note(f"{output} answers all {len(asked)} requests already.")
@@ -68,6 +73,7 @@ def command(
             console.note(f"{len(done)} of {len(asked)} requests are answered already.")
         llm = loading.load_served_model(name, loaded_as, adapters, kv_cache_tokens)
         from qwenkit.api.bar import bar
+        from qwenkit.server.batch import run_batch
 
         settings = ServerSettings(
             names=tuple(served_model_name or [public_name(name, llm.record.name)]),
@@ -78,9 +84,7 @@ def command(
         try:
             with bar(len(asked) - len(done), None) as advance:
                 failed = asyncio.run(
-                    batch.run_batch(
-                        llm, settings, source, file, done, at_once=at_once, advance=advance
-                    )
+                    run_batch(llm, settings, source, file, done, at_once=at_once, advance=advance)
                 )
         finally:
             llm.close_now()

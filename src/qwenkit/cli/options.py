@@ -60,7 +60,8 @@ Weights = Annotated[
     str,
     typer.Option(
         metavar="KIND",
-        help=f"auto: as stored; {_KINDS}: every matrix rounded to it while loading.",
+        help=f"auto: as stored; {_KINDS}: every matrix rounded to it while loading; nf4, fp4, "
+        "nf4-double, fp4-double, llm-int8: as bitsandbytes does, embedding and head as stored.",
     ),
 ]
 GroupSize = Annotated[
@@ -76,7 +77,7 @@ HeadWeights = Annotated[
     typer.Option(
         metavar="KIND",
         help=f"With --weights, what embedding and head become: {_KINDS}. "
-        "[default: int8 with int4, else the same]",
+        "[default: int8 with int4, as stored with bitsandbytes' kinds, else the same]",
     ),
 ]
 Compute = Annotated[

@@ -25,7 +25,8 @@ Weights = Annotated[
     str | None,
     typer.Option(
         metavar="KIND",
-        help="Only this way: auto, as stored, or int4, int8, bf16 or fp32. [default: compare all]",
+        help="Only this way: auto, as stored, or what 'chat --weights' takes. "
+        "[default: compare all]",
     ),
 ]
 KvDtype = Annotated[

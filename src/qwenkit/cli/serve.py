@@ -15,8 +15,15 @@ import typer
 
 from qwenkit.cli import beside, console, loading, options
 from qwenkit.cli.grouped import grouped
-from qwenkit.cli.serving import Adapters, KvCacheTokens, ServedNames, public_name, read_adapters
-from qwenkit.errors import MissingDependencyError, UsageError
+from qwenkit.cli.serving import (
+    Adapters,
+    KvCacheTokens,
+    ServedNames,
+    check_installed,
+    public_name,
+    read_adapters,
+)
+from qwenkit.errors import UsageError
 
 if TYPE_CHECKING:
     from socket import socket
@@ -173,16 +180,15 @@ def command(
     host = options.one_of({"--host": door.host, "--server-name": door.server_name}) or HOST
     port = _port(door)
     adapters = read_adapters(adapter)
-    try:
-        from qwenkit.server import run
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "fastapi", "serve", "serving") from error
+    check_installed("qwenkit serve")
+    from qwenkit.server.door import bind, check_access
+
     access = _access(door)
-    run.check_access(host, access, no_auth=door.no_auth)
+    check_access(host, access, no_auth=door.no_auth)
     if ui:
         beside.check_page()
         access = _with_page_key(access)
-    listening = run.bind(host, port)  # a port in use is known before the model is loaded
+    listening = bind(host, port)  # a port in use is known before the model is loaded
     llm = loading.load_served_model(name, loaded_as, adapters, kv_cache_tokens)
     settings = _settings(
         name, llm.record.name, llm.record.model_type, served_model_name, access, limits
@@ -304,12 +310,13 @@ def _url(address: tuple[str, int]) -> str:
 
 
 def _log_lines() -> None:
-    """Each request is one line of JSON on standard error."""
+    """What is logged is lines of JSON on standard error, one for each request."""
     from qwenkit.server.guard import JsonLines
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("qwenkit.server", "uvicorn"):
+    for name in ("qwenkit", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO if name == "qwenkit.server" else logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("qwenkit.server").setLevel(logging.INFO)

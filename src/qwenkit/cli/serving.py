@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 
 from qwenkit.cli import loading, options
-from qwenkit.errors import UsageError
+from qwenkit.errors import MissingDependencyError, UsageError
 
 _DEFAULT = "[default: as many as one answer of the full context takes]"
 
@@ -35,6 +36,13 @@ KvCacheTokens = Annotated[
         metavar="N", min=1, help=f"Room for prompts and answers of all requests. {_DEFAULT}"
     ),
 ]
+
+
+def check_installed(command: str) -> None:
+    """Raises MissingDependencyError where what a server needs is not there."""
+    for package in ("fastapi", "httptools", "prometheus_client", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "serve", command)
 
 
 def read_adapters(given: Iterable[str] | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ from qwenkit.compat.generation import GenerationConfig
 from qwenkit.compat.model import AutoModelForCausalLM, CompatModel, load_model_on_gpus
 from qwenkit.compat.peft import AutoPeftModelForCausalLM, CompatPeftModel, MergedModel
 from qwenkit.compat.prompts import decode_tokens, get_stop_words_ids, make_context
+from qwenkit.compat.quantization import BitsAndBytesConfig
 from qwenkit.compat.streamers import TextIteratorStreamer, TextStreamer
 from qwenkit.compat.tokenizer import AutoTokenizer, CompatTokenizer
 
@@ -19,6 +20,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoPeftModelForCausalLM",
     "AutoTokenizer",
+    "BitsAndBytesConfig",
     "CompatModel",
     "CompatPeftModel",
     "CompatTokenizer",

@@ -18,9 +18,11 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.compat.generation import GenerationConfig
 from qwenkit.compat.prompts import History, conversation
+from qwenkit.compat.quantization import BitsAndBytesConfig, read_config
 from qwenkit.compat.streamers import TextStreamer
 from qwenkit.compat.tokenizer import CompatTokenizer
 from qwenkit.errors import QwenkitError, UsageError
+from qwenkit.formats.config import read_quantization
 from qwenkit.kernels import devices
 from qwenkit.layers.attention import ByDevice, PackedCausal
 from qwenkit.parallel import GivenMap, plan_evenly, read_places
@@ -285,6 +287,10 @@ class AutoModelForCausalLM:
         use_cache_quantization: bool | None = None,
         use_cache_kernel: bool | None = None,
         use_flash_attn: bool | str | None = None,
+        quantization_config: Any = None,
+        load_in_8bit: bool | None = None,
+        load_in_4bit: bool | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
     ) -> CompatModel:
         """Load a model with its published switches.
 
@@ -293,19 +299,25 @@ class AutoModelForCausalLM:
         choose the precision; float16 on a processor becomes what suits it, and that is said, since
         Qwen's activations go beyond it. Remote code is never run; weights are always memory-mapped;
         the switches `low_cpu_mem_usage`, `use_safetensors`, `attn_implementation`,
-        `use_cache_kernel` and `use_flash_attn` are accepted without effect.
+        `use_cache_kernel`, `use_flash_attn` and `max_memory` are accepted without effect.
+        `quantization_config`, a `BitsAndBytesConfig`, rounds weights while they are loaded; a model
+        that is quantized already stays as it is, and that is said.
         `use_cache_quantization` keeps keys and values in int8, as it does where the config of a
         first-generation model says so (None); False keeps them as computed. Raises UsageError for
         a contradiction.
         """
         chosen = _dtype(torch_dtype if torch_dtype is not None else dtype, bf16, fp16, fp32)
         places = read_places("cpu" if device_map is None else device_map)
+        asked = read_config(quantization_config, load_in_8bit, load_in_4bit)
+        if asked is not None and asked.compute_dtype and chosen == "auto":
+            chosen = "auto" if _on_a_processor(places) else asked.compute_dtype
         if chosen == "float16" and _on_a_processor(places):
             _log.warning("%s", _NO_HALF)
             chosen = "auto"
         llm = LLM(
             pretrained_model_name_or_path,
             dtype=chosen,
+            weights=_weights(asked, pretrained_model_name_or_path, revision),
             device_map=places,
             kv_dtype=_kv_dtype(use_cache_quantization, pretrained_model_name_or_path, revision),
             revision=revision,
@@ -327,6 +339,18 @@ def _dtype(given: torch.dtype | str | None, bf16: bool, fp16: bool, fp32: bool) 
     if len(set(names)) > 1:
         raise UsageError(f"dtype: choose one precision; got {', '.join(sorted(set(names)))}.")
     return names[0] if names else "auto"
+
+
+def _weights(asked: BitsAndBytesConfig | None, model: str | Path, revision: str | None) -> str:
+    """What weights become: what a config asks for, or, of a model that is quantized, nothing."""
+    if asked is None:
+        return "auto"
+    stored = open_checkpoint(resolve(str(model), revision=revision)).config
+    if stored.get("quantization_config") is None:
+        return asked.weights
+    method = read_quantization(stored)["quant_method"]
+    _log.warning("quantization_config: %s is %s already and stays so.", model, method)
+    return "auto"
 
 
 def _kv_dtype(quantized: bool | None, model: str | Path, revision: str | None) -> str:

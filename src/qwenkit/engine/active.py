@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from qwenkit.engine.constrain import Matcher
 from qwenkit.engine.logprobs import prompt_logprobs
-from qwenkit.engine.plan import Chunk
+from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.pooling import Pooler
 from qwenkit.engine.request import Limits, Request
-from qwenkit.engine.sampler import Choice, Sampler
+from qwenkit.engine.sampler import Choice, Sampler, choose_together, together
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import NonFiniteError, QwenkitError
 from qwenkit.types.events import FinishEvent, PromptEvent, TokenEvent, Usage
@@ -182,6 +182,23 @@ class Active:
         choice = self._sampler.choose(row, self._matcher.mask())
         self._matcher.consume(choice.token_id)
         return choice
+
+
+def chosen_together(
+    active: Mapping[str, Active], plan: Plan, pieces: Sequence[torch.Tensor]
+) -> dict[str, int]:
+    """The next token of every request of a plan whose row can be chosen from together with others';
+    `pieces` has the rows of each chunk.
+    """
+    samplers, rows = {}, []
+    for chunk, piece in zip(plan.chunks, pieces, strict=True):
+        sampler = active[chunk.request_id].sampler_of(chunk)
+        if sampler is not None and together(piece):
+            samplers[chunk.request_id] = sampler
+            rows.append(piece[-1])
+    if not rows:
+        return {}
+    return dict(zip(samplers, choose_together([*samplers.values()], rows), strict=True))
 
 
 def describe(error: Exception) -> str:

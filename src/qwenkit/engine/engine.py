@@ -15,13 +15,12 @@ import torch
 
 from qwenkit.adapters.bank import Piece
 from qwenkit.adapters.peft_files import LoraAdapter
-from qwenkit.engine.active import Active, describe
+from qwenkit.engine.active import Active, chosen_together, describe
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.constrain import Grammars, Matcher
 from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
 from qwenkit.engine.runner import Runner
-from qwenkit.engine.sampler import choose_together, together
 from qwenkit.engine.scheduler import Scheduler
 from qwenkit.engine.served import ServedModel
 from qwenkit.engine.settings import EngineSettings
@@ -205,7 +204,7 @@ class Engine:
         self._end_overdue()
         plan = self._scheduler.schedule(self._drafts())
         pieces = self._runner.rows(plan, self._adapter_keys(plan)) if plan.chunks else ()
-        chosen = self._choose(plan, pieces)
+        chosen = chosen_together(self._active, plan, pieces)
         events: list[Event] = [*self._take_untold()]
         sampled: dict[str, tuple[int, ...]] = {}
         endings: dict[str, Ending] = {}
@@ -239,18 +238,6 @@ class Engine:
         ending = Ending("abort" if error is None else "error")
         self._untold += [self._finish(name, ending, error) for name in self._scheduler.request_ids]
         return self._take_untold()
-
-    def _choose(self, plan: Plan, pieces: Sequence[torch.Tensor]) -> dict[str, int]:
-        """The next token of every request whose row can be chosen from together with others'."""
-        samplers, rows = {}, []
-        for chunk, piece in zip(plan.chunks, pieces, strict=True):
-            sampler = self._active[chunk.request_id].sampler_of(chunk)
-            if sampler is not None and together(piece):
-                samplers[chunk.request_id] = sampler
-                rows.append(piece[-1])
-        if not rows:
-            return {}
-        return dict(zip(samplers, choose_together([*samplers.values()], rows), strict=True))
 
     def _drafts(self) -> dict[str, tuple[int, ...]]:
         """Guesses of what decoding sequences go on with; the last token needs none behind it."""

@@ -201,25 +201,22 @@ class AsyncEventStream(AsyncIterator[Event]):
         after the last.
         """
         await self.accepted()
-        while self._pending and not self._events:
-            await self._wait()
-        events = list(self._events)
-        self._events.clear()
-        for event in events:
-            if isinstance(event, FinishEvent):
-                self._pending.discard(event.request_id)
+        events: list[Event] = []
+        while self._pending and not events:
+            if not self._events:
+                await self._wait()
+            coming, self._events = self._events, deque()
+            events = [event for event in coming if self._is_awaited(event)]
         return events
 
     async def __anext__(self) -> Event:
         await self.accepted()
-        while self._pending and not self._events:
-            await self._wait()
-        if not self._events:
-            raise StopAsyncIteration
-        event = self._events.popleft()
-        if isinstance(event, FinishEvent):
-            self._pending.discard(event.request_id)
-        return event
+        while self._pending:
+            if not self._events:
+                await self._wait()
+            elif self._is_awaited(event := self._events.popleft()):
+                return event
+        raise StopAsyncIteration
 
     def fail(self, error: str) -> None:
         """End what has not finished, as if the engine had ended it with this error: for when the
@@ -227,6 +224,7 @@ class AsyncEventStream(AsyncIterator[Event]):
         """
         for name in list(self._pending):
             self._put(FinishEvent(name, "error", "", Usage(0, 0), error=error))
+            self._worker.abort(name, self._sink)
 
     def abort(self) -> None:
         """End what has not finished; no event follows."""
@@ -244,6 +242,13 @@ class AsyncEventStream(AsyncIterator[Event]):
 
     def __del__(self) -> None:
         self._abort()
+
+    def _is_awaited(self, event: Event) -> bool:
+        """False for what comes of a request after its end."""
+        is_awaited = event.request_id in self._pending
+        if isinstance(event, FinishEvent):
+            self._pending.discard(event.request_id)
+        return is_awaited
 
     def _put(self, event: Event) -> None:
         self._events.append(event)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,9 @@ import torch
 from qwenkit.errors import CheckpointError, UsageError, suggest
 from qwenkit.formats.spec import Case, Format
 from qwenkit.formats.words import pack_words, unpack_words
-from qwenkit.layers.weight import QuantWeight
+from qwenkit.formats.zero_points import pack_groups, unpack_scales, unpack_zero_points
+from qwenkit.kernels.packed import Packed, numbers_of
+from qwenkit.layers.weight import QuantWeight, WayBack
 
 BITS = 4
 LAYOUTS = ("gemm", "gemv")
@@ -171,6 +174,13 @@ class AwqWeight(QuantWeight):
         grouped *= self.group_scales().to(torch.float32)[:, :, None]
         return grouped.view(rows, columns).to(dtype)
 
+    def to_packed(self) -> Packed | None:
+        return pack_groups(self.numbers(), self.group_scales(), self.zero_points(), bits=BITS)
+
+    def way_back(self) -> WayBack:
+        groups = self.shape[1] // self.group_size
+        return WayBack(self.storage, partial(_restore, self.layout, groups))
+
     def select_rows(self, index: torch.Tensor) -> Self:
         if self.layout == "gemv":
             parts = self.qweight[index], self.qzeros[index], self.scales[index]
@@ -211,6 +221,14 @@ def gemv_words(columns: int, group_size: int) -> int:
     times = 4 if group_size <= 32 else 2 if group_size <= 64 else 1
     words = -(-(columns // group_size) // 8)
     return -(-words // times) * times
+
+
+def _restore(
+    layout: str, groups: int, packed: Packed, aside: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    scales, zeros = unpack_scales(packed, groups), unpack_zero_points(packed, groups)
+    weight = AwqWeight.from_integers(numbers_of(packed), scales, zeros, layout=layout)
+    return weight.to_tensors()
 
 
 def _into_order(numbers: torch.Tensor) -> torch.Tensor:
@@ -280,4 +298,6 @@ def _cases() -> Iterator[Case]:
         yield Case(weight=weight, original=original, relative_error=error)
 
 
-FORMAT = Format(name="awq", weight=AwqWeight, claim=_claim, cases=_cases, tag=_tag)
+FORMAT = Format(
+    name="awq", weight=AwqWeight, claim=_claim, cases=_cases, tag=_tag, methods=("awq",)
+)

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from qwenkit.errors import CheckpointError, NonFiniteError
+from qwenkit.formats.ggml_panels import PACKED_BLOCKS
 from qwenkit.formats.ggml_quantize import quantize_blocks
 from qwenkit.formats.spec import Case, Format
 from qwenkit.kernels.blocks import BLOCK_LAYOUTS, block_layout, first_nonfinite_block
@@ -19,7 +20,8 @@ from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.ops.block_dequantize import block_dequantize
 from qwenkit.kernels.ops.block_matmul import block_matmul
 from qwenkit.kernels.ops.grouped_matmul import segments
-from qwenkit.layers.weight import QuantWeight
+from qwenkit.kernels.packed import Packed
+from qwenkit.layers.weight import QuantWeight, WayBack
 
 # Root-mean-square error of each type on normally distributed numbers, relative to theirs.
 _NORMAL_ERROR: Mapping[str, float] = {
@@ -92,6 +94,14 @@ class GgmlWeight(QuantWeight):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         numbers: torch.Tensor = block_dequantize(self.blocks, self.block_type, dtype)
         return numbers  # [rows, columns]
+
+    def to_packed(self) -> Packed | None:
+        known = PACKED_BLOCKS.get(self.block_type)
+        return None if known is None else known.pack(self.blocks, self.shape)
+
+    def way_back(self) -> WayBack:
+        block = PACKED_BLOCKS[self.block_type]
+        return WayBack(self.block_type, lambda packed, _: {"weight": block.unpack(packed)})
 
     def select_rows(self, index: torch.Tensor) -> Self:
         return type(self)(self.blocks.index_select(0, index), self.block_type)

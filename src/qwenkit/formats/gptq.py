@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,16 @@ import torch
 from qwenkit.errors import CheckpointError, UsageError
 from qwenkit.formats.spec import Case, Format
 from qwenkit.formats.words import BITS, pack_words, unpack_words, word_count
-from qwenkit.layers.weight import QuantWeight
+from qwenkit.formats.zero_points import (
+    in_file_order,
+    is_in_order,
+    pack_groups,
+    sorted_columns,
+    unpack_scales,
+    unpack_zero_points,
+)
+from qwenkit.kernels.packed import Packed
+from qwenkit.layers.weight import QuantWeight, WayBack
 
 _PARTS = {"qweight", "qzeros", "scales"}
 _TAG = re.compile(r"GPTQ([2348])?(_V2)?")
@@ -117,7 +127,7 @@ class GptqWeight(QuantWeight):
             raise UsageError(f"bits: numbers or zero points do not fit {bits} bits.")
         stored = zero_points if is_v2 else (zero_points - 1) & ((1 << bits) - 1)
         return cls(
-            pack_words(numbers, bits).T.contiguous(),
+            pack_words(numbers, bits).T.clone(memory_format=torch.contiguous_format),
             pack_words(stored.T.contiguous(), bits),
             scales.T.to(torch.float16).contiguous(),
             g_idx.to(torch.int32),
@@ -166,6 +176,21 @@ class GptqWeight(QuantWeight):
         numbers *= self.scales.T.to(torch.float32)[:, groups]
         return numbers.to(dtype)
 
+    def to_packed(self) -> Packed | None:
+        order = sorted_columns(self.groups, self.scales.shape[0])
+        if order is None:  # a last group that is shorter
+            return None
+        numbers, scales, zeros = self.numbers(), self.scales.T, self.zero_points()
+        if is_in_order(order):
+            return pack_groups(numbers, scales, zeros, bits=self.bits)
+        in_order = numbers[:, order]
+        return pack_groups(in_order, scales, zeros, bits=self.bits, order=order.to(torch.int32))
+
+    def way_back(self) -> WayBack:
+        has_groups = self.g_idx is not None
+        how = self.bits, self.is_v2, self.scales.shape[0], self.scales.dtype, has_groups
+        return WayBack(self.storage, partial(_restore, *how))
+
     def select_rows(self, index: torch.Tensor) -> Self:
         return self._with_rows(self.qweight[:, index], self.scales[:, index], index)
 
@@ -184,6 +209,24 @@ class GptqWeight(QuantWeight):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]}, {self.storage}, {self.scales.shape[0]} groups"
+
+
+def _restore(
+    bits: int,
+    is_v2: bool,
+    groups: int,
+    dtype: torch.dtype,
+    has_groups: bool,
+    packed: Packed,
+    aside: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    numbers, g_idx = in_file_order(packed, groups)
+    scales, zeros = unpack_scales(packed, groups), unpack_zero_points(packed, groups)
+    weight = GptqWeight.from_integers(numbers, scales, zeros, g_idx, bits=bits, is_v2=is_v2)
+    tensors = weight.to_tensors() | {
+        "scales": scales.T.to(dtype).clone(memory_format=torch.contiguous_format)
+    }
+    return {name: t for name, t in tensors.items() if has_groups or name != "g_idx"}
 
 
 def _check_groups(storage: str, g_idx: torch.Tensor | None, groups: int, columns: int) -> None:
@@ -217,6 +260,31 @@ def _tag(storage: Mapping[str, str], quantization_config: Mapping[str, Any]) -> 
     return f"GPTQ{known}" + ("_V2" if stated == "gptq_v2" else "")
 
 
+def _check(weight: QuantWeight, quantization_config: Mapping[str, Any]) -> None:
+    """The group size, and, of symmetric files, which of the two conventions zero points follow."""
+    assert isinstance(weight, GptqWeight)
+    if quantization_config.get("dynamic"):  # which may say otherwise of a layer
+        return
+    size, groups = quantization_config.get("group_size"), weight.scales.shape[0]
+    columns = weight.shape[1]
+    if type(size) is int and groups != -(-columns // (columns if size < 1 else size)):
+        raise CheckpointError(
+            "quantization_config",
+            "group_size",
+            f"is {size}, but {columns} columns have {groups} groups.",
+        )
+    half = 1 << (weight.bits - 1)
+    wrong = half - 1 if weight.is_v2 else half + 1
+    if quantization_config.get("sym") is True and bool((weight.zero_points() == wrong).all()):
+        right = "gptq" if weight.is_v2 else "gptq_v2"
+        raise CheckpointError(
+            "quantization_config",
+            "checkpoint_format",
+            f"zero points are all {wrong}, but of symmetric numbers of {weight.bits} bits they are "
+            f"{half}: the file is {right!r}. Say so in config.json.",
+        )
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     columns = 192
@@ -248,4 +316,12 @@ def _cases() -> Iterator[Case]:
         yield Case(weight=weight, original=original, relative_error=error)
 
 
-FORMAT = Format(name="gptq", weight=GptqWeight, claim=_claim, cases=_cases, tag=_tag)
+FORMAT = Format(
+    name="gptq",
+    weight=GptqWeight,
+    claim=_claim,
+    cases=_cases,
+    tag=_tag,
+    check=_check,
+    methods=("gptq",),
+)

@@ -1,28 +1,32 @@
 """Weights in the form that the native products read: panels of sixteen rows.
 
-Every stored form that this knows is repacked by moving bytes, so `to_tensors` gives back exactly
-what was stored: Q4_0, Q4_1 and Q8_0 of GGUF, plain bf16 and fp32. `round_to_nearest` makes int4 and
-int8 of any numbers; what it makes is stored as rows of kept numbers beside their scales, under tags
-such as INT4_G32.
+Every stored form that has panels is repacked by moving bytes, so `to_tensors` gives back exactly
+what was stored; a format says how by `to_packed` and `way_back`. Plain bf16 and fp32 are known
+here, as is what `round_to_nearest` makes of any numbers: rows of kept numbers beside their scales,
+under tags such as INT4_G32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import torch
 
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError, suggest
-from qwenkit.formats.ggml import GgmlWeight
+from qwenkit.formats.ggml_panels import PACKED_BLOCKS
 from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.ops.packed_experts import packed_experts
 from qwenkit.kernels.ops.packed_gated import packed_gated
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.ops.packed_projections import packed_projections
 from qwenkit.kernels.ops.packed_rows import packed_rows
+from qwenkit.kernels.ops.rms_norm import rms_norm
+from qwenkit.kernels.ops.take_columns import take_columns
 from qwenkit.kernels.packed import (
-    COLUMN_MULTIPLE,
+    KINDS,
     PANEL_ROWS,
     Packed,
     deinterleave,
@@ -30,19 +34,19 @@ from qwenkit.kernels.packed import (
     interleave,
     interleave_groups,
     nibbles_from_numbers,
+    select_rows,
     unpack,
 )
-from qwenkit.layers.weight import QuantWeight
+from qwenkit.layers.weight import QuantWeight, WayBack
 
 GROUP_SIZES = (128, 64, 32)
-WEIGHT_KINDS = ("int4", "int8", "bf16", "fp32")
+ROUNDED_KINDS = ("int4", "int8", "bf16", "fp32")
 
-# GGML's types of one scale per 32 columns: kind, bytes of scale and minimum, zero point.
-_BLOCKS = {"Q4_0": ("int4", 2, 8), "Q4_1": ("int4", 4, 0), "Q8_0": ("int8", 2, 128)}
 _PLAIN = {"BF16": ("bf16", torch.bfloat16), "F32": ("fp32", torch.float32)}
 _ROUNDED = {
     f"{kind.upper()}_G{group}": (kind, group) for kind in ("int4", "int8") for group in GROUP_SIZES
 }
+_BUFFERS = ("data", "scales", "mins", "order")
 
 
 class PackedWeight(QuantWeight):
@@ -51,56 +55,50 @@ class PackedWeight(QuantWeight):
     data: torch.Tensor
     scales: torch.Tensor | None
     mins: torch.Tensor | None
+    order: torch.Tensor | None
 
     precise = False  # activations are rounded to fifteen bits instead of eight
 
-    def __init__(self, packed: Packed, storage: str) -> None:
+    def __init__(self, packed: Packed, way_back: WayBack) -> None:
         super().__init__()
         self.shape = (packed.rows, packed.columns)
         self.kind, self.zero_point = packed.kind, packed.zero_point
-        self.register_buffer("data", packed.data)
-        self.register_buffer("scales", packed.scales)
-        self.register_buffer("mins", packed.mins)
-        self._storage = storage
+        for name in _BUFFERS:
+            self.register_buffer(name, getattr(packed, name))
+        self._aside = {name: f"aside_{name}" for name in way_back.aside}
+        for name, buffer in self._aside.items():
+            self.register_buffer(buffer, way_back.aside[name])
+        self._way_back = replace(way_back, aside={})
+        self.order_bytes = _bytes_of(packed.order)
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, torch.Tensor], *, shape: tuple[int, int], storage: str
     ) -> Self:
-        """Repack what `to_tensors` gave for this tag: "weight" as GGML blocks, as plain numbers, or
-        as row form with "scales". Raises CheckpointError for another tag or shape.
+        """Repack what `to_tensors` gave for a tag of this file or of GGML: "weight" as blocks, as
+        plain numbers, or as row form with "scales". Raises CheckpointError for another tag or
+        shape.
         """
         rows, columns = shape
         stored = tensors["weight"]
         if storage in _PLAIN:
             kind, dtype = _PLAIN[storage]
             _expect(storage, stored, dtype, shape)
-            return cls(Packed(kind, rows, columns, interleave(_bytes(stored))), storage)
-        if storage in _ROUNDED:
+            packed = Packed(kind, rows, columns, interleave(_bytes(stored)))
+        elif storage in _ROUNDED:
             kind, group = _ROUNDED[storage]
             _expect(storage, stored, torch.uint8, (rows, columns // (2 if kind == "int4" else 1)))
             _expect(storage, tensors["scales"], torch.float16, (rows, columns // group))
             scales = interleave_groups(tensors["scales"])
             packed = Packed(kind, rows, columns, interleave(stored), scales, None, _middle(kind))
-            return cls(packed, storage)
-        if storage not in _BLOCKS:
-            raise CheckpointError(
-                f"{storage} tensor", "weight", suggest(storage, [*_BLOCKS, *_PLAIN, *_ROUNDED])
-            )
-        kind, head, zero_point = _BLOCKS[storage]
-        body = 16 if kind == "int4" else 32
-        _expect(storage, stored, torch.uint8, (rows, columns // 32 * (head + body)))
-        blocks = stored.view(rows, columns // 32, head + body)
-        kept = blocks[:, :, head:]  # [rows, groups, body]
-        if kind == "int8":
-            kept = kept ^ 128  # from two's complement to 128 added
-        halves = [
-            interleave_groups(blocks[:, :, i : i + 2].contiguous().view(torch.float16)[:, :, 0])
-            for i in range(0, head, 2)
-        ]
-        data = interleave(kept.reshape(rows, -1))
-        mins = halves[1] if len(halves) > 1 else None
-        return cls(Packed(kind, rows, columns, data, halves[0], mins, zero_point), storage)
+        elif storage in PACKED_BLOCKS:
+            block = PACKED_BLOCKS[storage]
+            _expect(storage, stored, torch.uint8, (rows, block.row_bytes(columns)))
+            packed = block.pack(stored, shape)
+        else:
+            known = [*PACKED_BLOCKS, *_PLAIN, *_ROUNDED]
+            raise CheckpointError(f"{storage} tensor", "weight", suggest(storage, known))
+        return cls(packed, WayBack(storage, partial(_restore, storage)))
 
     @classmethod
     def round_to_nearest(
@@ -114,9 +112,9 @@ class PackedWeight(QuantWeight):
         NonFiniteError when a number is NaN, infinite or too large for its scale.
         """
         rows, columns = weight.shape
-        if kind not in WEIGHT_KINDS:
-            raise UsageError(f"weights: got {kind!r}. {suggest(kind, WEIGHT_KINDS)}")
-        if columns % COLUMN_MULTIPLE[kind]:
+        if kind not in ROUNDED_KINDS:
+            raise UsageError(f"weights: got {kind!r}. {suggest(kind, ROUNDED_KINDS)}")
+        if columns % KINDS[kind].multiple:
             raise UsageError(f"weights {kind}: {columns} columns are no multiple of 32.")
         if not is_finite(weight):
             raise NonFiniteError("the weight has NaN or infinite numbers; fetch the file again.")
@@ -142,59 +140,51 @@ class PackedWeight(QuantWeight):
         return cls.from_tensors(tensors, shape=(rows, columns), storage=storage)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        rows = self.shape[0]
-        kept = deinterleave(self.data, rows)
-        if self._storage in _PLAIN:
-            return {"weight": kept.view(_PLAIN[self._storage][1])}
-        assert self.scales is not None
-        scales = deinterleave_groups(self.scales, rows)  # [rows, groups]
-        if self._storage in _ROUNDED:
-            return {"weight": kept, "scales": scales.contiguous()}
-        heads = [scales] if self.mins is None else [scales, deinterleave_groups(self.mins, rows)]
-        parts = [h.contiguous().view(torch.uint8).view(*h.shape, 2) for h in heads]
-        kept = kept.view(*scales.shape, kept.shape[1] // scales.shape[1])
-        if self.kind == "int8":
-            kept = kept ^ 128
-        return {"weight": torch.cat((*parts, kept), 2).flatten(1)}
+        way_back = self.way_back()
+        return way_back.restore(self.packed, way_back.aside)
+
+    def way_back(self) -> WayBack:
+        aside = {name: getattr(self, buffer) for name, buffer in self._aside.items()}
+        return replace(self._way_back, aside=aside)
 
     @property
     def storage(self) -> str:
-        return self._storage
+        return self._way_back.storage
 
     @property
     def packed(self) -> Packed:
-        """The matrix as the ops take it."""
+        """The matrix as the ops take it, but for the order of its columns."""
         rows, columns = self.shape
-        return Packed(self.kind, rows, columns, self.data, self.scales, self.mins, self.zero_point)
+        groups = self.scales, self.mins
+        return Packed(self.kind, rows, columns, self.data, *groups, self.zero_point, self.order)
+
+    def to_packed(self) -> Packed:
+        return self.packed
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return unpack(self.packed, dtype)  # [rows, columns]
 
     def select_rows(self, index: torch.Tensor) -> Self:
-        tensors = {name: t.index_select(0, index) for name, t in self.to_tensors().items()}
-        shape = (len(index), self.shape[1])
-        return self.from_tensors(tensors, shape=shape, storage=self._storage)
+        return self._of(select_rows(self.packed, index))
 
     def row_range(self, start: int, stop: int) -> Self:
         if start % PANEL_ROWS or (stop % PANEL_ROWS and stop != self.shape[0]):
             return super().row_range(start, stop)
         panels = slice(start // PANEL_ROWS, -(-stop // PANEL_ROWS))
-        packed = Packed(
-            self.kind,
-            stop - start,
-            self.shape[1],
-            self.data[panels],
-            None if self.scales is None else self.scales[panels],
-            None if self.mins is None else self.mins[panels],
-            self.zero_point,
-        )
-        return type(self)(packed, self._storage)
+        groups = [None if t is None else t[panels] for t in (self.scales, self.mins)]
+        few = replace(self.packed, rows=stop - start, data=self.data[panels])
+        return self._of(replace(few, scales=groups[0], mins=groups[1]))
+
+    def _of(self, packed: Packed) -> Self:
+        return type(self)(packed, self._way_back.of_rows or self.way_back())
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensors = self.data, self.scales, self.mins
         numbers: torch.Tensor = packed_rows(
             ids, *tensors, self.kind, *self.shape, self.zero_point
         )  # [tokens, columns]
+        if self.order is not None:
+            numbers = numbers[:, self.order.long().argsort()]
         return numbers.to(dtype)
 
     def matmul(
@@ -207,7 +197,7 @@ class PackedWeight(QuantWeight):
             return super().matmul(x, bias, residual)
         rows, columns = self.shape
         y: torch.Tensor = packed_matmul(
-            x.reshape(-1, columns),
+            self._ordered(x.reshape(-1, columns)),
             self.data,
             self.scales,
             self.mins,
@@ -233,9 +223,7 @@ class PackedWeight(QuantWeight):
         if packed is None or len(bias) not in (0, len(weights)):
             return None
         results: list[torch.Tensor] = packed_projections(
-            x.reshape(-1, self.shape[1]),
-            norm,
-            epsilon,
+            *self._normal(x, norm, epsilon),
             *_lists(packed),
             bias,
             self.kind,
@@ -251,24 +239,34 @@ class PackedWeight(QuantWeight):
         packed = self._alike(x, (self, up), norm)
         if packed is None or self.shape != up.shape or self.precise or packed[1].precise:
             return None
-        rows, columns = self.shape
-        y: torch.Tensor = packed_gated(
-            x.reshape(-1, columns), norm, epsilon, *_lists(packed), self.kind, rows, self.zero_point
-        )
+        rows = self.shape[0]
+        how = self.kind, rows, self.zero_point
+        y: torch.Tensor = packed_gated(*self._normal(x, norm, epsilon), *_lists(packed), *how)
         return y.view(*x.shape[:-1], rows)
+
+    def _ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, columns] with its columns in the order of the panels'."""
+        if self.order is None:
+            return x
+        taken: torch.Tensor = take_columns(x, self.order)
+        return taken
+
+    def _normal(
+        self, x: torch.Tensor, norm: torch.Tensor | None, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """What products of several matrices take: x as [tokens, columns], and how it is normalised,
+        which comes before columns are put in another order.
+        """
+        x = x.reshape(-1, self.shape[1])
+        if self.order is None:
+            return x, norm, epsilon
+        return self._ordered(x if norm is None else rms_norm(x, norm, epsilon)), None, 0.0
 
     def _alike(
         self, x: torch.Tensor, weights: Sequence[QuantWeight], norm: torch.Tensor | None
     ) -> list[PackedWeight] | None:
         """The weights if they can be multiplied with x in one call: all in one kind of panels."""
-        alike = [
-            weight
-            for weight in weights
-            if isinstance(weight, PackedWeight)
-            and (weight.kind, weight.zero_point) == (self.kind, self.zero_point)
-            and weight.packed.group == self.packed.group
-            and (weight.mins is None) == (self.mins is None)
-        ]
+        alike = [w for w in weights if isinstance(w, PackedWeight) and _are_alike(w, self)]
         numbers = x.dtype is torch.float32 and (norm is None or norm.dtype is torch.float32)
         plain = not (x.requires_grad and torch.is_grad_enabled())
         return alike if len(alike) == len(weights) and numbers and plain else None
@@ -278,7 +276,7 @@ class PackedWeight(QuantWeight):
         if rows % PANEL_ROWS or (x.requires_grad and torch.is_grad_enabled()):
             return super().grouped_matmul(x, ends)
         how = self.kind, rows, self.zero_point
-        y: torch.Tensor = packed_experts(x, None, ends, *_lists([self]), *how)
+        y: torch.Tensor = packed_experts(self._ordered(x), None, ends, *_lists([self]), *how)
         return y  # [rows of x, rows]
 
     def grouped_gated(
@@ -289,11 +287,12 @@ class PackedWeight(QuantWeight):
         if packed is None or self.shape != up.shape or rows % PANEL_ROWS:
             return None
         how = self.kind, rows, self.zero_point
+        x = self._ordered(x)
         y: torch.Tensor = packed_experts(x, order, ends, *_lists(packed), *how)
         return y  # [choices, rows]
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]} × {self.shape[1]}, {self._storage}, packed"
+        return f"{self.shape[0]} × {self.shape[1]}, {self._way_back.storage}, packed"
 
 
 def _lists(weights: Sequence[PackedWeight]) -> tuple[list[torch.Tensor], ...]:
@@ -320,18 +319,52 @@ def fitting_group(columns: int, wanted: int) -> int:
 
 def pack(weight: QuantWeight | torch.Tensor) -> QuantWeight | torch.Tensor:
     """The same numbers in panels; what has no packed form comes back as it is."""
-    if isinstance(weight, GgmlWeight) and weight.block_type in _BLOCKS:
-        return PackedWeight.from_tensors(
-            weight.to_tensors(), shape=weight.shape, storage=weight.block_type
-        )
-    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+    if isinstance(weight, QuantWeight):
+        packed = None if isinstance(weight, PackedWeight) else weight.to_packed()
+        return weight if packed is None else PackedWeight(packed, weight.way_back())
+    if weight.dim() == 2:
         tag = "BF16" if weight.dtype == torch.bfloat16 else "F32"
         kind, dtype = _PLAIN[tag]
         rows, columns = weight.shape
-        if columns % COLUMN_MULTIPLE[kind] == 0:
+        if columns % KINDS[kind].multiple == 0:
             plain = weight.detach().to(dtype)  # fp16 is not fast anywhere, and bf16 would lose bits
             return PackedWeight.from_tensors({"weight": plain}, shape=(rows, columns), storage=tag)
     return weight
+
+
+def _restore(
+    storage: str, packed: Packed, aside: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The inverse of `PackedWeight.from_tensors`."""
+    if storage in PACKED_BLOCKS:
+        return {"weight": PACKED_BLOCKS[storage].unpack(packed)}
+    kept = deinterleave(packed.data, packed.rows)
+    if storage in _PLAIN:
+        return {"weight": kept.view(_PLAIN[storage][1])}
+    assert packed.scales is not None
+    scales = deinterleave_groups(packed.scales, packed.rows)  # [rows, groups]
+    return {"weight": kept, "scales": scales.contiguous()}
+
+
+def _are_alike(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether both may be multiplied in one call."""
+    return (
+        (one.kind, one.zero_point) == (other.kind, other.zero_point)
+        and one.packed.group == other.packed.group
+        and _dtypes(one) == _dtypes(other)
+        and one.order_bytes == other.order_bytes
+    )
+
+
+def _dtypes(weight: PackedWeight) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in (weight.scales, weight.mins))
+
+
+def _bytes_of(order: torch.Tensor | None) -> bytes | None:
+    """To compare orders by where no operator of torch may run, as in a step that is recorded."""
+    if order is None or order.is_meta:
+        return None
+    return order.cpu().numpy().tobytes()
 
 
 def _middle(kind: str) -> int:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
 from qwenkit.errors import NonFiniteError, UsageError, suggest
-from qwenkit.formats.packed import GROUP_SIZES, WEIGHT_KINDS, PackedWeight, pack
+from qwenkit.formats.bnb4 import Bnb4Weight
+from qwenkit.formats.llm_int8 import LlmInt8Weight
+from qwenkit.formats.packed import GROUP_SIZES, ROUNDED_KINDS, PackedWeight, pack
 from qwenkit.kernels.finite import is_finite
-from qwenkit.kernels.packed import PANEL_ROWS, Packed
+from qwenkit.kernels.packed import PANEL_ROWS
 from qwenkit.layers.weight import QuantWeight
 
+# What bitsandbytes makes while loading: embedding, head and routers stay as they are stored.
+BITSANDBYTES_KINDS = ("nf4", "nf4-double", "fp4", "fp4-double", "llm-int8")
+WEIGHT_KINDS = (*ROUNDED_KINDS, *BITSANDBYTES_KINDS)
 WEIGHTS = ("auto", *WEIGHT_KINDS)
 _KEPT = (".gate", ".shared_expert_gate")  # routers: small, and a wrong expert costs most
 # The head chooses between tokens that may be close, and a third of the error that eight bits leave
@@ -27,7 +32,8 @@ class WeightPlan:
     """`weights` "auto" packs what is stored, as it is; another kind rounds every matrix to nearest.
 
     `group_size` columns share a scale (None: the kind's default). `head` is the kind of embedding
-    and head; None: int8 for int4, else that of the rest. Raises UsageError for anything unknown.
+    and head; None: int8 for int4, as stored for bitsandbytes' kinds, else that of the rest. Raises
+    UsageError for anything unknown.
     """
 
     weights: str = "auto"
@@ -41,10 +47,12 @@ class WeightPlan:
             raise UsageError(f"group_size: got {self.group_size}; choose one of 32, 64 and 128.")
         if self.group_size is not None and self.weights not in ("int4", "int8"):
             raise UsageError("group_size: only weights int4 and int8 have groups.")
-        if self.head is not None and self.head not in WEIGHT_KINDS:
-            raise UsageError(f"head_weights: got {self.head!r}. {suggest(self.head, WEIGHT_KINDS)}")
+        if self.head is not None and self.head not in ROUNDED_KINDS:
+            raise UsageError(
+                f"head_weights: got {self.head!r}. {suggest(self.head, ROUNDED_KINDS)}"
+            )
         if self.head is not None and self.weights == "auto":
-            raise UsageError("head_weights: needs weights to be int4, int8, bf16 or fp32 as well.")
+            raise UsageError("head_weights: needs weights to be something else than auto as well.")
 
     def apply(
         self, path: str, weight: QuantWeight | torch.Tensor, *, is_head: bool
@@ -62,7 +70,17 @@ class WeightPlan:
     def _make(
         self, path: str, weight: QuantWeight | torch.Tensor, is_head: bool
     ) -> QuantWeight | torch.Tensor:
-        kind = self.rounded_to(path, weight.shape[1], is_head=is_head)
+        try:
+            kind = self.rounded_to(path, weight.shape[1], is_head=is_head)
+            if kind in BITSANDBYTES_KINDS:
+                weight, kind = _quantized(weight, kind), None
+            return self._packed(weight, kind)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}.weight: {error}") from error
+
+    def _packed(
+        self, weight: QuantWeight | torch.Tensor, kind: str | None
+    ) -> QuantWeight | torch.Tensor:
         group_size = self.group_size if kind in ("int4", "int8") else None
 
         def part(start: int, stop: int) -> QuantWeight | torch.Tensor:
@@ -77,21 +95,32 @@ class WeightPlan:
             numbers = some.dequantize(torch.float32) if isinstance(some, QuantWeight) else some
             return PackedWeight.round_to_nearest(numbers, kind, group_size=group_size)
 
-        try:
-            packed = _in_slabs(weight.shape[0], weight.shape[1], part)
-            if packed is None:  # not looked at slab by slab
-                check_finite(weight)
-            return packed or weight
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{path}.weight: {error}") from error
+        packed = _in_slabs(weight.shape[0], weight.shape[1], part)
+        if packed is None:  # not looked at slab by slab
+            check_finite(weight)
+            return weight
+        if kind is None and isinstance(weight, QuantWeight):
+            return PackedWeight(packed.packed, weight.way_back())  # of all rows
+        return packed
 
     def rounded_to(self, path: str, columns: int, *, is_head: bool) -> str | None:
         """The kind that the matrix at `path` is rounded to; None: it is packed as it is stored."""
         if self.weights == "auto" or path.endswith(_KEPT) or columns % 32:
             return None
+        if is_head and self.weights in BITSANDBYTES_KINDS:
+            return self.head
         if is_head:
             return self.head or ("int8" if self.weights == "int4" else self.weights)
         return self.weights
+
+
+def _quantized(weight: QuantWeight | torch.Tensor, kind: str) -> QuantWeight:
+    """A matrix in a format of bitsandbytes."""
+    whole = weight.dequantize(torch.float32) if isinstance(weight, QuantWeight) else weight
+    if kind == "llm-int8":
+        return LlmInt8Weight.quantize(whole)
+    name, _, double = kind.partition("-")
+    return Bnb4Weight.quantize(whole, name, nested=bool(double))
 
 
 def check_finite(weight: QuantWeight | torch.Tensor) -> None:
@@ -118,14 +147,23 @@ def _in_slabs(
         return None
     # Taken before any slab is: what a slab needs is then free again behind it, not a hole before.
     panels = -(-rows // PANEL_ROWS)
-    whole = {name: t.new_empty((panels, *t.shape[1:])) for name, t in part.named_buffers()}
+    whole: dict[str, Any] = {n: t.new_empty((panels, *t.shape[1:])) for n, t in _panels(part)}
     for start in range(0, rows, step):
         slab = make(start, min(rows, start + step))
         assert isinstance(slab, PackedWeight)
-        for name, tensor in slab.named_buffers():
+        if {n for n, _ in _panels(slab)} != whole.keys() or slab.zero_point != part.zero_point:
+            made = make(0, rows)  # only some of the rows have zero points of their own
+            return made if isinstance(made, PackedWeight) else None
+        for name, tensor in _panels(slab):
             whole[name][start // PANEL_ROWS :][: len(tensor)] = tensor
-    packed = Packed(part.kind, rows, columns, zero_point=part.zero_point, **whole)
-    return PackedWeight(packed, part.storage)
+    return PackedWeight(replace(part.packed, rows=rows, **whole), part.way_back())
+
+
+def _panels(weight: PackedWeight) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in ("data", "scales", "mins"):
+        tensor = getattr(weight, name)
+        if tensor is not None:
+            yield name, tensor
 
 
 def put(module: torch.nn.Module, weight: QuantWeight | torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from qwenkit.layers.weight import QuantWeight
 
 Claim = Callable[[Mapping[str, str], Mapping[str, Any]], bool]
 Tag = Callable[[Mapping[str, str], Mapping[str, Any]], str]
+Check = Callable[[QuantWeight, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,10 @@ def _weight_tag(storage: Mapping[str, str], quantization_config: Mapping[str, An
     return storage["weight"]
 
 
+def _agree(weight: QuantWeight, quantization_config: Mapping[str, Any]) -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """One storage format.
@@ -48,6 +53,8 @@ class Format:
     format has; the contract test runs on them. `tag`, of the same arguments as `claim`, is the
     storage tag that `from_tensors` is given: all that the tensors themselves do not say. It raises
     CheckpointError for a config that the format cannot be read by. Default: the tag of "weight".
+    `check`, given what was read and the config, raises CheckpointError where they contradict each
+    other. `methods` are the values of `quant_method` that are this format's.
     """
 
     name: str
@@ -55,6 +62,8 @@ class Format:
     claim: Claim
     cases: Callable[[], Iterable[Case]]
     tag: Tag = _weight_tag
+    check: Check = _agree
+    methods: tuple[str, ...] = ()
 
 
 @cache

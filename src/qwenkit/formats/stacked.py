@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
 
 from qwenkit.errors import UsageError
 from qwenkit.kernels.ops.grouped_matmul import segments
-from qwenkit.layers.weight import QuantWeight
+from qwenkit.kernels.packed import PANEL_ROWS, Packed
+from qwenkit.layers.weight import QuantWeight, WayBack
 
 
 class StackedWeight(QuantWeight):
@@ -47,6 +49,32 @@ class StackedWeight(QuantWeight):
     @property
     def storage(self) -> str:
         return self._parts[0].storage
+
+    def to_packed(self) -> Packed | None:
+        """The parts' panels one below the other, where all are alike and none ends in a panel."""
+        parts = [part.to_packed() for part in self._parts]
+        alike = [p for p in parts if p is not None and _is_like(p, parts[0])]
+        storages = {part.storage for part in self._parts}
+        if len(alike) < len(parts) or len(storages) > 1:
+            return None
+        if any(p.rows % PANEL_ROWS for p in alike[:-1]):
+            return None
+
+        def together(name: str) -> torch.Tensor | None:
+            tensors = [getattr(p, name) for p in alike]
+            return None if tensors[0] is None else torch.cat(tensors)
+
+        data = together("data")
+        assert data is not None
+        rows = self.shape[0]
+        return replace(
+            alike[0], rows=rows, data=data, scales=together("scales"), mins=together("mins")
+        )
+
+    def way_back(self) -> WayBack:
+        """Of a part: nothing is written of all of them together."""
+        first = self._parts[0].way_back()
+        return first.of_rows or first
 
     @property
     def _parts(self) -> list[QuantWeight]:
@@ -99,3 +127,18 @@ class StackedWeight(QuantWeight):
 
     def extra_repr(self) -> str:
         return f"{len(self._parts)} parts, {self.shape[0]} × {self.shape[1]}"
+
+
+def _is_like(packed: Packed, other: Packed | None) -> bool:
+    """Whether the panels of both may stand below each other."""
+    if other is None or (packed.kind, packed.zero_point) != (other.kind, other.zero_point):
+        return False
+    for name in ("scales", "mins"):
+        mine, theirs = getattr(packed, name), getattr(other, name)
+        if (mine is None) != (theirs is None):
+            return False
+        if mine is not None and (mine.dtype, mine.shape[1]) != (theirs.dtype, theirs.shape[1]):
+            return False
+    if packed.order is None or other.order is None:
+        return packed.order is other.order
+    return torch.equal(packed.order, other.order)

@@ -43,12 +43,19 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         return words.new_zeros((*words.shape[:-1], count), dtype=torch.uint8)
     if bits == 3:
         return _unpack_across(words, count)
-    octets = words.contiguous().view(torch.uint8)  # [..., words * 4], lowest bits first
+    octets = _in_order(words).view(torch.uint8)  # [..., words * 4], lowest bits first
     if bits == 8:
         return octets[..., :count]
     mask = (1 << bits) - 1
     parts = [(octets >> shift) & mask for shift in range(0, 8, bits)]
     return torch.stack(parts, -1).flatten(-2)[..., :count]
+
+
+def _in_order(words: torch.Tensor) -> torch.Tensor:
+    """With the strides of its shape, also where a size is one and any stride would do."""
+    if words.stride(-1) == 1 and words.is_contiguous():
+        return words
+    return words.clone(memory_format=torch.contiguous_format)
 
 
 def _pack_across(numbers: torch.Tensor, words: int) -> torch.Tensor:
@@ -65,7 +72,7 @@ def _pack_across(numbers: torch.Tensor, words: int) -> torch.Tensor:
 
 
 def _unpack_across(words: torch.Tensor, count: int) -> torch.Tensor:
-    octets = words.contiguous().view(torch.uint8)
+    octets = _in_order(words).view(torch.uint8)
     triples = -(-octets.shape[-1] // 3)
     padded = torch.nn.functional.pad(octets, (0, triples * 3 - octets.shape[-1]))
     a, b, c = padded.view(*words.shape[:-1], triples, 3).unbind(-1)

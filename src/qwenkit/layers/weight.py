@@ -8,15 +8,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from qwenkit.errors import NonFiniteError
+from qwenkit.errors import NonFiniteError, UsageError
 from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.ops.grouped_matmul import segments
+from qwenkit.kernels.packed import Packed
+
+
+@dataclass(frozen=True, slots=True)
+class WayBack:
+    """How a weight in panels becomes the tensors of its file again: `restore` makes them of the
+    panels and of what is not in these, `aside`. `storage` is the storage tag. `of_rows` is the way
+    back of some of the rows only; None: it is the same.
+    """
+
+    storage: str
+    restore: Callable[[Packed, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    aside: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    of_rows: WayBack | None = None
 
 
 class QuantWeight(nn.Module):
@@ -55,6 +70,20 @@ class QuantWeight(nn.Module):
     @abstractmethod
     def storage(self) -> str:
         """The storage tag, as a file header names it."""
+
+    def to_packed(self) -> Packed | None:
+        """The numbers in the panels that native products read; None where there is no such form.
+
+        Where there is one, `way_back` is the way back from it.
+        """
+        return None
+
+    def way_back(self) -> WayBack:
+        """How panels of the whole weight become `to_tensors` again, byte for byte.
+
+        Raises UsageError where there are none.
+        """
+        raise UsageError(f"{self.storage} weights have no panels.")
 
     def check_finite(self) -> None:
         """Raises NonFiniteError when a number is NaN or infinite.

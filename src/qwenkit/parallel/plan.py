@@ -11,7 +11,6 @@ import torch
 from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.spec import Checkpoint, StoredTensor
 from qwenkit.errors import UsageError
-from qwenkit.fill import PLAIN_STORAGES
 from qwenkit.kernels import devices
 from qwenkit.kernels.devices import ACCELERATORS, Device, choose_precision, find_cpu, find_device
 from qwenkit.load import check_layers, matrix_storages, read_architecture
@@ -24,6 +23,7 @@ from qwenkit.parallel.device_map import (
     place_as_given,
     split_evenly,
 )
+from qwenkit.stored_weight import PLAIN_STORAGES
 from qwenkit.tensor_names import tensors_by_our_names
 
 Place = str | int | torch.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -79,6 +80,7 @@ def guarded(served: Served) -> Guard:
     )
     app.state.served = served
     app.state.metrics = Metrics(served)
+    app.state.schema = None
     app.openapi = partial(schema.complete, app, served.settings.access)  # type: ignore[method-assign]
     for group in _GROUPS:
         app.include_router(group)
@@ -112,9 +114,9 @@ async def _refuse_fields(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     body = facts_of(request.scope).value
     refused = refusal(error.errors(), body)
-    if refused.param and refused.param.endswith("].role") and refused.code == "invalid_value":
-        place = int(refused.param.split("[")[1].split("]")[0])
-        refused = incorrect_role(body["messages"][place]["role"], refused.param)
+    role = re.fullmatch(r"messages\[(\d+)\]\.role", refused.param or "")
+    if role is not None and refused.code == "invalid_value":
+        refused = incorrect_role(body["messages"][int(role[1])]["role"], role[0])
     return await _refuse(request, refused)
 
 

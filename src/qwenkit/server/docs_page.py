@@ -11,6 +11,7 @@ from fastapi import Request
 from starlette.responses import HTMLResponse, Response
 
 from qwenkit.server.route import group
+from qwenkit.server.schema import published
 
 router = group()
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -49,7 +50,7 @@ _EXAMPLES: Mapping[str, Any] = {
 )
 async def docs(request: Request) -> Response:
     """What there is to ask, to read in a browser."""
-    page = _page(request.app.openapi(), str(request.base_url).rstrip("/"))
+    page = _page(await published(request), str(request.base_url).rstrip("/"))
     return HTMLResponse(page, headers={"content-security-policy": _POLICY})
 
 

@@ -24,6 +24,7 @@ from qwenkit.server.sse import Streamed, compact, event, json_answer
 from qwenkit.server.wire.base import read
 from qwenkit.server.wire.chat import ChatRequest
 from qwenkit.server.wire.responses import FunctionChoice, ResponsesAnswer, ResponsesRequest
+from qwenkit.types.deltas import ContentDelta, ReplyDelta
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
 
 router = group()
@@ -59,6 +60,7 @@ class Answer:
     chat: Chat
     body: ResponsesRequest
     output: Output = field(default_factory=Output)
+    logprobs: list[Any] = field(default_factory=list)  # of tokens whose text is still to come
     status: str = "in_progress"
     reason: str | None = None
     id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(12)}")
@@ -67,21 +69,27 @@ class Answer:
     def take(self, events: Sequence[Event]) -> Iterator[OutputEvent]:
         """Take what has come; the events that tell of it. Raises ApiError for a failed answer."""
         chat, reader = self.chat, self.chat.readers[0]
-        logprobs: list[Any] = []
         if chat.body.logprobs:
             writer = writer_of(chat.served, chat.choices.sampling)
-            logprobs = writer.entries(one for one in events if isinstance(one, TokenEvent))
+            self.logprobs += writer.entries(one for one in events if isinstance(one, TokenEvent))
         for one in events:
             if isinstance(one, FinishEvent):
                 check_finish(one)
             for delta in reader.read(one).deltas:
-                yield from self.output.push(delta, logprobs)
-                logprobs = []
+                yield from self._push(delta)
             if isinstance(one, FinishEvent):
+                if self.logprobs:  # of tokens without a text of their own
+                    yield from self._push(ContentDelta(""))
                 complete = one.reason == "stop"
                 self.status = "completed" if complete else "incomplete"
                 self.reason = None if complete else _REASONS.get(one.reason, one.reason)
                 yield from self.output.close(self.status)
+
+    def _push(self, delta: ReplyDelta) -> Iterator[OutputEvent]:
+        logprobs: list[Any] = []
+        if isinstance(delta, ContentDelta):
+            logprobs, self.logprobs = self.logprobs, []
+        yield from self.output.push(delta, logprobs)
 
     def content(self) -> dict[str, Any]:
         """The response object, as far as it is there."""

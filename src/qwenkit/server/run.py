@@ -12,38 +12,13 @@ from types import FrameType
 import uvicorn
 
 from qwenkit.api import AsyncLLM
-from qwenkit.errors import UsageError
 from qwenkit.server.app import guarded
-from qwenkit.server.hosts import is_loopback
+from qwenkit.server.door import BACKLOG
 from qwenkit.server.protocol import Bounds, bounded
-from qwenkit.server.served import Served
-from qwenkit.server.settings import Access, ServerSettings
+from qwenkit.server.served import SHUTTING_DOWN, Served
+from qwenkit.server.settings import ServerSettings
 
 log = logging.getLogger("qwenkit.server")
-_BACKLOG = 1024
-
-
-def check_access(host: str, access: Access, *, no_auth: bool) -> None:
-    """Raises UsageError for an address beyond this machine with nothing that keeps others out."""
-    if access.is_open and not no_auth and not is_loopback(host):
-        raise UsageError(
-            f"--host {host}: others could use this server. Give --api-key, or --no-auth if that is "
-            "meant."
-        )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 takes a free one. Raises UsageError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host.strip("[]"), port))
-        listening.listen(_BACKLOG)
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise UsageError(f"--host {host} --port {port}: {error}.") from error
-    return listening
 
 
 class _Server(uvicorn.Server):
@@ -71,7 +46,7 @@ class _Server(uvicorn.Server):
     async def _end_late(self) -> None:
         """What has not ended in time gets an error as its end, not a broken connection."""
         await asyncio.sleep(self._served.settings.drain_s)
-        self._served.end_all("the server is shutting down.")
+        self._served.end_all(SHUTTING_DOWN)
 
 
 async def _serve(
@@ -92,7 +67,7 @@ async def _serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_keep_alive=round(settings.idle_timeout_s),
         timeout_graceful_shutdown=round(settings.drain_s) + 5,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -72,7 +73,16 @@ class OllamaError(BaseModel):
 )
 async def openapi(request: Request) -> Response:
     """OpenAPI 3.1."""
-    return json_answer(request.app.openapi())
+    return json_answer(await published(request))
+
+
+async def published(request: Request) -> dict[str, Any]:
+    """The schema, made once; that takes a while, in which the event loop is free."""
+    state = request.app.state
+    if state.schema is None:
+        state.schema = await asyncio.to_thread(request.app.openapi)
+    schema: dict[str, Any] = state.schema
+    return schema
 
 
 def complete(app: FastAPI, access: Access) -> dict[str, Any]:
@@ -112,4 +122,4 @@ def _describe(path: str, operation: dict[str, Any]) -> None:
         answers.setdefault(status, {"description": words, "content": content})
     if path in _STREAMS:
         kind = _STREAMS[path]
-        answers["200"]["content"][kind] = {"schema": {"type": "string"}}
+        answers["200"]["content"][kind] = {}  # OpenAPI 3.1 has no words for a stream's parts

@@ -25,6 +25,7 @@ _AT_ONCE = 2  # prompts of one client that are made in threads at one time
 _COMPILED_AT_ONCE = 2
 _COMPILE_S = 10.0  # for all answers of a request; the engine bounds each one
 DEAD = "The engine has ended; the server must be started again."
+SHUTTING_DOWN = "The server is shutting down."
 T = TypeVar("T")
 
 

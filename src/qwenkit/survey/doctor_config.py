@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwenkit.errors import suggest
+from qwenkit.formats.config import known_methods
 from qwenkit.models.catalogue import PUBLISHED
 from qwenkit.models.spec import architectures
 from qwenkit.survey import doctor_keys, doctor_rope
@@ -167,7 +168,7 @@ def _published_eps(config: Mapping[str, Any]) -> set[float]:
 
 def quantization(facts: Facts) -> Iterator[Finding]:
     block = facts.config.get("quantization_config")
-    methods = ("gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", "autoround")
+    methods = known_methods()
     if block is not None and not isinstance(block, Mapping):
         yield fault(
             "bad-quantization",
@@ -185,17 +186,6 @@ def quantization(facts: Facts) -> Iterator[Finding]:
             f"quantization_config: quant_method is {given!r}. {suggest(str(given), methods)}",
             f"quantization_config：未知的 quant_method {given!r}。{suggest(str(given), methods)}",
         )
-    elif isinstance(block, Mapping) and facts.checkpoint is not None:
-        names = facts.checkpoint.tensors
-        if block["quant_method"] in ("gptq", "awq") and not any("qweight" in n for n in names):
-            yield fault(
-                "quantized-in-name-only",
-                _FILE,
-                f"quantization_config says {block['quant_method']}, but no weight is quantized. "
-                "Remove it, or take the weights from the quantized model's repository.",
-                f"quantization_config 为 {block['quant_method']}，但权重并未量化。"
-                "请删除该项，或从量化模型仓库下载权重。",
-            )
 
 
 CHECKS = (

@@ -26,6 +26,7 @@ _MISFITS = {
     "belong to no part of the model": "extra-tensor",
     "has shape": "wrong-shape",
     "no known format reads": "unknown-storage",
+    "but no weight is stored so": "quantized-in-name-only",
 }
 
 
@@ -51,7 +52,8 @@ def fitting(facts: Facts) -> Iterator[Finding]:
             return  # told by `heads`
         yield _misfit(kind, error.file.rpartition("/")[2], str(error))
     except ConfigError as error:
-        yield _misfit("bad-config", "config.json", str(error))
+        if "quantization_config" not in str(error):  # told by `doctor_config`
+            yield _misfit("bad-config", "config.json", str(error))
 
 
 def _misfit(kind: str, file: str, reason: str) -> Finding:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qwenkit.errors import UsageError
-from qwenkit.formats.plan import WeightPlan
+from qwenkit.formats.plan import BITSANDBYTES_KINDS, WeightPlan
 from qwenkit.layers.position import allowed_tokens, reachable_tokens
 from qwenkit.survey.plan_memory import BLOCK_TOKENS, MOST_USERS, Memory, Workload, estimate
 from qwenkit.survey.plan_source import Shape
@@ -17,7 +17,8 @@ from qwenkit.survey.plan_split import Advice, Stage, split_advice, stages
 from qwenkit.survey.plan_weights import Weights, weigh
 
 # As stored comes first because nothing is lost, then by what is lost. What only grows comes last.
-_PREFERRED = ("auto", "bf16", "int8", "int4", "fp32")
+_COMPARED = ("auto", "bf16", "int8", "int4", "fp32")
+_PREFERRED = ("auto", "bf16", "int8", "llm-int8", "int4", *BITSANDBYTES_KINDS, "fp32")
 _SAME_AS_STORED = {"BF16": "bf16", "F32": "fp32", "F16": "fp32"}
 
 
@@ -78,7 +79,7 @@ class Choice:
             given = "head_weights" if self.group_size is None else "group_size"
             raise UsageError(f"{given}: says something only together with --weights.")
         same = _SAME_AS_STORED.get(storage)
-        return tuple(WeightPlan(kind) for kind in _PREFERRED if kind != same)
+        return tuple(WeightPlan(kind) for kind in _COMPARED if kind != same)
 
 
 def check_work(shape: Shape, work: Workload) -> None:

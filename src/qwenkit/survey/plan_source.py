@@ -14,22 +14,28 @@ from qwenkit.checkpoint import open_checkpoint
 from qwenkit.checkpoint.client_hubs import client_name
 from qwenkit.checkpoint.hub import describe, resolve
 from qwenkit.checkpoint.names import EMBEDDED_NAME, parse_hub_name
-from qwenkit.errors import ConfigError, ModelNotFoundError, NetworkError, UsageError
+from qwenkit.errors import ConfigError, ModelNotFoundError, NetworkError
 from qwenkit.load import read_architecture
 from qwenkit.models.catalogue import published_config
 from qwenkit.models.spec import Architecture, ModelConfig, find
+from qwenkit.survey.plan_quantized import Quantized, quantized_paths
+from qwenkit.survey.plan_quantized import describe as describe_quantized
 from qwenkit.tensor_names import tensors_by_our_names
 
 Origin = Literal["files", "hub", "table"]
 
+# The layers that quantizers take, today's and those of the first generation.
+_LAYERS = ("_proj.weight", "c_attn.weight", "w1.weight", "w2.weight")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model to plan for. `storages` are the storage tags of its tensors by our names, `storage`
-    is that of most bytes. `download_bytes` is what fetching it takes: 0 where it is here already,
-    None where that is unknown.
+    """A model to plan for. `storages` are the storage tags of its tensors by our names, or how
+    those of a layer are quantized; `storage` is that of most bytes. Where nothing is known of
+    single tensors, layers are `quantized` or, as all else, stored as `plain`.
+    `download_bytes` is what fetching it takes: 0 where it is here already, None where that is
+    unknown.
     """
 
     name: str
@@ -37,13 +43,19 @@ class Shape:
     architecture: Architecture
     config: ModelConfig
     storage: str
-    storages: Mapping[str, str]
+    storages: Mapping[str, str | Quantized]
     download_bytes: int | None
 
-    def storage_of(self, tensor: str) -> str:
-        """The storage tag of one tensor."""
+    quantized: Quantized | None = None
+    plain: str | None = None
+
+    def storage_of(self, tensor: str) -> str | Quantized:
+        """The storage tag of one tensor, or how it is quantized."""
         first_expert = tensor.replace(".experts.", ".experts.0.")
-        return self.storages.get(tensor) or self.storages.get(first_expert) or self.storage
+        known = self.storages.get(tensor) or self.storages.get(first_expert)
+        if known is None and self.quantized is not None and tensor.endswith(_LAYERS):
+            return self.quantized
+        return known or self.plain or self.storage
 
 
 def find_shape(name: str, *, offline: bool = False, revision: str | None = None) -> Shape:
@@ -80,14 +92,18 @@ _NOT_LISTED = (
 
 def _from_files(name: str, path: Path) -> Shape:
     checkpoint = open_checkpoint(path)
-    _refuse_quantized(name, checkpoint.config)
+    quantized = describe_quantized(checkpoint.config)
     architecture, config = read_architecture(checkpoint)
     tensors = tensors_by_our_names(architecture, checkpoint, config.head_dim)
     held: Counter[str] = Counter()
     for tensor in tensors.values():
         held[tensor.storage] += tensor.size_bytes
-    storages = {ours: tensor.storage for ours, tensor in tensors.items()}
+    storages: dict[str, str | Quantized] = {n: t.storage for n, t in tensors.items()}
     most = held.most_common(1)[0][0]
+    if quantized is not None:
+        most = quantized.name
+        for layer in quantized_paths({n: t.storage for n, t in tensors.items()}):
+            storages[f"{layer}.weight"] = quantized
     return Shape(name, "files", architecture, config, most, storages, 0)
 
 
@@ -105,20 +121,12 @@ def _from_hub(name: str, revision: str | None) -> Shape:
 def _from_config(
     name: str, config: Mapping[str, Any], origin: Origin, download_bytes: int | None
 ) -> Shape:
-    _refuse_quantized(name, config)
     try:
+        quantized = describe_quantized(config)
         architecture = find(str(config.get("model_type")))
         read = architecture.config(config)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     stored = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
-    return Shape(name, origin, architecture, read, stored, {}, download_bytes)
-
-
-def _refuse_quantized(name: str, config: Mapping[str, Any]) -> None:
-    block = config.get("quantization_config")
-    if isinstance(block, Mapping):
-        raise UsageError(
-            f"{name} is stored as {block.get('quant_method', 'unknown')}, which cannot be run yet. "
-            "Plan for the model it was made of, with --weights int4 or int8."
-        )
+    most = stored if quantized is None else quantized.name
+    return Shape(name, origin, architecture, read, most, {}, download_bytes, quantized, stored)

@@ -14,16 +14,19 @@ from torch import nn
 
 from qwenkit.formats.ggml import GgmlWeight
 from qwenkit.formats.packed import PackedWeight, fitting_group, pack
-from qwenkit.formats.plan import WeightPlan
+from qwenkit.formats.plan import BITSANDBYTES_KINDS, WeightPlan
 from qwenkit.kernels.blocks import BLOCK_LAYOUTS
+from qwenkit.kernels.packed import PANEL_ROWS
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Embedding, Linear
 from qwenkit.layers.moe import SparseMoe
 from qwenkit.models.spec import Architecture, CausalModel, ModelConfig
+from qwenkit.survey.plan_quantized import Quantized, four_bits
 
-StorageOf = Callable[[str], str]
+StorageOf = Callable[[str], str | Quantized]
 
 DEFAULT_GROUPS = {"int4": 32, "int8": 128}  # of `PackedWeight.round_to_nearest`
+DEFAULT_GROUPS |= dict.fromkeys(BITSANDBYTES_KINDS, 64)
 
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _ROUNDING = ("BF16", "Q4_0", "Q4_1", "Q8_0")  # packed types but fp32
@@ -93,7 +96,10 @@ def weigh(
     if plan.weights == "auto":
         layers = (piece for piece in pieces if layer_of(piece.path) is not None)
         tag = storage_of(f"{max(layers, key=lambda piece: piece.stored_bytes).path}.weight")
-        group, rounds = 0 if tag in _PLAIN else _BLOCK_COLUMNS, tag in _ROUNDING
+        if isinstance(tag, Quantized):
+            group, rounds = tag.group, tag.rounds
+        else:
+            group, rounds = 0 if tag in _PLAIN else _BLOCK_COLUMNS, tag in _ROUNDING
     else:
         default = DEFAULT_GROUPS.get(plan.weights, 0)
         group, rounds = plan.group_size or default, plan.weights != "fp32"
@@ -146,20 +152,29 @@ def _pieces(model: CausalModel, plan: WeightPlan, storage_of: StorageOf) -> Iter
             yield Piece(path, parameters, held, stored)
 
 
-def _stored_bytes(value: torch.Tensor, tag: str) -> int:
+def _stored_bytes(value: torch.Tensor, tag: str | Quantized) -> int:
+    if isinstance(tag, Quantized):
+        return tag.stored_bytes(value.numel() // value.shape[-1], value.shape[-1])
     if tag in _PLAIN:
         return value.numel() * _PLAIN[tag].itemsize
     return value.numel() // value.shape[-1] * BLOCK_LAYOUTS[tag].bytes_per_row(value.shape[-1])
 
 
-def _held_bytes(path: str, module: nn.Module, plan: WeightPlan, tag: str) -> int:
+def _held_bytes(path: str, module: nn.Module, plan: WeightPlan, tag: str | Quantized) -> int:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     rows, columns = weight.shape
     is_head = isinstance(module, Embedding) or path == "lm_head"
     kind = plan.rounded_to(path, columns, is_head=is_head)
+    if kind in BITSANDBYTES_KINDS:
+        name, _, double = kind.partition("-")
+        whole = Quantized("llm.int8", 8, 8, 0)
+        made = whole if name == "llm" else four_bits(name, nested=bool(double))
+        return made.held_bytes(-(-rows // PANEL_ROWS) * PANEL_ROWS, columns)
     if kind is not None:
         return _rounded(kind, rows, columns, plan.group_size).size_bytes
+    if isinstance(tag, Quantized):
+        return tag.held_bytes(-(-rows // PANEL_ROWS) * PANEL_ROWS, columns)
     kept = pack(_as_stored(weight, tag))
     return kept.nbytes if isinstance(kept, torch.Tensor) else kept.size_bytes
 

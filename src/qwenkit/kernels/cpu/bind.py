@@ -37,6 +37,7 @@ from qwenkit.kernels.cpu.bind_rows import (
     bind_rms_norm,
     bind_rotary,
     bind_silu_mul,
+    bind_take_columns,
 )
 from qwenkit.kernels.cpu.bind_sampling import bind_sample_tokens
 from qwenkit.kernels.cpu.library import Kernel, function, open_library
@@ -175,4 +176,5 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
         "rotary_kv_write": bind_rotary_kv_write(library),
         "sample_tokens": bind_sample_tokens(library),
         "silu_mul": bind_silu_mul(library),
+        "take_columns": bind_take_columns(library),
     }

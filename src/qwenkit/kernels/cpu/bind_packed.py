@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from qwenkit.kernels.ops.packed_experts import packed_experts
 from qwenkit.kernels.ops.packed_gated import packed_gated
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.ops.packed_projections import packed_projections
-from qwenkit.kernels.packed import COLUMN_MULTIPLE, KINDS, PANEL_ROWS
+from qwenkit.kernels.packed import FORMS, KINDS, PANEL_ROWS
 
 MOST_MATRICES = 4
 
@@ -36,16 +38,20 @@ class PackedMatmulArguments(ctypes.Structure):
     _fields_ = (
         *((n, c_void_p) for n in ("x", "norm", "order", "ends")),
         ("matrices", PackedMatrix * MOST_MATRICES),
+        ("levels", c_void_p),
         *((n, c_int64) for n in ("count", "tokens", "x_rows", "columns", "group", "kind")),
-        *((n, c_int64) for n in ("zero_point", "parts", "gated", "threads")),
-        ("epsilon", c_float),
+        *((n, c_int64) for n in ("zero_point", "parts", "scale_groups", "scale_shift")),
+        *((n, c_int64) for n in ("scale_bytes", "zeros", "gated", "threads")),
+        *((n, c_float) for n in ("epsilon", "unit")),
     )
 
 
 class _PackedRows(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("ids", "data", "scales", "mins", "y")),
+        *((name, c_void_p) for name in ("ids", "data", "scales", "mins", "levels", "y")),
         *((n, c_int64) for n in ("tokens", "rows", "columns", "group", "kind", "zero_point")),
+        *((n, c_int64) for n in ("scale_bytes", "zeros")),
+        ("unit", c_float),
     )
 
 
@@ -113,13 +119,16 @@ class Multiply:
                 raise refuse(self._op, x=x, places=places)
         if norm is not None and norm.shape != (columns,):
             raise refuse(self._op, x=x, norm=norm)
-        group = columns // scales[0].shape[1] if scales else columns
+        steps, group, zero_point, *groups = self._kind(factors, columns)
+        kind = KINDS[factors.kind]
         done = self._call(
             PackedMatmulArguments(
                 *map(_address, (x, norm, order, ends)),
                 (PackedMatrix * MOST_MATRICES)(*matrices),
-                *(len(matrices), tokens, len(x), columns, group, KINDS.index(factors.kind)),
-                *(factors.zero_point, factors.parts, gated, torch.get_num_threads(), epsilon),
+                steps,
+                *(len(matrices), tokens, len(x), columns, group, FORMS.index(kind.form)),
+                *(zero_point, factors.parts, *groups),
+                *(gated, torch.get_num_threads(), epsilon, kind.unit),
             )
         )
         if done == 3:
@@ -127,6 +136,19 @@ class Multiply:
         if done:
             raise KernelError(f"{self._op}: no memory for {tokens} rows of {columns} numbers.")
         return results
+
+    def _kind(self, factors: Factors, columns: int) -> tuple[Any, ...]:
+        """The address of levels, columns of a group of tokens, zero point, and of scales: groups,
+        shift, bytes, and whether minimums are zero points. All matrices must be alike.
+        """
+        scales, mins, steps = factors.scales, factors.mins, _steps(factors.kind)
+        given = scales[0] if scales else None
+        if len({(t.dtype, t.shape[1]) for t in scales}) > 1 or len({t.dtype for t in mins}) > 1:
+            raise KernelError(f"{self._op}: matrices of one call must have scales of one kind.")
+        group, shift = _groups(KINDS[factors.kind].form, columns, given)
+        zero_point = factors.zero_point if steps is None else _LEVEL_ZERO
+        count = 0 if given is None else given.shape[1]
+        return _address(steps), group, zero_point, count, shift, *_widths(given, mins)
 
 
 def bind_packed_matmul(library: ctypes.CDLL) -> Kernel:
@@ -271,8 +293,12 @@ def bind_packed_rows(library: ctypes.CDLL) -> Kernel:
         ids = ids.contiguous()
         y = torch.empty((ids.shape[0], columns), dtype=torch.float32)
         group = columns if scales is None else columns // scales.shape[1]
-        sizes = ids.shape[0], rows, columns, group, KINDS.index(kind), zero_point
-        if call(_PackedRows(*map(_address, (ids, data, scales, mins, y)), *sizes)):
+        levels = _levels(kind)
+        tensors = ids, data, scales, mins, levels, y
+        sizes = ids.shape[0], rows, columns, group, FORMS.index(KINDS[kind].form), zero_point
+        unit = KINDS[kind].unit if levels is None else 1.0
+        widths = _widths(scales, () if mins is None else (mins,))
+        if call(_PackedRows(*map(_address, tensors), *sizes, *widths, unit)):
             raise KernelError(f"packed_rows: ids must be from 0 to {rows - 1}.")
         return y
 
@@ -283,8 +309,43 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-_MOST_GROUP = 128  # columns to a scale
-_BITS = {"int4": 4, "int8": 8, "bf16": 16, "fp32": 32}
+_GROUPS = (128, 64, 32)  # columns by which tokens are rounded
+_LEVEL_ZERO = 128  # added to levels, so that none is negative
+
+
+@cache
+def _steps(kind: str) -> torch.Tensor | None:
+    """The levels of a kind as the products read them, uint8 [16]."""
+    steps = KINDS[kind].steps
+    return None if steps is None else torch.tensor([s + _LEVEL_ZERO for s in steps]).byte()
+
+
+@cache
+def _levels(kind: str) -> torch.Tensor | None:
+    """The levels of a kind, fp32 [16]."""
+    levels = KINDS[kind].levels
+    return None if levels is None else torch.tensor(levels)
+
+
+def _groups(form: str, columns: int, scales: torch.Tensor | None) -> tuple[int, int]:
+    """Columns by which tokens are rounded, and by how many bits the number of such a group is to be
+    shifted for the number of its scale. Of fp8, whose tokens are not rounded, a scale's columns.
+    """
+    if scales is None or form == "fp8":
+        return columns if scales is None else columns // scales.shape[1], 0
+    shared = columns // scales.shape[1]
+    group = next((size for size in _GROUPS if shared % size == 0), 0)
+    if not group:
+        return 0, 0
+    return group, _ONE_SCALE if shared == columns else (shared // group).bit_length() - 1
+
+
+_ONE_SCALE = 62  # of a row: no group has a number so high
+
+
+def _widths(scales: torch.Tensor | None, mins: Sequence[torch.Tensor]) -> tuple[int, bool]:
+    """Bytes of a scale, and whether minimums are zero points."""
+    return 0 if scales is None else scales.itemsize, bool(mins) and mins[0].dtype is torch.uint8
 
 
 def _check(
@@ -296,25 +357,36 @@ def _check(
 ) -> None:
     """Raises KernelError unless every address that a kernel makes of these lies within them."""
     data, scales, mins = packed
-    panels = -(-rows // PANEL_ROWS)
+    panels, known = -(-rows // PANEL_ROWS), KINDS[kind]
     fits = (
         first.is_cpu
         and data.is_cpu
         and data.is_contiguous()
-        and columns % COLUMN_MULTIPLE[kind] == 0
-        and data.shape == (panels, PANEL_ROWS * columns * _BITS[kind] // 8)
-        and (scales is None) == (kind in ("bf16", "fp32"))
+        and columns % known.multiple == 0
+        and data.shape == (panels, PANEL_ROWS * columns * known.bits // 8)
+        and (scales is None) == (known.form in ("bf16", "fp32"))
+        and (mins is None or (known.form in ("int4", "int8") and known.levels is None))
     )
     for values in (scales, mins):
-        if values is not None:
-            groups = values.shape[1]
+        if fits and values is not None and scales is not None:
+            groups = scales.shape[1]
             fits = (
-                fits
-                and values.is_contiguous()
-                and values.dtype is torch.float16
+                values.is_contiguous()
                 and values.shape == (panels, groups, PANEL_ROWS)
-                and columns % (32 * groups) == 0
-                and columns <= _MOST_GROUP * groups
+                and scales.dtype in (torch.float16, torch.float32)
+                and (values.dtype is scales.dtype or (values is mins and _widths(None, [mins])[1]))
+                and groups > 0
+                and columns % groups == 0
+                and _scales_fit(known.form, columns, scales)
             )
     if not fits:
         raise refuse(f"a packed {kind} matrix of {rows} × {columns}", first=first, data=data)
+
+
+def _scales_fit(form: str, columns: int, scales: torch.Tensor) -> bool:
+    """Whether groups of tokens fall into those of the scales."""
+    shared = columns // scales.shape[1]
+    if form == "fp8":
+        return shared % 4 == 0
+    group, shift = _groups(form, columns, scales)
+    return group > 0 and (shift == _ONE_SCALE or group << shift == shared)

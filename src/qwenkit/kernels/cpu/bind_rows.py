@@ -7,11 +7,13 @@ from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
+from qwenkit.errors import KernelError
 from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.column_maxima import column_maxima
 from qwenkit.kernels.ops.rms_norm import rms_norm
 from qwenkit.kernels.ops.rotary import rotary
 from qwenkit.kernels.ops.silu_mul import silu_mul
+from qwenkit.kernels.ops.take_columns import take_columns
 
 
 class _RmsNorm(ctypes.Structure):
@@ -41,6 +43,13 @@ class _ColumnMaxima(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("scores", "maxima")),
         *((name, c_int64) for name in ("rows", "count", "row_stride", "columns", "threads")),
+    )
+
+
+class _TakeColumns(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "order", "y")),
+        *((name, c_int64) for name in ("tokens", "columns", "threads")),
     )
 
 
@@ -127,5 +136,24 @@ def bind_column_maxima(library: ctypes.CDLL) -> Kernel:
         pointers = scores.data_ptr(), maxima.data_ptr()
         call(_ColumnMaxima(*pointers, rows, count, scores.stride(0), columns, get_num_threads()))
         return maxima
+
+    return run
+
+
+def bind_take_columns(library: ctypes.CDLL) -> Kernel:
+    call = kernel(library, "qk_take_columns", _TakeColumns)
+    reference = take_columns.reference
+
+    def run(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        if x.dtype is not torch.float32 or not x.numel():
+            return reference(x, order)  # type: ignore[no-any-return]
+        if x.dim() != 2 or order.dtype is not torch.int32 or order.shape != x.shape[1:]:
+            raise refuse("take_columns", x=x, order=order)
+        x, order = x.contiguous(), order.contiguous()
+        y = torch.empty_like(x)
+        pointers = x.data_ptr(), order.data_ptr(), y.data_ptr()
+        if call(_TakeColumns(*pointers, *x.shape, torch.get_num_threads())):
+            raise KernelError(f"take_columns: places must be from 0 to {x.shape[1] - 1}.")
+        return y
 
     return run

@@ -61,6 +61,28 @@ inline words splat_bytes(const int8_t* p) {
     return splat_word(v);
 }
 
+// A table of sixteen bytes in every sixteen bytes of a vector.
+inline bytes splat_table(const uint8_t* table) {
+    bytes v;
+    for (size_t i = 0; i < sizeof v; i += 16) std::memcpy(reinterpret_cast<uint8_t*>(&v) + i, table, 16);
+    return v;
+}
+
+// table[index] for each byte below 16.
+inline bytes look_up(bytes table, bytes index) {
+#if defined(__AVX512BW__)
+    return (bytes)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+#elif defined(__AVX2__)
+    return (bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+#elif defined(__ARM_NEON)
+    return (bytes)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
+#else
+    bytes found;
+    for (size_t i = 0; i < sizeof found; i++) found[i] = table[index[i]];
+    return found;
+#endif
+}
+
 inline bytes low_nibbles(bytes v) { return v & 15; }
 
 inline bytes high_nibbles(bytes v) {

@@ -1,10 +1,11 @@
 // Packed matrices: how they lie in memory, and the innermost loops over them.
 //
 // Rows go in panels of 16. A panel holds its columns one after another, those that an instruction
-// takes together side by side: four bytes of each row (int8), four low and four high halves of
+// takes together side by side: four bytes of each row (int8, fp8), four low and four high halves of
 // bytes (int4: columns 4i … 4i + 3 and 16 + 4i … 16 + 4i + 3 of each 32), two bf16 or one fp32
-// number. Whole numbers are stored with their zero point added, so never negative; each `group` of
-// a row's columns has a scale, and a minimum where the format has one, sixteen rows side by side.
+// number. Whole numbers are stored with their zero point added, so never negative, or as places in
+// a table of sixteen such numbers. Columns that belong together have a scale, and a minimum or a
+// zero point of their own where the format has one, sixteen rows side by side.
 //
 // One element of y is always the same sum. Whole numbers are added exactly within a group, and
 // groups are added up in their order by one chain of fused multiply-adds, where every 512 columns
@@ -47,15 +48,47 @@ struct Activations {
     int64_t tokens, columns, stride, group, groups;  // tokens: and spare ones without a rest
 };
 
+// What belongs to the groups of a panel's columns: scales in fp16 or fp32, and minimums as wide or
+// zero points in a byte. Group g of the tokens is in group g >> shift of the weights.
+struct Scales {
+    const uint8_t *scales, *mins;  // mins null: the format has none
+    int shift;
+    bool wide, zeros;
+
+    const uint8_t* place(int64_t g) const {
+        return scales + (g >> shift) * panel_rows * (wide ? 4 : 2);
+    }
+
+    void load_scales(int64_t g, vec out[per_panel]) const { widen(place(g), out); }
+
+    // What is added for each unit of a group's numbers. `of_group` are its scales.
+    void load_mins(int64_t g, const vec* of_group, vec out[per_panel]) const {
+        int64_t at = (g >> shift) * panel_rows;
+        if (!zeros) return widen(mins + at * (wide ? 4 : 2), out);
+        for (int v = 0; v < per_panel; v++) {
+            out[v] = (vec{} - widen_unsigned(mins + at + v * lanes)) * of_group[v];
+        }
+    }
+
+  private:
+    void widen(const uint8_t* at, vec out[per_panel]) const {
+        if (!wide) return widen_halves(reinterpret_cast<const uint16_t*>(at), out);
+        for (int v = 0; v < per_panel; v++) {
+            out[v] = load(reinterpret_cast<const float*>(at) + v * lanes);
+        }
+    }
+};
+
 // Panels that are multiplied with the same tokens: neighbours, or one of a gate and one of what it
 // gates. Each has so many `bytes`, and the panel that takes its place next is `next` bytes further.
 struct Panels {
     const uint8_t* data[pair];
-    const uint16_t *scales[pair], *mins[pair];
+    Scales scales[pair];
+    const uint8_t* levels;  // [16]: what numbers of four bits stand for, or null
     int64_t bytes, next;
 
     Panels from(int panel) const {
-        return {{data[panel]}, {scales[panel]}, {mins[panel]}, bytes, next};
+        return {{data[panel]}, {scales[panel]}, levels, bytes, next};
     }
 
     // From a place in a panel to what is read `prefetch_bytes` later.
@@ -64,32 +97,38 @@ struct Panels {
     }
 };
 
-// Int4 as stored.
+// Int4 as stored, or, where they are `Levels`, places in a table.
+template <bool Levels>
 struct Nibbles {
     static constexpr int bytes_per_32 = 256;
+    static constexpr int most = Levels ? 255 : 15;
     static constexpr bool ahead = true;
     static constexpr int tile = large_tile;
 
+    static bytes number(bytes nibbles, bytes table) {
+        return Levels ? look_up(table, nibbles) : nibbles;
+    }
+
     template <int Tokens, int Vectors>
-    static void add(const uint8_t* const* data, const int8_t* x, int64_t x_stride,
+    static void add(const uint8_t* const* data, bytes table, const int8_t* x, int64_t x_stride,
                     words sums[Tokens][Vectors]) {
         QK_UNROLL for (int i = 0; i < 4; i++) {
             bytes low[Vectors], high[Vectors];
             QK_UNROLL for (int v = 0; v < Vectors; v++) {
                 bytes both = load_bytes(data[v] + i * 64);
-                low[v] = low_nibbles(both);
-                high[v] = high_nibbles(both);
+                low[v] = number(low_nibbles(both), table);
+                high[v] = number(high_nibbles(both), table);
             }
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 words four = splat_bytes(x + t * x_stride + 4 * i);
                 QK_UNROLL for (int v = 0; v < Vectors; v++) {
-                    sums[t][v] = dot4<15>(sums[t][v], low[v], four);
+                    sums[t][v] = dot4<most>(sums[t][v], low[v], four);
                 }
             }
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 words four = splat_bytes(x + t * x_stride + 16 + 4 * i);
                 QK_UNROLL for (int v = 0; v < Vectors; v++) {
-                    sums[t][v] = dot4<15>(sums[t][v], high[v], four);
+                    sums[t][v] = dot4<most>(sums[t][v], high[v], four);
                 }
             }
         }
@@ -104,7 +143,7 @@ struct Bytes {
     static constexpr int tile = Most > 15 ? large_tile : tile_tokens;
 
     template <int Tokens, int Vectors>
-    static void add(const uint8_t* const* data, const int8_t* x, int64_t x_stride,
+    static void add(const uint8_t* const* data, bytes, const int8_t* x, int64_t x_stride,
                     words sums[Tokens][Vectors]) {
         QK_UNROLL for (int i = 0; i < 8; i++) {
             bytes w[Vectors];
@@ -131,7 +170,8 @@ inline bool has_rest(const Activations& x, int64_t g, int64_t token, int tokens)
 // marked count, as others were never set.
 template <class Kind, int Tokens, int Vectors, bool Rest = false>
 __attribute__((always_inline)) inline void add_group(const uint8_t* const* group_data,
-                                                     const Activations& x, const Quantized& q,
+                                                     bytes table, const Activations& x,
+                                                     const Quantized& q,
                                                      int64_t token, int64_t g, const vec* scales,
                                                      int64_t ahead, vec (*y)[Vectors]) {
     const uint8_t* data[Vectors];
@@ -151,7 +191,7 @@ __attribute__((always_inline)) inline void add_group(const uint8_t* const* group
                 }
             }
         }
-        Kind::template add<Tokens, Vectors>(data, quants, x.stride, sums);
+        Kind::template add<Tokens, Vectors>(data, table, quants, x.stride, sums);
         QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] += Kind::bytes_per_32;
         quants += 32;
     }
@@ -178,30 +218,34 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
     int64_t group_bytes = x.group / 32 * Kind::bytes_per_32, run = run_columns / x.group;
     int64_t scales_ahead = 2 * prefetch_bytes / group_bytes;
     int64_t skipped = (panels.next / panels.bytes - 1) * x.groups;  // of the panel beside it
+    bytes table = panels.levels ? splat_table(panels.levels) : bytes{};
     for (int64_t first = 0, last; first < x.groups; first = last) {
         last = std::min(x.groups, first + run);
-        vec scales[vectors];
-        auto load_scales = [&](const uint16_t* const* from, int64_t g) {
+        vec scales[vectors], mins[vectors];
+        auto load_scales = [&](int64_t g) {
             QK_UNROLL for (int p = 0; p < Count; p++) {
-                widen_halves(from[p] + g * panel_rows, scales + p * per_panel);
+                panels.scales[p].load_scales(g, scales + p * per_panel);
             }
         };
         for (int64_t g = first; g < last; g++) {
-            load_scales(panels.scales, g);
+            load_scales(g);
             int64_t ahead = panels.ahead(g * group_bytes);
             if constexpr (Kind::ahead) {
                 int64_t later = g + scales_ahead + (g + scales_ahead < x.groups ? 0 : skipped);
                 QK_UNROLL for (int p = 0; p < Count; p++) {
-                    __builtin_prefetch(panels.scales[p] + later * panel_rows);
+                    __builtin_prefetch(panels.scales[p].place(later));
                 }
             }
-            add_group<Kind, Tokens, vectors>(data, x, x.main, token, g, scales, ahead, y);
+            add_group<Kind, Tokens, vectors>(data, table, x, x.main, token, g, scales, ahead, y);
             QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
-            if (!panels.mins[0]) continue;
-            load_scales(panels.mins, g);
+            if (!panels.scales[0].mins) continue;
+            QK_UNROLL for (int p = 0; p < Count; p++) {
+                int v = p * per_panel;
+                panels.scales[p].load_mins(g, scales + v, mins + v);
+            }
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 vec sum = splat(x.sums[g * x.tokens + token + t]);
-                QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = fma(scales[v], sum, y[t][v]);
+                QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = fma(mins[v], sum, y[t][v]);
             }
         }
         if constexpr (Rest) {
@@ -211,8 +255,9 @@ void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
                 QK_UNROLL for (int v = 0; v < vectors; v++) {
                     again[v] = data[v] - (last - g) * group_bytes;
                 }
-                load_scales(panels.scales, g);
-                add_group<Kind, Tokens, vectors, true>(again, x, x.rest, token, g, scales, 0, y);
+                load_scales(g);
+                add_group<Kind, Tokens, vectors, true>(again, table, x, x.rest, token, g, scales, 0,
+                                                       y);
             }
         }
     }
@@ -236,6 +281,20 @@ struct Halves {  // bf16, two columns side by side
         return fma((vec)(both & static_cast<int32_t>(0xffff0000)), splat(x.numbers[at + 1]), sum);
     }
 #endif
+};
+
+struct Eights {  // fp8, e4m3: four columns side by side
+    static constexpr int columns = 4, tile = tile_tokens;
+
+    // The number in the byte of each lane that `place` counts from the lowest, exactly.
+    template <int Place>
+    static vec number(words four) {
+        words size = (four >> (8 * Place)) & 127;
+        words normal = (size << 20) + (120 << 23);    // the exponent's bias is 7, that of fp32 127
+        words small = (words)(to_float(size) * splat(0x1p-9f));  // without an exponent
+        words sign = (four << (24 - 8 * Place)) & INT32_MIN;
+        return (vec)((size < 8 ? small : normal) | sign);
+    }
 };
 
 struct Singles {  // fp32
@@ -265,6 +324,44 @@ void multiply_floats(const Panels& panels, const Activations& x, int64_t token,
             }
         }
         at += panel_rows * 4;
+    }
+}
+
+// y of some tokens × some panels of fp8: every number is made of its byte once for all tokens.
+template <int Tokens, int Count>
+void multiply_eights(const Panels& panels, const Activations& x, int64_t token,
+                     vec y[Tokens][Count * per_panel]) {
+    constexpr int vectors = Count * per_panel;
+    QK_UNROLL for (int t = 0; t < Tokens; t++) {
+        QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
+    }
+    for (int64_t g = 0, at = 0; g * x.group < x.columns; g++) {
+        vec scales[vectors];
+        QK_UNROLL for (int p = 0; p < Count; p++) {
+            panels.scales[p].load_scales(g, scales + p * per_panel);
+        }
+        for (int64_t column = g * x.group; column < (g + 1) * x.group; column += Eights::columns) {
+            words four[vectors];
+            QK_UNROLL for (int v = 0; v < vectors; v++) {
+                const uint8_t* w = panels.data[v / per_panel] + at + v % per_panel * lanes * 4;
+                __builtin_prefetch(w + panels.ahead(at));
+                std::memcpy(&four[v], w, sizeof(words));
+            }
+            auto add = [&](int64_t place, auto number) __attribute__((always_inline)) {
+                QK_UNROLL for (int v = 0; v < vectors; v++) {
+                    vec weights = number(four[v]) * scales[v];
+                    QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                        vec one = splat(x.numbers[(token + t) * x.stride + column + place]);
+                        y[t][v] = fma(weights, one, y[t][v]);
+                    }
+                }
+            };
+            add(0, Eights::number<0>);
+            add(1, Eights::number<1>);
+            add(2, Eights::number<2>);
+            add(3, Eights::number<3>);
+            at += panel_rows * 4;
+        }
     }
 }
 

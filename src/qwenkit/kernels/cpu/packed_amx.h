@@ -44,9 +44,10 @@ class TileUnit {
     TileUnit& operator=(const TileUnit&) = delete;
 };
 
-// Int4 or int8 as stored to signed bytes without the zero point, in the order of int8.
-inline void take_apart_signed(const uint8_t* data, bool nibbles, int zero_point, int64_t columns,
-                              uint8_t* out) {
+// Int4, with a table of levels or without, or int8 as stored to signed bytes without the zero
+// point, in the order of int8.
+inline void take_apart_signed(const uint8_t* data, bool nibbles, const uint8_t* levels,
+                              int zero_point, int64_t columns, uint8_t* out) {
     bytes offset = bytes{} + static_cast<uint8_t>(zero_point);
     if (!nibbles) {
         for (int64_t i = 0; i < columns * panel_rows; i += 64) {
@@ -54,11 +55,13 @@ inline void take_apart_signed(const uint8_t* data, bool nibbles, int zero_point,
         }
         return;
     }
+    constexpr uint8_t themselves[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    bytes table = splat_table(levels ? levels : themselves) - offset;
     for (int64_t column = 0; column < columns; column += 32, data += 256, out += 512) {
         for (int i = 0; i < 256; i += 64) {
             bytes both = load_bytes(data + i);
-            store_bytes(out + i, low_nibbles(both) - offset);
-            store_bytes(out + 256 + i, high_nibbles(both) - offset);
+            store_bytes(out + i, look_up(table, low_nibbles(both)));
+            store_bytes(out + 256 + i, look_up(table, high_nibbles(both)));
         }
     }
 }
@@ -116,11 +119,11 @@ void add_groups(const uint8_t* bytes, const Panels& panels, const Activations& x
     auto finish = [&](int64_t g, const TileSums& exact) __attribute__((always_inline)) {
         int64_t at = g * x.tokens + token;
         vec scale;
-        widen_halves(panels.scales[0] + g * panel_rows, &scale);
+        panels.scales[0].load_scales(g, &scale);
         add_sums<Rows>(exact, scale, x.main.scales + at, y);
-        if (panels.mins[0]) {
+        if (panels.scales[0].mins) {
             vec low;
-            widen_halves(panels.mins[0] + g * panel_rows, &low);
+            panels.scales[0].load_mins(g, &scale, &low);
             QK_UNROLL for (int t = 0; t < Rows; t++) y[t] = fma(low, splat(x.sums[at + t]), y[t]);
         }
         for (int64_t i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
@@ -163,7 +166,7 @@ void add_rests(const uint8_t* bytes, const Panels& panels, const RestList& rests
     } pieces[2] = {};
     auto finish = [&](const Piece& piece, const TileSums& exact) {
         vec scale;
-        widen_halves(panels.scales[0] + piece.g * panel_rows, &scale);
+        panels.scales[0].load_scales(piece.g, &scale);
         for (int64_t i = 0; i < piece.count; i++) {
             float* y = out + rests.tokens[piece.entry + i] * panel_rows;
             words sum = (words)_mm512_load_si512(exact[i]);

@@ -11,8 +11,7 @@
 
 // One matrix, and what becomes of its product.
 struct PackedMatrix {
-    const uint8_t* data;
-    const uint16_t *scales, *mins;    // mins null: the format has none
+    const uint8_t *data, *scales, *mins;  // mins null: the format has none
     const float *bias, *residual;     // [rows] and [tokens, rows] to be added, or null
     float* y;                         // [tokens, rows]
     int64_t rows;                     // of each of its parts, where tokens are sorted by part
@@ -22,7 +21,7 @@ struct PackedMatrix {
 constexpr int most_matrices = 4;
 
 // Matrices that are multiplied with the same tokens: `count` of them, all of the same columns,
-// group, kind and zero point.
+// group, kind and zero point. Tokens are rounded by `group` columns, of fp8 those of a scale.
 struct PackedMatmulArguments {
     const float* x;              // [tokens, columns]
     const float* norm;           // [columns]: x is normalised with these weights first, or null
@@ -30,16 +29,21 @@ struct PackedMatmulArguments {
     const int64_t* ends;         // [parts]: where the tokens of each part of the matrices end; null:
                                  // there is one part
     PackedMatrix matrices[most_matrices];
+    const uint8_t* levels;       // [16]: what numbers of four bits stand for, the zero point added;
+                                 // null: for themselves
     int64_t count, tokens, x_rows, columns, group, kind, zero_point, parts;
+    int64_t scale_groups;        // of each row
+    int64_t scale_shift;         // group g of the tokens has the scale g >> scale_shift
+    int64_t scale_bytes, zeros;  // 2 or 4: fp16 or fp32; not 0: `mins` are zero points, a byte each
     int64_t gated;  // not 0: of two matrices; y of the first becomes silu(first) · second
     int64_t threads;
-    float epsilon;
+    float epsilon, unit;         // by `unit` numbers are larger than whole numbers and scales say
 };
 
 namespace qk {
 namespace {
 
-enum Kind { int4 = 0, int8 = 1, bf16 = 2, fp32 = 3 };
+enum Kind { int4 = 0, int8 = 1, bf16 = 2, fp32 = 3, fp8 = 4 };
 
 // What tokens become for weights of a kind: eight bits, bf16 where the processor multiplies such,
 // or what they are.
@@ -146,20 +150,20 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
     bool outstands = amax > limit && out.wanted[outstanding], twice = outstands || out.wanted[every];
     float left[128], scale = amax / 127.0f;
     int32_t sum = quantize_group(x, a.group, scale, out.quants[0] + column, twice ? left : nullptr);
-    out.scales[at] = scale;
+    out.scales[at] = scale * a.unit;
     out.offsets[at] = -static_cast<int32_t>(a.zero_point) * sum;
     for (int rests = 0; rests < 2; rests++) {
         if (!out.wanted[rests] || !out.summed) continue;
-        out.sums[rests][at] = scale * static_cast<float>(sum);
+        out.sums[rests][at] = scale * a.unit * static_cast<float>(sum);
     }
     if (!twice || (amax = largest(left, a.group)) < smallest) return;
     scale = amax / 127.0f;
     sum = quantize_group(left, a.group, scale, out.quants[1] + column, nullptr);
     for (int rests = 0; rests < 2; rests++) {
         if (!(rests == every ? out.wanted[every] : outstands)) continue;
-        out.rest_scales[rests][at] = scale;
+        out.rest_scales[rests][at] = scale * a.unit;
         out.rest_offsets[rests][at] = -static_cast<int32_t>(a.zero_point) * sum;
-        if (out.summed) out.sums[rests][at] += scale * static_cast<float>(sum);
+        if (out.summed) out.sums[rests][at] += scale * a.unit * static_cast<float>(sum);
         out.with_rest[rests][at] = 1;
         // Other threads may round other groups of this token.
         __atomic_store_n(&out.with_rest[rests][groups * out.tokens + token], 1, __ATOMIC_RELAXED);

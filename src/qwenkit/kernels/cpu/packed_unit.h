@@ -17,8 +17,12 @@ constexpr int64_t many_results = 128 << 10;  // that would only displace others
 constexpr int64_t spare_tokens = 32;       // that are read beyond the last, and never used
 
 int64_t row_bytes(int64_t kind, int64_t columns) {
-    return kind == int4 ? columns / 2 : kind == int8 ? columns : kind == bf16 ? columns * 2
-                                                                              : columns * 4;
+    switch (kind) {
+        case int4: return columns / 2;
+        case bf16: return columns * 2;
+        case fp32: return columns * 4;
+        default: return columns;
+    }
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -125,6 +129,16 @@ struct Floats {
     }
 };
 
+struct FloatsOfEight {
+    static constexpr int tile = Eights::tile;
+
+    template <int Tokens, int Count>
+    static void run(const Panels& p, const Activations& x, int64_t token,
+                    vec y[Tokens][Count * per_panel]) {
+        multiply_eights<Tokens, Count>(p, x, token, y);
+    }
+};
+
 // All tokens of a block, in tiles as equal as can be.
 template <class Multiply>
 void multiply_all(const PackedMatmulArguments& a, const Unit& u, const Activations& x,
@@ -139,12 +153,14 @@ void multiply_all(const PackedMatmulArguments& a, const Unit& u, const Activatio
     }
 }
 
-void take_apart(const uint8_t* nibbles, int64_t columns, uint8_t* out) {
+// Numbers of four bits to a byte each, `Levels` by the table.
+template <bool Levels>
+void take_apart(const uint8_t* nibbles, bytes table, int64_t columns, uint8_t* out) {
     for (int64_t column = 0; column < columns; column += 32) {
         for (int i = 0; i < 256; i += lanes * 4) {
             bytes both = load_bytes(nibbles + i);
-            store_bytes(out + i, low_nibbles(both));
-            store_bytes(out + 256 + i, high_nibbles(both));
+            store_bytes(out + i, Nibbles<Levels>::number(low_nibbles(both), table));
+            store_bytes(out + 256 + i, Nibbles<Levels>::number(high_nibbles(both), table));
         }
         nibbles += 256;
         out += 512;
@@ -181,7 +197,7 @@ void multiply_int_tiles(const PackedMatmulArguments& a, const Unit& u, const Act
             int64_t stop = std::min(end, at + step), from = row_bytes(a.kind, at) * panel_rows;
             uint8_t* apart = memory + (at - column) * panel_rows;
             for (int p = 0; p < u.count; p++) {
-                take_apart_signed(u.panels.data[p] + from, a.kind == int4,
+                take_apart_signed(u.panels.data[p] + from, a.kind == int4, a.levels,
                                   static_cast<int>(a.zero_point), stop - at, apart + p * room);
             }
             for (int64_t token = 0; token < tokens; token += tile_side) {
@@ -246,18 +262,23 @@ int64_t units_of(const PackedMatmulArguments& a, const PackedMatrix& m) {
 Unit find_unit(const PackedMatmulArguments& a, int64_t part, int64_t number) {
     const PackedMatrix* m = a.matrices;
     for (; number >= units_of(a, *m); m++) number -= units_of(a, *m);
-    int64_t panels = divide_up(m->rows, panel_rows), groups = a.kind <= int8 ? a.columns / a.group : 0;
+    int64_t panels = divide_up(m->rows, panel_rows);
     int64_t first = number * (a.gated ? 1 : pair);
     int count = a.gated ? pair : static_cast<int>(std::min<int64_t>(pair, panels - first));
     Unit u{m, {}, first * panel_rows, count, m->precise != 0};
+    u.panels.levels = a.levels;
     u.panels.bytes = row_bytes(a.kind, a.columns) * panel_rows;
     u.panels.next = a.gated ? u.panels.bytes : pair * u.panels.bytes;
     for (int p = 0; p < count; p++) {
         const PackedMatrix& own = a.gated ? m[p] : *m;
         int64_t panel = part * panels + first + (a.gated ? 0 : p);
         u.panels.data[p] = own.data + panel * u.panels.bytes;
-        u.panels.scales[p] = own.scales ? own.scales + panel * groups * panel_rows : nullptr;
-        u.panels.mins[p] = own.mins ? own.mins + panel * groups * panel_rows : nullptr;
+        if (!own.scales) continue;
+        int64_t groups = panel * a.scale_groups * panel_rows;
+        int64_t width = a.scale_bytes, mins_width = a.zeros ? 1 : width;
+        u.panels.scales[p] = {own.scales + groups * width,
+                              own.mins ? own.mins + groups * mins_width : nullptr,
+                              static_cast<int>(a.scale_shift), width == 4, a.zeros != 0};
     }
     return u;
 }
@@ -280,13 +301,23 @@ void multiply_unit(const PackedMatmulArguments& a, Unit& u, const Activations& x
 #endif
     if (a.kind == bf16) return multiply_all<Floats<Halves>>(a, u, x, block);
     if (a.kind == fp32) return multiply_all<Floats<Singles>>(a, u, x, block);
+    if (a.kind == fp8) return multiply_all<FloatsOfEight>(a, u, x, block);
     if (a.kind == int8) return multiply_all<Ints<Bytes<255>>>(a, u, x, block);
-    if (tokens < many_tokens) return multiply_all<Ints<Nibbles>>(a, u, x, block);
+    if (tokens < many_tokens) {
+        return a.levels ? multiply_all<Ints<Nibbles<true>>>(a, u, x, block)
+                        : multiply_all<Ints<Nibbles<false>>>(a, u, x, block);
+    }
     for (int p = 0; p < u.count; p++) {
-        take_apart(u.panels.data[p], a.columns, memory + p * u.panels.bytes * 2);
-        u.panels.data[p] = memory + p * u.panels.bytes * 2;
+        uint8_t* apart = memory + p * u.panels.bytes * 2;
+        if (a.levels) {
+            take_apart<true>(u.panels.data[p], splat_table(a.levels), a.columns, apart);
+        } else {
+            take_apart<false>(u.panels.data[p], bytes{}, a.columns, apart);
+        }
+        u.panels.data[p] = apart;
     }
     u.panels.bytes = u.panels.next = u.panels.bytes * 2;
+    if (a.levels) return multiply_all<Ints<Bytes<255>>>(a, u, x, block);
     multiply_all<Ints<Bytes<15>>>(a, u, x, block);
 }
 

@@ -8,8 +8,8 @@ import torch
 
 from qwenkit.kernels.ops.grouped_matmul import segments
 from qwenkit.kernels.ops.packed_gated import packed_gated
-from qwenkit.kernels.ops.packed_matmul import PACKED_SETTINGS, example_matrix, packed_matmul
-from qwenkit.kernels.packed import COLUMN_MULTIPLE, PANEL_ROWS
+from qwenkit.kernels.ops.packed_matmul import PACKED_SETTINGS, packed_matmul
+from qwenkit.kernels.packed import PANEL_ROWS
 from qwenkit.kernels.registry import Arguments, Op
 
 
@@ -63,12 +63,9 @@ def _shape(
 def _cases() -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
     every = torch.tensor([1, 1, 4, 21])  # the second has no rows
-    for kind, group, mins in PACKED_SETTINGS:
-        columns = 2 * max(group, COLUMN_MULTIPLE[kind] * 17 if group < 32 else group)
-        matrices = [
-            example_matrix(kind, 4 * 32, columns, generator, group=group, mins=mins)
-            for _ in range(2)
-        ]
+    for setting in PACKED_SETTINGS:
+        columns = setting.columns(2)
+        matrices = [setting.matrix(4 * 32, columns, generator) for _ in range(2)]
         x = torch.randn(6, columns, generator=generator) + 0.5
         order = torch.randint(0, 6, (21,), generator=generator)
         for count in (1, 2):
@@ -77,7 +74,7 @@ def _cases() -> Iterator[Arguments]:
                 [m.scales for m in matrices[:count] if m.scales is not None],
                 [m.mins for m in matrices[:count] if m.mins is not None],
             )
-            how = kind, 32, matrices[0].zero_point
+            how = setting.kind, 32, matrices[0].zero_point
             yield x, order, every, *lists, *how
             yield x[:1], None, torch.tensor([0, 0, 1, 1]), *lists, *how
             yield x[:0], order[:0], torch.zeros_like(every), *lists, *how

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from qwenkit.kernels.ops.packed_matmul import PACKED_SETTINGS, example_matrix
+from qwenkit.kernels.ops.packed_matmul import PACKED_SETTINGS
 from qwenkit.kernels.ops.packed_projections import packed_projections
 from qwenkit.kernels.ops.silu_mul import silu_mul
-from qwenkit.kernels.packed import COLUMN_MULTIPLE
 from qwenkit.kernels.registry import Arguments, Op
 
 
@@ -50,13 +49,10 @@ def _shape(
 
 def _cases() -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
-    for kind, group, mins in PACKED_SETTINGS:
+    for setting in PACKED_SETTINGS:
         for tokens, rows, groups in ((1, 16, 1), (3, 40, 3), (21, 33, 2)):
-            columns = groups * max(group, COLUMN_MULTIPLE[kind] * 17 if group < 32 else group)
-            matrices = [
-                example_matrix(kind, rows, columns, generator, group=group, mins=mins)
-                for _ in range(2)
-            ]
+            columns = setting.columns(groups)
+            matrices = [setting.matrix(rows, columns, generator) for _ in range(2)]
             x = torch.randn(tokens, columns, generator=generator) + 0.5
             norm = torch.rand(columns, generator=generator) + 0.5
             lists = (
@@ -64,7 +60,7 @@ def _cases() -> Iterator[Arguments]:
                 [m.scales for m in matrices if m.scales is not None],
                 [m.mins for m in matrices if m.mins is not None],
             )
-            how = kind, rows, matrices[0].zero_point
+            how = setting.kind, rows, matrices[0].zero_point
             yield x, norm, 1e-6, *lists, *how
             yield x * 30, None, 0.0, *lists, *how
         yield x[:0], norm, 1e-6, *lists, *how

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from qwenkit.kernels.packed import (
-    COLUMN_MULTIPLE,
+    KINDS,
     Packed,
     interleave,
     interleave_groups,
@@ -61,46 +62,72 @@ def _shape(
     return x.new_empty((x.shape[0], rows))
 
 
-# Kind, columns to a scale, with minimums: what cases are made of.
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a packed matrix may be. `group` columns share a scale, 0: all of a row. `offsets` are
+    "none", "mins" or "zeros", minimums or zero points of each group; `wide` scales are fp32.
+    """
+
+    kind: str
+    group: int = 0
+    offsets: str = "none"
+    wide: bool = False
+
+    def columns(self, groups: int) -> int:
+        """Columns of a matrix with so many groups, or pieces of some length where it has none."""
+        return groups * (self.group or KINDS[self.kind].multiple * (17 if self._is_plain else 3))
+
+    @property
+    def _is_plain(self) -> bool:
+        return KINDS[self.kind].form in ("bf16", "fp32")
+
+    def matrix(self, rows: int, columns: int, generator: torch.Generator) -> Packed:
+        """A random packed matrix for tests and benchmarks."""
+        kind = KINDS[self.kind]
+        if self._is_plain:
+            dtype = torch.bfloat16 if kind.form == "bf16" else torch.float32
+            numbers = (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
+            return Packed(self.kind, rows, columns, interleave(numbers.view(torch.uint8)))
+        most = 1 << kind.bits
+        kept = torch.randint(0, most, (rows, columns), dtype=torch.uint8, generator=generator)
+        if kind.form == "fp8":
+            kept[kept & 127 == 127] = 0  # no NaN
+        row_form = nibbles_from_numbers(kept) if kind.bits == 4 else kept
+        groups = columns // (self.group or columns)
+        # As large as the kept numbers are small, so that all kinds have numbers alike.
+        size = 0.04 / max(kind.levels or (448 if kind.form == "fp8" else most * kind.unit,))
+        scales, lows = torch.rand(2, rows, groups, generator=generator) * size
+        dtype = torch.float32 if self.wide else torch.float16
+        mins, middle = None, most // 2
+        if self.offsets == "mins":
+            mins, middle = interleave_groups((-8 * lows).to(dtype)), 0
+        elif self.offsets == "zeros":
+            zeros = (lows / size * most).to(torch.uint8)
+            mins, middle = interleave_groups(zeros), 0
+        elif kind.levels is not None or kind.form == "fp8":
+            middle = 0
+        data, scales = interleave(row_form), interleave_groups(scales.to(dtype))
+        return Packed(self.kind, rows, columns, data, scales, mins, middle)
+
+
 PACKED_SETTINGS = (
-    ("int4", 32, False),
-    ("int4", 64, False),
-    ("int4", 128, False),
-    ("int4", 32, True),
-    ("int8", 32, False),
-    ("int8", 128, False),
-    ("bf16", 2, False),
-    ("fp32", 1, False),
+    Setting("int4", 32),
+    Setting("int4", 64, wide=True),
+    Setting("int4", 128),
+    Setting("int4", 256, "zeros"),
+    Setting("int4", 32, "mins"),
+    Setting("int8", 32),
+    Setting("int8", 128),
+    Setting("int8", 0, "zeros", wide=True),
+    Setting("llm_int8", 0, wide=True),
+    Setting("nf4", 64, wide=True),
+    Setting("fp4", 128),
+    Setting("iq4_nl", 32),
+    Setting("fp8", 128, wide=True),
+    Setting("fp8", 0, wide=True),
+    Setting("bf16"),
+    Setting("fp32"),
 )
-
-
-def example_matrix(
-    kind: str,
-    rows: int,
-    columns: int,
-    generator: torch.Generator,
-    *,
-    group: int = 32,
-    mins: bool = False,
-) -> Packed:
-    """A random packed matrix for tests and benchmarks."""
-    if kind in ("bf16", "fp32"):
-        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        numbers = (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
-        return Packed(kind, rows, columns, interleave(numbers.view(torch.uint8)))
-    most = 16 if kind == "int4" else 256
-    kept = torch.randint(0, most, (rows, columns), dtype=torch.uint8, generator=generator)
-    row_form = nibbles_from_numbers(kept) if kind == "int4" else kept
-    scales, lows = torch.rand(2, rows, columns // group, generator=generator) * 0.04 / most
-    return Packed(
-        kind,
-        rows,
-        columns,
-        interleave(row_form),
-        interleave_groups(scales.to(torch.float16)),
-        interleave_groups((-8 * lows).to(torch.float16)) if mins else None,
-        0 if mins else most // 2,
-    )
 
 
 def _arguments(
@@ -117,11 +144,11 @@ def _arguments(
 
 def _cases() -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
-    for kind, group, mins in PACKED_SETTINGS:
+    for setting in PACKED_SETTINGS:
         sizes = ((1, 1, 1), (1, 37, 3), (2, 16, 5), (7, 50, 2), (13, 33, 1), (33, 64, 3))
         for tokens, rows, groups in sizes:
-            columns = groups * max(group, COLUMN_MULTIPLE[kind] * 17 if group < 32 else group)
-            matrix = example_matrix(kind, rows, columns, generator, group=group, mins=mins)
+            columns = setting.columns(groups)
+            matrix = setting.matrix(rows, columns, generator)
             first = unpack(matrix, torch.float32)[:1]
             # Close to one row, so that outputs do not cancel and an error has something to be
             # relative to.

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from qwenkit.kernels.ops.packed_matmul import PACKED_SETTINGS, example_matrix, packed_matmul
+from qwenkit.kernels.ops.packed_matmul import PACKED_SETTINGS, packed_matmul
 from qwenkit.kernels.ops.rms_norm import rms_norm
-from qwenkit.kernels.packed import COLUMN_MULTIPLE
 from qwenkit.kernels.registry import Arguments, Op
 
 
@@ -63,13 +62,10 @@ def _shape(
 
 def _cases() -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
-    for kind, group, mins in PACKED_SETTINGS:
+    for setting in PACKED_SETTINGS:
         for tokens, rows, groups in ((1, (16, 3), 1), (3, (40, 16, 17), 3), (21, (33, 8, 8), 2)):
-            columns = groups * max(group, COLUMN_MULTIPLE[kind] * 17 if group < 32 else group)
-            matrices = [
-                example_matrix(kind, count, columns, generator, group=group, mins=mins)
-                for count in rows
-            ]
+            columns = setting.columns(groups)
+            matrices = [setting.matrix(count, columns, generator) for count in rows]
             x = torch.randn(tokens, columns, generator=generator) + 0.5
             outliers = x.clone()
             outliers[:, columns // 2] = 1e3
@@ -80,7 +76,12 @@ def _cases() -> Iterator[Arguments]:
                 [m.scales for m in matrices if m.scales is not None],
                 [m.mins for m in matrices if m.mins is not None],
             )
-            how = kind, list(rows), matrices[0].zero_point, [False, *[True] * (len(rows) - 1)]
+            how = (
+                setting.kind,
+                list(rows),
+                matrices[0].zero_point,
+                [False, *[True] * (len(rows) - 1)],
+            )
             yield x, norm, 1e-6, *lists, biases, *how
             yield outliers, norm, 1e-6, *lists, [], *how
             yield outliers, None, 0.0, *lists, biases, *how

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from qwenkit.errors import KernelError
-from qwenkit.kernels.ops.packed_matmul import example_matrix
+from qwenkit.kernels.ops.packed_matmul import PACKED_SETTINGS
 from qwenkit.kernels.packed import PANEL_ROWS, Packed, unpack
 from qwenkit.kernels.registry import Arguments, Op
 
@@ -56,13 +56,13 @@ def _shape(
 
 def _cases() -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
-    for kind, columns in (("int4", 96), ("int8", 64), ("bf16", 34), ("fp32", 7)):
-        for mins in (False, True) if kind == "int4" else (False,):
-            matrix = example_matrix(kind, 50, columns, generator, mins=mins)
-            tensors = matrix.data, matrix.scales, matrix.mins
-            for ids in ([*range(50)], [49, 0, 17, 17, 33], []):
-                wanted = torch.tensor(ids, dtype=torch.int64)
-                yield wanted, *tensors, kind, 50, columns, matrix.zero_point
+    for setting in PACKED_SETTINGS:
+        columns = setting.columns(3)
+        matrix = setting.matrix(50, columns, generator)
+        tensors = matrix.data, matrix.scales, matrix.mins
+        for ids in ([*range(50)], [49, 0, 17, 17, 33], []):
+            wanted = torch.tensor(ids, dtype=torch.int64)
+            yield wanted, *tensors, setting.kind, 50, columns, matrix.zero_point
 
 
 packed_rows = Op(
