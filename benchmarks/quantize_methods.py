@@ -51,12 +51,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, action="append", required=True)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--max-len", type=int, default=512)
     parser.add_argument("--judged-rows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     source = LayerSource(resolve(given.parent))
-    how = {"most_rows": given.rows, "most_tokens": 512}
+    how = {"most_rows": given.rows, "most_tokens": given.max_len}
     rows = read_rows(given.data, given.text, source.tokenizer, source.record, **how)
     other = read_rows(given.text, [], source.tokenizer, source.record, **how)
     every = [*other.calibration, *other.judging]
@@ -67,7 +68,7 @@ def main() -> None:
             continue
         folder, began = Path(tempfile.mkdtemp()), time.perf_counter()
         with torch.inference_mode():
-            work, made = quantize(source, rows, settings_of(way), folder / "result")
+            work, _ = quantize(source, rows, settings_of(way), folder / "result")
             seconds = time.perf_counter() - began
             found = compare(source, LayerSource(work.result), judged, is_text=True)
         shutil.rmtree(folder)
