@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,22 +42,37 @@ QWEN2 = {  # of Qwen2-0.5B's kind, smaller: tied, keys shared by heads, the real
 }
 
 
-@pytest.fixture(scope="module")
-def random_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("qwen2"), torch.Generator().manual_seed(0)
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+OTHERS = {
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 512},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": EXPERTS | {"head_dim": 32, "norm_topk_prob": True},
+    "qwen2": {"rope_scaling": YARN, "max_position_embeddings": 64},
+}
+
+
+def _random(folder: Path, config: dict[str, Any]) -> Path:
+    """Random weights with the real vocabulary."""
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, tensor in tiny_tensors(CONFIG | QWEN2).items():
+    for name, tensor in tiny_tensors(CONFIG | config).items():
         noise = torch.randn(tensor.shape, generator=generator) / 16
         tensors[name] = 1 + noise if "norm" in name else noise
     tensors["model.embed_tokens.weight"] *= 16  # so that tokens are told apart
     ends = {"eos_token_id": [151645, 151643]}
-    write_tiny_checkpoint(folder, config=QWEN2, generation=ends, tensors=tensors)
+    write_tiny_checkpoint(folder, config=config, generation=ends, tensors=tensors)
     spec = importlib.util.find_spec("dashscope")  # it carries the original vocabulary
     assert spec is not None
     assert spec.submodule_search_locations is not None
     vocabulary = Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
     (folder / "qwen.tiktoken").write_bytes(vocabulary.read_bytes())
     return folder
+
+
+@pytest.fixture(scope="module")
+def random_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _random(tmp_path_factory.mktemp("qwen2"), QWEN2)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +150,23 @@ def test_llama_cpp_finds_what_we_find(
         agreement, kl = _alike(_theirs(_read_back(file, tmp_path / "f32.gguf"), ids), exact)
         assert agreement >= 0.98
         assert kl <= 1e-6
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_and_rope_scaling_run_too(name: str, text: str, tmp_path: Path) -> None:
+    config = QWEN2 | {"model_type": name, "num_hidden_layers": 2} | OTHERS[name]
+    source, file = _random(tmp_path / "model", config), tmp_path / "exported.gguf"
+    export_gguf(source, file, "q4_k_m")
+    loaded = load(file, dtype="float32")
+    ids = list(loaded.tokenizer.encode(text))[300 : 300 + TOKENS]
+    with reference_only():
+        exact = _ours(loaded, ids)
+    agreement, kl = _alike(_theirs(_read_back(file, tmp_path / "f32.gguf"), ids), exact)
+    assert agreement >= 0.98
+    assert kl <= 1e-6
+    agreement, kl = _alike(_theirs(file, ids), exact)
+    assert agreement >= 0.98
+    assert kl <= 1e-3
 
 
 def test_control_tokens_template_and_ends_are_llama_cpps_too(

@@ -232,6 +232,17 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path: Path) -> None:
     assert "output.weight" not in open_checkpoint(tmp_path / "m.gguf").tensors
 
 
+def test_a_tied_head_is_written_where_llama_cpp_wants_one(tmp_path: Path) -> None:
+    source = _source(tmp_path / "model", "qwen2_moe", tie_word_embeddings=True)
+    export_gguf(source, tmp_path / "m.gguf", "q8_0")
+    tensors = open_checkpoint(tmp_path / "m.gguf").tensors
+    assert torch.equal(tensors["output.weight"].read(), tensors["token_embd.weight"].read())
+    save_gguf(load(source), tmp_path / "n.gguf")
+    one, two = load(source), load(tmp_path / "n.gguf")
+    ours, theirs = (x.model(IDS, PackedCausal([30])) for x in (one, two))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_torch_has_its_threads_again_afterwards(tmp_path: Path) -> None:
     source, before = _source(tmp_path / "model"), torch.get_num_threads()
     export_gguf(source, tmp_path / "m.gguf", "q8_0")
