@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from browsing import Chat, Outside, browser, running_page
-from hostile import hostile
-
-from scripted_server import Script, ScriptedServer
+from fake_server import Script, ScriptedServer
+from hostile_texts import hostile
 
 pytestmark = pytest.mark.oracle
 pytest.importorskip("gradio", reason="Gradio is not installed (the web extra)")

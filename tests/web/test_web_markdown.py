@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from urllib.parse import urlsplit
 
 import pytest
-from hostile import hostile
+from hostile_texts import hostile
 from hypothesis import given
 from hypothesis import strategies as st
 

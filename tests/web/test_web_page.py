@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from browsing import Chat, browser, running_page
-
-from scripted_server import Script, ScriptedServer
+from fake_server import Script, ScriptedServer
 
 pytestmark = pytest.mark.oracle
 pytest.importorskip("gradio", reason="Gradio is not installed (the web extra)")
