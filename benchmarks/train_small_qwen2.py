@@ -33,7 +33,7 @@ CONFIG = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 256,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",

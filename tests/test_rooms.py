@@ -84,6 +84,8 @@ EFFECTS = {
             "checkpoint/hub.py",
             "server/door.py",  # the port that it listens on
             "server/run.py",
+            "bench/http_client.py",  # the client of servers that are measured
+            "bench/server_process.py",  # free ports for them
         },
     ),
     "processes": (
@@ -94,7 +96,8 @@ EFFECTS = {
             "bench/ceilings.py",  # the C++ compiler, for this very processor
             "bench/environments.py",  # pip
             "bench/process.py",  # an engine is measured in a process of its own
-            "bench/memory.py",  # and so is the memory of a model
+            "bench/server_process.py",  # and so is a server
+            "bench/memory.py",  # and the memory of a model
             "bench/peers/onnxruntime.py",  # its model builder is a program
         },
     ),

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from chat_fakes import ControlBytes, template_record
-from hostile_templates import BOMBS, CODE, HOSTILE, NONSENSE, outcome
+from hostile_templates import outcome
 
+from qwenkit.bench.reliability.hostile_templates import BOMBS, CODE, HOSTILE, NONSENSE
 from qwenkit.chat.render import render
 from qwenkit.chat.template import compile_template
 from qwenkit.chat.values import Limits

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from quantized_made import DENSE, write_quantized
+from quantized_made import EXPERTS as EXPERTS_MADE
 from qwenkit.api import LLM
 from qwenkit.bench.random_model import write_random_gguf
 from qwenkit.checkpoint import open_checkpoint
@@ -17,10 +19,12 @@ from qwenkit.checkpoint.imatrix import ColumnSquares, Imatrix
 from qwenkit.errors import CheckpointError, NonFiniteError, UsageError
 from qwenkit.formats.ggml_quantize import quantize_blocks
 from qwenkit.layers.attention import PackedCausal
+from qwenkit.layers.weight import QuantWeight
 from qwenkit.load import load
-from qwenkit.models.published import gguf_tensors
+from qwenkit.models.published import gguf_layout, gguf_tensors
 from qwenkit.models.spec import find
 from qwenkit.quantize.gguf_export import export_gguf
+from qwenkit.quantize.settings import QuantizeSettings
 from qwenkit.save import save_gguf
 from tiny import CONFIG, ENDOFTEXT, IM_END, tiny_tensors, write_tiny_checkpoint
 
@@ -112,6 +116,25 @@ def test_blocks_of_the_wanted_type_pass_as_they_are(tmp_path: Path) -> None:
     assert "blk.0.attn_q.weight" in again.requantized
     plain = export_gguf(tmp_path / "b.gguf", tmp_path / "d.gguf", "bf16")
     assert plain.requantized == ()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("config", [DENSE, EXPERTS_MADE], ids=["dense", "experts"])
+def test_a_quantized_folder_becomes_a_gguf(
+    method: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = QuantizeSettings(method=method, group_size=32)
+    _, folder, _ = write_quantized(tmp_path, settings, config=config)
+    done = export_gguf(folder, tmp_path / "m.gguf", "q8_0")
+    assert len(done.requantized) > 10
+    tensors = open_checkpoint(tmp_path / "m.gguf").tensors
+    model = load(folder, dtype="float32").model
+    for slot in gguf_layout(model, find(str(open_checkpoint(folder).config["model_type"]))):
+        if tensors[slot.name].storage == "Q8_0":
+            value = getattr(model.get_submodule(slot.path), slot.part)
+            plain = value.dequantize(torch.float32) if isinstance(value, QuantWeight) else value
+            blocks = quantize_blocks(plain.float(), "Q8_0")
+            assert torch.equal(tensors[slot.name].read().reshape(len(blocks), -1), blocks)
 
 
 def test_importances_reach_their_matrices(tmp_path: Path) -> None:
@@ -207,6 +230,17 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "b", config=tied, tensors=tensors)
     export_gguf(source, tmp_path / "m.gguf", "q8_0")
     assert "output.weight" not in open_checkpoint(tmp_path / "m.gguf").tensors
+
+
+def test_a_tied_head_is_written_where_llama_cpp_wants_one(tmp_path: Path) -> None:
+    source = _source(tmp_path / "model", "qwen2_moe", tie_word_embeddings=True)
+    export_gguf(source, tmp_path / "m.gguf", "q8_0")
+    tensors = open_checkpoint(tmp_path / "m.gguf").tensors
+    assert torch.equal(tensors["output.weight"].read(), tensors["token_embd.weight"].read())
+    save_gguf(load(source), tmp_path / "n.gguf")
+    one, two = load(source), load(tmp_path / "n.gguf")
+    ours, theirs = (x.model(IDS, PackedCausal([30])) for x in (one, two))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_torch_has_its_threads_again_afterwards(tmp_path: Path) -> None:

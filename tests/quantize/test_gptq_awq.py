@@ -13,7 +13,7 @@ from qwenkit.quantize.hessian import FeedSums, Hessian
 from qwenkit.quantize.layer import output_error
 
 ROWS, COLUMNS, SIZE, BITS = 24, 256, 64, 3
-GRID = Grid(BITS, SIZE, symmetric=True, least_zero=1)
+GRID = Grid(BITS, SIZE, symmetric=True)
 
 
 def _inputs(tokens: int = 600, seed: int = 0, columns: int = COLUMNS) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_columns_are_rounded_as_by_the_definition() -> None:
 @pytest.mark.parametrize("size", [32, 128, -1])
 def test_gptq_is_nearer_than_rounding(act_order: bool, symmetric: bool, size: int) -> None:
     weight, seen, other = _weight(), _inputs(seed=2), _inputs(seed=3)
-    grid = Grid(BITS, size, symmetric, least_zero=1)
+    grid = Grid(BITS, size, symmetric)
     plain = round_to_nearest(weight, grid)
     found = gptq(weight, _sums(seen).matrix(), grid, act_order=act_order, damp=0.01).rounded
     assert _error(weight, found.dequantize(), other) < 0.6 * _error(
@@ -136,11 +136,13 @@ def test_awq_scales_channels_that_carry_much() -> None:
     sums.scale_inputs(scales)
     plain = round_to_nearest(weight, grid).dequantize()
     errors = [_error(weight, plain, other)]
-    for clip in (False, True):
-        found = round_clipped(weight * scales, sums.matrix(), grid, clip=clip)
+    for found in (
+        round_to_nearest(weight * scales, grid),
+        round_clipped(weight * scales, sums.matrix(), grid),
+    ):
         errors.append(_error(weight, found.dequantize() / scales, other))
     assert errors[1] < 0.8 * errors[0]
-    assert errors[2] < errors[1]
+    assert errors[2] < 0.95 * errors[1]
 
 
 def test_awq_leaves_alone_what_scaling_does_not_help() -> None:

@@ -14,7 +14,10 @@ import torch
 from quantized_made import DENSE, EXPERTS, compared, made_rows, write_quantized
 from qwenkit.errors import CheckpointError, UsageError
 from qwenkit.formats.awq import AwqWeight
+from qwenkit.formats.bnb4 import Bnb4Weight
 from qwenkit.formats.gptq import GptqWeight
+from qwenkit.formats.llm_int8 import LlmInt8Weight
+from qwenkit.formats.stacked import StackedWeight
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.load import load
@@ -196,6 +199,9 @@ def test_files_say_what_other_programs_read(tmp_path: Path) -> None:
     assert config["quantization_config"] == block
     assert (block["quant_method"], block["bits"], block["group_size"]) == ("gptq", 4, 32)
     assert (block["sym"], block["desc_act"], block["checkpoint_format"]) == (True, False, "gptq")
+    _, path, _ = write_quantized(tmp_path / "zeros", _settings("rtn", symmetric=False))
+    block = json.loads((path / "quantize_config.json").read_text())
+    assert (block["sym"], block["checkpoint_format"]) == (False, "gptq_v2")
     _, path, _ = write_quantized(tmp_path / "awq", _settings("awq", bits=4))
     config = json.loads((path / "config.json").read_text())
     assert config["quantization_config"] == {
@@ -210,6 +216,35 @@ def test_files_say_what_other_programs_read(tmp_path: Path) -> None:
     assert own == {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     for name in ("tokenizer_config.json", "qwen.tiktoken", "generation_config.json"):
         assert (path / name).is_file()
+
+
+@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_the_methods_of_bitsandbytes_need_no_data(tmp_path: Path, config: dict[str, Any]) -> None:
+    errors = []
+    for method, kind in (("int8", LlmInt8Weight), ("nf4", Bnb4Weight), ("rtn", GptqWeight)):
+        settings = QuantizeSettings(method=method, group_size=-1 if method == "rtn" else None)
+        source, path, rows = write_quantized(tmp_path / method, settings, config=config)
+        found = compared(source, path, rows)
+        errors.append(sum(m.error for m in found.matrices) / len(found.matrices))
+        kinds = {
+            type(m)
+            for m in load(path).model.modules()
+            if isinstance(m, QuantWeight) and not isinstance(m, StackedWeight)
+        }
+        assert kinds == {kind}
+    assert errors == sorted(errors)
+    assert errors[0] < 0.1 * errors[1] < 0.095 * errors[2]
+    block = json.loads((tmp_path / "nf4" / "result" / "config.json").read_text())
+    block = block["quantization_config"]
+    assert (block["quant_method"], block["bnb_4bit_quant_type"]) == ("bitsandbytes", "nf4")
+    assert (block["load_in_4bit"], block["load_in_8bit"]) == (True, False)
+    skipped = block["llm_int8_skip_modules"]
+    assert skipped == (["lm_head", *_routers()] if config is EXPERTS else None)
+
+
+def _routers() -> list[str]:
+    names = ("gate", "shared_expert_gate")
+    return [f"model.layers.{n}.mlp.{name}" for n in range(2) for name in names]
 
 
 class _Killed(BaseException):

@@ -79,6 +79,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, None),
     ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
     ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 20, "n": 30}, "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),

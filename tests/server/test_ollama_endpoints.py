@@ -124,7 +124,13 @@ def test_options_are_kept(tiny: Path) -> None:
         assert await text(options={"num_predict": 6, "temperature": 0}) == await openai(
             max_tokens=6, temperature=0
         )
-        harmless = {"num_ctx": 4096, "num_keep": 5, "mirostat": 0, "repeat_last_n": -1}
+        harmless = {
+            "num_ctx": 4096,
+            "num_keep": 5,
+            "mirostat": 0,
+            "repeat_last_n": -1,
+            "tfs_z": 1.0,
+        }
         assert await text(options={"num_predict": 3, **harmless}, keep_alive="5m", think=False)
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
         for form in ("json", schema):

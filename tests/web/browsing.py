@@ -6,13 +6,16 @@ a script ran that should not have.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,34 +49,36 @@ document.addEventListener("securitypolicyviolation", (event) =>
 
 
 @contextmanager
-def running_page(url: str, folder: Path, *options: str) -> Iterator[str]:
-    """`qwenkit web` for the server at `url`; gives its address.
+def running_page(folder: Path, *arguments: str) -> Iterator[str]:
+    """`qwenkit` with `arguments` that open a chat page; gives its address.
 
-    What it asked for stands in `folder`/asked.txt.
+    What the process asked for stands in `folder`/asked.txt.
     """
-    log = folder / "asked.txt"
-    command = [sys.executable, "-c", _WATCHED, str(log), "web", "--url", url]
-    command += ["--server-port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", _WATCHED, str(folder / "asked.txt"), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     try:
         said = ""
         for line in process.stderr:
             said += line
-            if found := re.search(r"http://[\d.]+:\d+/", line):
+            if found := re.search(r"chat page is at (http://[\d.]+:\d+/)", line):
                 break
         else:
             raise AssertionError(f"the page never opened:\n{said}")
-        draining = threading.Thread(target=process.stderr.read, daemon=True)
-        draining.start()
-        yield found[0]
+        threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
+        yield found[1]
         process.terminate()
-        process.wait(20)
-        draining.join(20)
+        process.wait(60)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
         process.wait()
-        process.stderr.close()
+
+
+def _drain(stream: Any) -> None:
+    """Read `stream` to its end, so that nobody waits to write to it."""
+    with stream:
+        stream.read()
 
 
 class Outside:
@@ -189,10 +194,20 @@ class Chat:
             before,
         )
 
-    def wait_for_revision(self, revision: int) -> None:
-        """Until the conversation is that far."""
-        script = "(r) => JSON.parse(document.querySelector('#q-current input').value).revision >= r"
-        self._wait(script, revision)
+    def expect_texts(self, texts: list[str]) -> None:
+        """That is what was said, or will be in a moment: fields are drawn one by one."""
+        self._expect(lambda: self.texts, texts)
+
+    def expect_box(self, text: str) -> None:
+        """That is what is written in the box, at the latest in a moment."""
+        self._expect(lambda: self.page.input_value("#q-message textarea"), text)
+
+    def _expect(self, read: Callable[[], Any], expected: Any) -> None:
+        for _ in range(WAIT_MS // 50):
+            if read() == expected:
+                return
+            self.page.wait_for_timeout(50)
+        assert read() == expected
 
     def _wait(self, script: str, number: int) -> None:
         """Until `script` of `number` is true; what the page says then is in the error."""

@@ -29,7 +29,8 @@ def server() -> Iterator[ScriptedServer]:
 @pytest.fixture(scope="module")
 def chat(server: ScriptedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chat]:
     folder: Path = tmp_path_factory.mktemp("hostile")
-    with running_page(server.url, folder) as address, browser() as chromium:
+    page = ("web", "--url", server.url, "--server-port", "0")
+    with running_page(folder, *page) as address, browser() as chromium:
         opened = Chat(chromium.new_context(viewport={"width": 1200, "height": 800}), address)
         opened.page.set_default_timeout(60_000)
         yield opened

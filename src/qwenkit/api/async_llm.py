@@ -93,6 +93,10 @@ class AsyncLLM(Session):
         """Raise RequestError for a request that could never be served. Any thread may ask."""
         self._service.engine.check(request)
 
+    def output_tokens(self, request: Request) -> int:
+        """Most tokens that a request can be answered with. Any thread may ask."""
+        return self._limits.output_tokens(request)
+
     def stream_requests(self, requests: Iterable[Request]) -> AsyncEventStream:
         """Events of several requests together, each named by its request's id; see
         `request`. If one of them is refused, none is submitted.

@@ -62,17 +62,19 @@ class Choices:
         """The answers to give, of those to `candidates` in their order: with `best_of` the best
         first, else all as they are. Each is what its sampling gives when it is asked alone.
         """
-        best = [done[index] for index in self.ranked(done)]
+        best = [done[index] for index in self.ranked([_mean_logprob(one) for one in done])]
         if self.best_of is not None and self.sampling.logprobs is None:
             best = [replace(completion, logprobs=None) for completion in best]
         return best
 
-    def ranked(self, done: Sequence[Completion]) -> list[int]:
-        """The places of those answers among the candidates."""
-        places = range(len(done))
+    def ranked(self, means: Sequence[float]) -> list[int]:
+        """The places of those answers among the candidates, by what their tokens' log-probabilities
+        are in the mean.
+        """
+        places = range(len(means))
         if self.best_of is None:
             return list(places)
-        return sorted(places, key=lambda place: -_mean_logprob(done[place]))[: self.n]
+        return sorted(places, key=lambda place: -means[place])[: self.n]
 
 
 def _mean_logprob(done: Completion) -> float:

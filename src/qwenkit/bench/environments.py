@@ -95,6 +95,16 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+TOOLS: dict[str, Recipe] = {  # programs that test ours; no peers
+    "schemathesis": Recipe(
+        module="schemathesis",
+        packages=("schemathesis==4.32.5",),
+        size_gb=0.1,
+        needs_torch=False,
+    ),
+}
+
+
 def python_for(
     peer: str,
     folder: Path,
@@ -102,12 +112,13 @@ def python_for(
     make: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> str:
-    """The Python that runs `peer`: of its environment below `folder`, or this one if it has it.
+    """The Python that runs a peer or tool: of its environment below `folder`, or this one if it has
+    it.
 
     With `make` a missing or outdated environment is made. Raises QwenkitError when there is none
     or it cannot be made.
     """
-    recipe = RECIPES[peer]
+    recipe = RECIPES[peer] if peer in RECIPES else TOOLS[peer]
     home = folder / peer
     stamp, python = home / _STAMP, home / "bin" / "python"
     if stamp.exists() and (not make or stamp.read_text() == recipe.key):
@@ -117,8 +128,9 @@ def python_for(
         return str(python)
     if importlib.util.find_spec(recipe.module) is not None:
         return sys.executable
+    option = "--make-peers" if peer in RECIPES else "--make-tools"
     raise QwenkitError(
-        f"{peer} is not installed. --make-peers makes an environment for it in {home} "
+        f"{peer} is not installed. {option} makes an environment for it in {home} "
         f"(about {recipe.size_gb:.1f} GB)."
     )
 

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,28 @@ def run_worker(what: str, module: str, argument: str, say: Callable[[str], None]
     return answer
 
 
+def run_program(command: Sequence[str], *, cwd: Path, timeout_s: float) -> str:
+    """Run a program to its end; what it wrote. Raises QwenkitError when it cannot start or does not
+    end in time.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+        )
+    except OSError as error:
+        raise QwenkitError(f"cannot start {command[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise QwenkitError(f"{command[0]} did not end within {timeout_s:g} s") from error
+    return done.stdout
+
+
 class WorkerProcess:
     """A running engine. Raises QwenkitError when it cannot start or stops answering."""
 
@@ -128,6 +150,11 @@ class WorkerProcess:
             self._process.communicate()
         self._messages.close()
         self._link.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def hello(self) -> tuple[str, str]:
         """Its version and how it holds the weights: its first line, once the model is loaded."""

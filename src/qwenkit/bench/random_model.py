@@ -63,8 +63,7 @@ def write_random_folder(
     """Write config.json, bf16 safetensors and tokenizer files into `folder`, which is made."""
     architecture = find(str(config["model_type"]))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _Weights(architecture, config, seed=seed, progress=progress)
-    write_safetensors(folder / "model.safetensors", _Narrow(weights))
+    write_random_weights(folder / "model.safetensors", config, seed=seed, progress=progress)
     metadata = _metadata(architecture.gguf_arch, config)
     plain = {key: v[1] if isinstance(v, tuple) else v for key, v in metadata.items()}
     tokenizer = from_gguf(plain)
@@ -79,6 +78,15 @@ def write_random_folder(
         "use_sliding_window": False,
     }
     (folder / "config.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
+
+
+def write_random_weights(
+    path: Path, config: Mapping[str, Any], *, seed: int = 0, progress: Progress = None
+) -> None:
+    """Write bf16 safetensors of the shape in `config`, under their published names."""
+    architecture = find(str(config["model_type"]))
+    weights = _Weights(architecture, config, seed=seed, progress=progress)
+    write_safetensors(path, _Narrow(weights))
 
 
 class _Weights(Mapping[str, torch.Tensor]):

@@ -67,8 +67,8 @@ class Limits:
             seconds=0.8 + 5e-4 * texts + 1e-6 * characters,
             # A template may copy each text a few times, and one that collects the conversation
             # in a variable copies what it has so far once per message.
-            characters=1_000_000 + characters * (64 + texts),
-            value_characters=1_000_000 + characters * 8,
+            characters=600_000 + characters * (64 + texts),
+            value_characters=300_000 + characters * 8,
             value_items=50_000 + 20 * texts,
         )
 

@@ -33,6 +33,7 @@ from qwenkit.cli.bench_options import (
     weight_setting,
 )
 from qwenkit.cli.bench_perplexity import perplexity
+from qwenkit.cli.bench_reliability import reliability
 from qwenkit.cli.bench_serving import serving
 from qwenkit.cli.bench_tables import ProgressBar, show_kernels, show_speed
 from qwenkit.cli.bench_tokenizer import compression, tokenizer
@@ -54,6 +55,7 @@ app.command()(memory)
 app.command()(compression)
 app.command()(tokenizer)
 app.command()(serving)
+app.command()(reliability)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from qwenkit.bench.peers.spec import WeightSetting
 from qwenkit.bench.serving import PARTS, Part, ServingReport, ServingSettings, measure_serving
 from qwenkit.bench.serving_load import LoadResult, LoadSettings, Percentiles
 from qwenkit.bench.shapes import shape
@@ -16,6 +17,7 @@ from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings
 from qwenkit.checkpoint.hub import resolve
 from qwenkit.cli import console, options
+from qwenkit.cli.bench_http import HttpOptions, compare, serve_url
 from qwenkit.cli.bench_options import (
     GroupSize,
     Head,
@@ -31,17 +33,23 @@ from qwenkit.cli.bench_options import (
     weight_setting,
 )
 from qwenkit.cli.bench_tables import ProgressBar, show_speed
+from qwenkit.cli.grouped import grouped
+from qwenkit.errors import UsageError
+
+OVER_HTTP = "http"
 
 OnlyParts = Annotated[
     list[str] | None,
     typer.Option(
         "--part",
-        help=f"Only this part, repeatable: {', '.join(PARTS)}. [default: all]",
+        help=f"Only this part, repeatable: {', '.join(PARTS)}; or {OVER_HTTP}, alone. "
+        f"[default: all but {OVER_HTTP}]",
         show_default=False,
     ),
 ]
 
 
+@grouped
 def serving(
     model: Model = "default",
     part: OnlyParts = None,
@@ -61,27 +69,29 @@ def serving(
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
     turns: Annotated[int, typer.Option(help="Measured turns of each engine.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    *,
+    http: HttpOptions,
 ) -> None:
     """Serving many requests: speed, waits under load, the engine's own cost, and what it saves.
 
-    "decode" is the aggregate speed of several streams, "load" the waits of requests that come at
-    random times, beside other engines in turns: llama.cpp in as many slots as there are streams,
-    transformers in such batches. "overhead" is what a step costs beyond its kernels, "prefix" many
-    questions about a long text with the prefix cache and without, "lookup" small changes of code
-    with prompt lookup and without.
+    "decode" is the speed of several streams, "load" the waits of requests that come at random
+    times, beside other engines in turns (llama.cpp in slots, transformers in batches). "overhead"
+    is what a step costs beyond its kernels, "prefix" questions about a long text and "lookup" small
+    changes of code, with what saves work there and without. "http", only where it is asked for, is
+    our server beside vLLM's and llama.cpp's own decoding; --url measures any OpenAI server instead.
 
     \b
     Examples:
       qwenkit bench serving                        the embedded default model
       qwenkit bench serving --shape qwen2-0.5b --weights int4 --group-size 32
-      qwenkit bench serving --part load --rate 2 --requests 64 --peer none
+      qwenkit bench serving --url http://127.0.0.1:8000 --clients 1,4,16
+      qwenkit bench serving --part http --shape qwen2-0.5b --weights int4 --group-size 32
     """
+    if http.url is not None:
+        serve_url(http, http.url, answer_tokens=decode_tokens, turns=turns, as_json=as_json)
+        return
     setting = weight_setting(weights, group_size, head)
-    if shape_name is not None:
-        shape(shape_name)  # refuses an unknown one before anything is done
-        source = Source(shape=shape_name, weights=setting, storage=storage)
-    else:
-        source = Source(model=resolve(model), weights=setting)
+    source = _source(model, shape_name, setting, storage)
     speed = SpeedSettings(
         source=source,
         cache=cache_folder(),
@@ -92,16 +102,27 @@ def serving(
         peer_python=None if peer_python is None else str(peer_python),
         make_peers=make_peers,
     )
+    if part == [OVER_HTTP]:
+        compare(http, speed, has_peers=peer is not None, as_json=as_json)
+        return
     load = LoadSettings(rate=rate, requests=requests, streams=streams, turns=turns, seed=seed)
-    settings = ServingSettings(
-        speed=speed,
-        load=load,
-        parts=_parts(part, is_random=shape_name is not None),
-        streams=streams,
-    )
+    parts = _parts(part, is_random=shape_name is not None)
+    _measure(ServingSettings(speed=speed, load=load, parts=parts, streams=streams), as_json)
+
+
+def _measure(settings: ServingSettings, as_json: bool) -> None:
     with ProgressBar() as progress:
         report = measure_serving(settings, progress=progress)
     _show(report, as_json=as_json)
+
+
+def _source(
+    model: str, shape_name: str | None, setting: WeightSetting | None, storage: str
+) -> Source:
+    if shape_name is None:
+        return Source(model=resolve(model), weights=setting)
+    shape(shape_name)  # refuses an unknown one before anything is done
+    return Source(shape=shape_name, weights=setting, storage=storage)
 
 
 def _parts(given: list[str] | None, *, is_random: bool) -> tuple[Part, ...]:
@@ -109,7 +130,9 @@ def _parts(given: list[str] | None, *, is_random: bool) -> tuple[Part, ...]:
     if given is None:
         return tuple(part for part in PARTS if not (is_random and part == "lookup"))
     for part in given:
-        options.check_name("--part", part, PARTS)
+        options.check_name("--part", part, (*PARTS, OVER_HTTP))
+    if OVER_HTTP in given:
+        raise UsageError(f"--part {OVER_HTTP} stands alone.")
     return tuple(part for part in PARTS if part in given)
 
 

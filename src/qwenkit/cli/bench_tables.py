@@ -14,6 +14,7 @@ from qwenkit.bench.kernels import KernelReport, KernelResult
 from qwenkit.bench.peers.spec import PROMPT_TOKENS, Work
 from qwenkit.bench.report import EngineResult, SpeedReport
 from qwenkit.bench.sources import OURS
+from qwenkit.cli import console
 
 
 class ProgressBar:
@@ -38,6 +39,12 @@ class ProgressBar:
 
     def __call__(self, what: str, share: float) -> None:
         self._progress.update(self._task, description=what, completed=share)
+
+    def say(self, line: str) -> None:
+        """A line on standard output, which stays while the bar goes on."""
+        self._progress.stop()
+        console.say(line)
+        self._progress.start()
 
 
 def show_speed(report: SpeedReport) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.linear import Linear
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.models.spec import Architecture, CausalModel
+
+# Architectures of which llama.cpp refuses a file without a head.
+_HEAD_OF_ITS_OWN = ("qwen", "qwen2moe", "baichuan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ class GgufSlot:
 
 def gguf_layout(model: CausalModel, architecture: Architecture) -> list[GgufSlot]:
     """The tensors of a model under GGUF's names: experts stacked in three dimensions, rotary rows
-    in GGUF's order, sizes of one dropped. Looks at shapes only: meta tensors will do.
+    in GGUF's order, sizes of one dropped. A tied head is written a second time for architectures of
+    which llama.cpp wants one. Looks at shapes only: meta tensors will do.
 
     Raises UsageError for a weight that GGUF has no name for.
     """
@@ -138,6 +142,10 @@ def gguf_layout(model: CausalModel, architecture: Architecture) -> list[GgufSlot
             unit_rows = path in architecture.gguf_unit_rows
             name = name.replace("{}", number)
             slots.append(GgufSlot(name, shape, path, part, index * rows, rows, order, unit_rows))
+    if model.config.tie_word_embeddings and architecture.gguf_arch in _HEAD_OF_ITS_OWN:
+        embedding = next(slot for slot in slots if slot.name == "token_embd.weight")
+        unit_rows = "lm_head" in architecture.gguf_unit_rows
+        slots.append(replace(embedding, name="output.weight", unit_rows=unit_rows))
     return slots
 
 

@@ -16,6 +16,7 @@ from qwenkit.quantize.grid import Grid, Rounded, find_grid, group_index, round_t
 _RATIOS = 20
 _CLIP_STEPS = 20
 _MOST_CLIPPED = 10  # of the steps: at most half of a range
+_END_STEPS = (2, 1, -1, 2, 1)  # of one end, from where the range is by then
 _LEAST_SCALE = 1e-4
 _SEARCH_NUMBERS = 1 << 34  # products of a search's trial: of wide matrices some rows stand for all
 _ROWS_AT_ONCE = 2048
@@ -54,15 +55,13 @@ def search_scales(
     return best
 
 
-def round_clipped(
-    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, clip: bool
-) -> Rounded:
+def round_clipped(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> Rounded:
     """Round fp32 [rows, columns] to nearest within each group's best range, as far as the group's
-    own inputs tell; the whole range without `clip`.
+    own inputs tell.
     """
-    steps, size = _MOST_CLIPPED if clip else 1, grid.columns_of(weight)
+    size = grid.columns_of(weight)
     parts = [
-        _clipped(weight[start : start + _ROWS_AT_ONCE], hessian, grid, size, steps)
+        _clipped(weight[start : start + _ROWS_AT_ONCE], hessian, grid, size)
         for start in range(0, len(weight), _ROWS_AT_ONCE)
     ]
     numbers, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -70,41 +69,67 @@ def round_clipped(
 
 
 def _clipped(
-    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int, steps: int
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers, scales and zero points of some rows."""
     rows, columns = weight.shape
-    groups = columns // size
-    grouped = weight.view(rows, groups, size).transpose(0, 1)  # [groups, rows, size]
-    blocks = torch.stack(
-        [hessian[i : i + size, i : i + size] for i in range(0, columns, size)]
-    )  # [groups, size, size]
-    most = grouped.abs().amax(2, keepdim=True)
-    best = torch.full((groups, rows), torch.inf)
-    kept: tuple[torch.Tensor, ...] = ()
-    for step in range(steps):
-        bound = most * (1 - step / _CLIP_STEPS)
-        inside = torch.maximum(torch.minimum(grouped, bound), -bound)
-        scales, zeros = find_grid(inside, grid)
-        numbers = round_to(inside, scales[..., None], zeros[..., None], grid)
-        off = (numbers - zeros[..., None]) * scales[..., None] - grouped
-        loss = ((off @ blocks) * off).sum(2)  # [groups, rows]
-        found = (numbers.to(torch.uint8), scales, zeros.to(torch.uint8))
-        if not kept:
-            kept, best = found, loss
-            continue
-        better = loss < best
-        best = torch.where(better, loss, best)
-        pairs = zip(found, kept, strict=True)
-        kept = tuple(
-            torch.where(better[..., None] if new.dim() == 3 else better, new, old)
-            for new, old in pairs
-        )
-    numbers, scales, zeros = kept
+    grouped = weight.view(rows, columns // size, size).transpose(0, 1)  # [groups, rows, size]
+    blocks = [hessian[i : i + size, i : i + size] for i in range(0, columns, size)]
+    ranges = _Ranges(grouped, torch.stack(blocks), grid)
+    ranges.narrow()
     return (
-        numbers.transpose(0, 1).reshape(rows, columns),
-        scales.T.contiguous(),
-        zeros.T.contiguous(),
+        ranges.numbers.transpose(0, 1).reshape(rows, columns),
+        ranges.scales.T.contiguous(),
+        ranges.zeros.T.contiguous(),
     )
+
+
+class _Ranges:
+    """For every group of every row the best range so far, and what it rounds to.
+
+    `grouped` is fp32 [groups, rows, size]; `blocks` [groups, size, size] are the sums of what each
+    group reads.
+    """
+
+    def __init__(self, grouped: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> None:
+        self._grouped, self._blocks, self._grid = grouped, blocks, grid
+        self._low, self._high = grouped.amin(2), grouped.amax(2)  # [groups, rows]
+        self.numbers, self.scales, self.zeros, self._loss = self._round(self._low, self._high)
+
+    def narrow(self) -> None:
+        """Try ranges down to half of the largest magnitude, then each end by itself."""
+        most = torch.maximum(-self._low, self._high)
+        low, high = self._low.clone(), self._high.clone()
+        for step in range(1, _MOST_CLIPPED + 1):
+            bound = most * (1 - step / _CLIP_STEPS)
+            self._try(torch.maximum(low, -bound), torch.minimum(high, bound))
+        if self._grid.symmetric:
+            return
+        for step in _END_STEPS:
+            self._try(self._low * (1 - step / _CLIP_STEPS), self._high)
+            self._try(self._low, self._high * (1 - step / _CLIP_STEPS))
+
+    def _round(
+        self, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Numbers, scales and zero points within ranges, and what they lose."""
+        ends = torch.stack((low, high), -1)
+        scales, zeros = find_grid(ends, self._grid)
+        numbers = round_to(self._grouped, scales[..., None], zeros[..., None], self._grid)
+        off = (numbers - zeros[..., None]) * scales[..., None] - self._grouped
+        loss = ((off @ self._blocks) * off).sum(2)  # [groups, rows]
+        return numbers.to(torch.uint8), scales, zeros.to(torch.uint8), loss
+
+    def _try(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Take over the ranges that lose less."""
+        numbers, scales, zeros, loss = self._round(low, high)
+        better = loss < self._loss
+        self.numbers = torch.where(better[..., None], numbers, self.numbers)
+        self.scales = torch.where(better, scales, self.scales)
+        self.zeros = torch.where(better, zeros, self.zeros)
+        self._low = torch.where(better, low, self._low)
+        self._high = torch.where(better, high, self._high)
+        self._loss = torch.where(better, loss, self._loss)
 
 
 def _some_rows(weight: torch.Tensor, parts: int) -> torch.Tensor:

@@ -14,15 +14,13 @@ _SMALLEST = 2.0**-24  # of fp16
 @dataclass(frozen=True, slots=True)
 class Grid:
     """What levels a matrix's numbers may have: 2^bits of them, a scale for every `group_size`
-    columns (-1: for the whole row). With `symmetric` zero is in the middle; else zero points are
-    from `least_zero` on: GPTQ's files keep them minus one, and some readers take the missing one
-    before zero for 2^bits.
+    columns (-1: for the whole row). With `symmetric` zero is in the middle; else every group has a
+    zero point.
     """
 
     bits: int
     group_size: int
     symmetric: bool
-    least_zero: int = 0
 
     @property
     def top(self) -> int:
@@ -75,7 +73,7 @@ def find_grid(grouped: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     scales = torch.where(scales == 0, torch.where(high > low, _SMALLEST, 1.0), scales)
     if grid.symmetric:
         return scales, torch.full_like(scales, (grid.top + 1) / 2)
-    return scales, (-low / scales).round_().clamp_(grid.least_zero, grid.top)
+    return scales, (-low / scales).round_().clamp_(0, grid.top)
 
 
 def round_to(

@@ -12,7 +12,9 @@ from torch import nn
 
 from qwenkit.errors import NonFiniteError
 from qwenkit.formats.awq import AwqWeight
+from qwenkit.formats.bnb4 import BLOCK_SIZE, Bnb4Weight
 from qwenkit.formats.gptq import GptqWeight
+from qwenkit.formats.llm_int8 import LlmInt8Weight
 from qwenkit.formats.stacked import StackedWeight
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.grouped import GroupedLinear
@@ -25,7 +27,6 @@ from qwenkit.quantize.hessian import FeedSums, Hessian
 from qwenkit.quantize.settings import QuantizeSettings, Target
 
 _ERROR_ROWS = 512  # of a matrix, equally spaced: more would tell the same error more slowly
-_UNCLIPPED = ("q_proj", "k_proj")  # attention multiplies the one by the other, and a clip with it
 
 Flow = Callable[[], Iterator[tuple[torch.Tensor, PackedCausal]]]
 
@@ -49,13 +50,14 @@ class LayerQuantizer:
     """Gives the matrices of layers their numbers.
 
     `path` is the layer's; `targets` say what each matrix becomes (None: nothing else), by its path
-    below the layer; `told` is called with every result.
+    below the layer; `told` is called with every result; `dtype` is that of the parent's files.
     """
 
     path: str
     settings: QuantizeSettings
     targets: Mapping[str, Target | None]
     told: Callable[[MatrixResult], None]
+    dtype: torch.dtype = torch.float32
     _made: dict[str, list[QuantWeight]] = field(default_factory=dict)
 
     def part(self, part: Part, flow: Flow) -> None:
@@ -75,7 +77,10 @@ class LayerQuantizer:
                 self._feed(feed, sums.pop(id(feed)))
         else:
             for feed in part.feeds():
-                self._feed(feed, None)
+                if method == "rtn":
+                    self._feed(feed, None)
+                else:
+                    self._as_bitsandbytes(feed)
 
     def finish(self, layer: nn.Module) -> None:
         """Put what was made into the layer, in the place of the numbers it computed with."""
@@ -144,8 +149,7 @@ class LayerQuantizer:
         return search_scales(weights, hessian.mean_absolute, hessian.matrix(), grid)
 
     def _grid(self, target: Target) -> Grid:
-        least = 0 if self.settings.is_awq_layout else 1
-        return Grid(target.bits, target.group_size, self.settings.is_symmetric, least)
+        return Grid(target.bits, target.group_size, self.settings.is_symmetric)
 
     def _feed(self, feed: Feed, sums: FeedSums | None) -> None:
         """Round the matrices of a feed: those that become alike by GPTQ, in one go."""
@@ -172,36 +176,62 @@ class LayerQuantizer:
         assert target is not None
         views = [_of_expert(feed.matrices[path], number) for path in paths]
         names = [published_paths(path, feed.matrices[path])[number] for path in paths]
-        clip = not paths[0].endswith(_UNCLIPPED)
         try:
-            rounded, more = self._round(torch.cat(views), hessian, target, clip=clip)
+            rounded, more = self._round(torch.cat(views), hessian, target)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.path}.{names[0]}: {error}") from error
         start = 0
         for path, name, view in zip(paths, names, views, strict=True):
             own = rounded.rows(start, start + len(view))
             start += len(view)
-            numbers = own.dequantize()
-            off_by = output_error(view, numbers, hessian)
-            view.copy_(numbers)
-            self._made.setdefault(path, []).append(self._kept(own))
             remark = "; ".join(each for each in (note, more) if each) or None
             size = view.shape[1] if target.group_size == -1 else target.group_size
-            self.told(MatrixResult(f"{self.path}.{name}", target.bits, size, off_by, remark))
+            self._put(path, view, self._kept(own), hessian, (name, target.bits, size, remark))
+
+    def _as_bitsandbytes(self, feed: Feed) -> None:
+        """NF4 and LLM.int8, of the numbers as they are stored: no data is needed."""
+        for path, matrix in feed.matrices.items():
+            for number in range(_count(matrix) if self.targets[path] else 0):
+                view = _of_expert(matrix, number)
+                name = published_paths(path, matrix)[number]
+                try:
+                    if self.settings.method == "nf4":
+                        made: QuantWeight = Bnb4Weight.quantize(view.to(self.dtype), "nf4")
+                    else:
+                        made = LlmInt8Weight.quantize(view)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"{self.path}.{name}: {error}") from error
+                is_nf4 = self.settings.method == "nf4"
+                size = BLOCK_SIZE if is_nf4 else view.shape[1]
+                self._put(path, view, made, None, (name, 4 if is_nf4 else 8, size, None))
+
+    def _put(
+        self,
+        path: str,
+        view: torch.Tensor,
+        made: QuantWeight,
+        hessian: torch.Tensor | None,
+        facts: tuple[str, int, int, str | None],
+    ) -> None:
+        """Keep what was made of a matrix, and compute with it from now on."""
+        numbers = made.dequantize(torch.float32)
+        off_by = output_error(view, numbers, hessian)
+        view.copy_(numbers)
+        self._made.setdefault(path, []).append(made)
+        name, bits, size, remark = facts
+        self.told(MatrixResult(f"{self.path}.{name}", bits, size, off_by, remark))
 
     def _round(
         self,
         weight: torch.Tensor,
         hessian: torch.Tensor | None,
         target: Target,
-        *,
-        clip: bool,
     ) -> tuple[Rounded, str | None]:
         settings, grid = self.settings, self._grid(target)
         if hessian is None:
             return round_to_nearest(weight, grid), None
         if settings.method == "awq":
-            return round_clipped(weight, hessian, grid, clip=clip), None
+            return round_clipped(weight, hessian, grid), None
         order, damp = settings.act_order, settings.damp
         found = gptq(weight, hessian.clone(), grid, act_order=order, damp=damp)
         return found.rounded, f"damped by {found.damp:g}" if found.damp > damp else None
@@ -215,6 +245,7 @@ class LayerQuantizer:
             rounded.zero_points,
             rounded.groups,
             bits=rounded.bits,
+            is_v2=self.settings.is_v2,
         )
 
 

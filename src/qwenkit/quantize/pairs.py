@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenkit.quantize.grid import Grid, round_to_nearest
+from qwenkit.quantize.grid import Grid, find_grid
 
 _YARDSTICK_GROUP = 128
 _FOLDED = 0.2  # a factor and its inverse agree within this
@@ -23,16 +23,18 @@ class Pair:
     """A matrix `own` and its `parent`, both fp32 [rows, columns], with what their biases differ by.
 
     `factors_in` [columns] is what this matrix's inputs are of the parent's, `factors_out` [rows]
-    what its outputs are. `yardstick` is the parent rounded to nearest in as many bits.
+    what its outputs are. `steps` [rows, groups] are the distances between the levels of the parent
+    rounded to nearest in as many bits.
     """
 
     parent: torch.Tensor
     own: torch.Tensor
     bias: torch.Tensor | None
-    yardstick: torch.Tensor | None
+    steps: torch.Tensor | None
     factors_in: torch.Tensor
     factors_out: torch.Tensor
-    _sums: torch.Tensor  # fp64 [3, rows]: squares of the parent's outputs and of the two errors
+    _sums: torch.Tensor  # fp64 [2, rows]: squares of the parent's outputs and of their errors
+    _read: torch.Tensor  # fp64 [columns]: squares of the inputs
     tokens: int = 0
 
     def add(self, x: torch.Tensor) -> None:
@@ -41,37 +43,43 @@ class Pair:
         off = (x * self.factors_in) @ self.own.T / self.factors_out - exact
         if self.bias is not None:
             off += self.bias
-        rounding = torch.zeros_like(off)
-        if self.yardstick is not None:
-            rounding = x @ self.yardstick.T - exact
-        self._sums += torch.stack(
-            [each.square().sum(0, dtype=torch.float64) for each in (exact, off, rounding)]
-        )
+        self._sums += torch.stack([y.square().sum(0, dtype=torch.float64) for y in (exact, off)])
+        self._read += x.square().sum(0, dtype=torch.float64)
         self.tokens += len(x)
 
     @property
     def error(self) -> float:
         """Root mean square of the outputs' error, relative to the parent's outputs."""
-        exact, off, _ = self._sums.sum(1).tolist()
+        exact, off = self._sums.sum(1).tolist()
         return float((off / exact) ** 0.5) if exact else float(off > 0)
 
     @property
     def beside_rounding(self) -> float | None:
-        """The error as a multiple of what rounding to nearest would have made."""
-        if self.yardstick is None:
+        """The error as a multiple of what rounding to nearest is expected to make."""
+        expected = self._expected()
+        if expected is None or not bool(expected.any()):
             return None
-        _, off, rounding = self._sums.sum(1).tolist()
-        return float((off / rounding) ** 0.5) if rounding else None
+        return float((self._sums[1].sum() / expected.sum()).sqrt())
 
     def worst_row(self) -> tuple[int, float] | None:
         """The row whose error is the largest multiple of rounding's, and that multiple."""
-        rounding = self._sums[2]
-        if self.yardstick is None or not bool((rounding > 0).any()):
+        expected = self._expected()
+        if expected is None or not bool(expected.any()):
             return None
-        floor = rounding.mean() * 1e-2  # rows that are nearly zero are nothing to be measured by
-        ratios = (self._sums[1] / torch.maximum(rounding, floor)).sqrt()
+        floor = expected.mean() * 1e-2  # rows that are nearly zero are nothing to be measured by
+        ratios = (self._sums[1] / torch.maximum(expected, floor)).sqrt()
         row = int(ratios.argmax())
         return row, float(ratios[row])
+
+    def _expected(self) -> torch.Tensor | None:
+        """Squares of the errors of rounding, fp64 [rows]: of each number a twelfth of its step's
+        square, and none in step with another. What chance makes of it for these very inputs would
+        be nothing to measure rows by where inputs are nearly alike.
+        """
+        if self.steps is None:
+            return None
+        read = self._read.view(self.steps.shape[1], -1).sum(1)  # [groups]
+        return self.steps.double().square() @ read / 12
 
 
 def make_pair(
@@ -89,12 +97,14 @@ def make_pair(
     if biases[0] is not None or biases[1] is not None:
         first, second = (torch.zeros(rows) if b is None else b for b in biases)
         bias = second / out - first
-    yardstick = None
+    steps = None
     if bits is not None:
-        size = _YARDSTICK_GROUP if columns % _YARDSTICK_GROUP == 0 else -1
-        yardstick = round_to_nearest(parent, Grid(bits, size, symmetric=False)).dequantize()
-    sums = torch.zeros(3, rows, dtype=torch.float64)
-    return Pair(parent, own, bias, yardstick, factors_in, out, sums)
+        size = _YARDSTICK_GROUP if columns % _YARDSTICK_GROUP == 0 else columns
+        grouped = parent.view(rows, columns // size, size)
+        steps, _ = find_grid(grouped, Grid(bits, size, symmetric=False))
+    sums = torch.zeros(2, rows, dtype=torch.float64)
+    read = torch.zeros(columns, dtype=torch.float64)
+    return Pair(parent, own, bias, steps, factors_in, out, sums, read)
 
 
 def folded_factors(

@@ -125,7 +125,7 @@ def _layer(
         share = number + min(len(results) / max(count, 1), 1.0)
         told(Step(share / source.layer_count, result))
 
-    quantizer = LayerQuantizer(path, settings, targets, tell)
+    quantizer = LayerQuantizer(path, settings, targets, tell, source.stored_dtype)
     attention, mlp = _parts(source, layer)
     if flows is None:
         quantizer.part(attention, _nothing)

@@ -112,6 +112,13 @@ class QuantizeSettings:
         widths = {self.width, *(rule.bits for rule in self.rules if rule.bits is not None)}
         return self.method == "awq" and widths == {4}
 
+    @property
+    def is_v2(self) -> bool:
+        """Whether GPTQ's files keep zero points as they are. Minus one, as the first version has
+        them, those of groups that begin at zero have no place, and programs refuse such files.
+        """
+        return not self.is_symmetric
+
     def target(self, path: str, columns: int, every_width: Sequence[int]) -> Target | None:
         """What the matrix at `path` becomes; None: it keeps its numbers. `every_width` are the
         columns of all matrices, for AWQ's files have one group size.
@@ -121,6 +128,8 @@ class QuantizeSettings:
         bits = self._bits(path)
         if bits is None:
             return None
+        if self.method in _FIXED_BITS:
+            return Target(bits, WHOLE_ROW)
         widths = every_width if self.is_awq_layout else (columns,)
         return Target(bits, fitting_group(widths, self.group_size or GROUP_SIZES[0], path))
 

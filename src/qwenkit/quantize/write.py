@@ -95,6 +95,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """What config.json says of the layers, in the words of the format's own programs."""
     kept = _kept(results, source)
+    if settings.method in ("nf4", "int8"):
+        return _bitsandbytes(settings, kept, source)
     if settings.is_awq_layout:
         return {
             "quant_method": "awq",
@@ -120,9 +122,30 @@ def quantization_config(
         "lm_head": False,
         "model_name_or_path": None,
         "model_file_base_name": "model",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq_v2" if settings.is_v2 else "gptq",
         "meta": {"quantizer": [f"qwenkit:{__version__}"], "method": settings.method},
     } | _exceptions(settings, results, kept, usual)
+
+
+def _bitsandbytes(
+    settings: QuantizeSettings, kept: Sequence[str], source: LayerSource
+) -> dict[str, Any]:
+    """As a BitsAndBytesConfig is saved."""
+    is_nf4 = settings.method == "nf4"
+    compute = "float32" if source.stored_dtype is torch.float32 else "bfloat16"
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": is_nf4,
+        "load_in_8bit": not is_nf4,
+        "bnb_4bit_quant_type": "nf4" if is_nf4 else "fp4",  # the default, which means nothing
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": compute if is_nf4 else "float32",
+        "llm_int8_threshold": 6.0,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_skip_modules": ["lm_head", *kept] if kept else None,
+    }
 
 
 def _exceptions(

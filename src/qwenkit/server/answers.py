@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from qwenkit.server.wire.generation import GenerationFields
 from qwenkit.types.events import Event, FinishEvent, TokenEvent
 from qwenkit.types.options import RequestOptions
 from qwenkit.types.sampling import SamplingParams
+
+MOST_ENTRIES = 2_000_000  # of log-probabilities in an answer that is sent whole
 
 
 class Asking(Protocol):
@@ -113,6 +116,53 @@ class Answers:
                     self.facts.finish += (event.reason,)
                     counted.add(prompt)
             yield [(places[event.request_id], event) for event in events]
+
+
+class Tally:
+    """What is to be known of one answer at its end, without keeping its tokens."""
+
+    def __init__(self) -> None:
+        self._logprob_sum = 0.0
+        self._tokens = 0
+        self._finish: FinishEvent | None = None
+
+    def push(self, event: Event) -> None:
+        """Take an event. Raises ApiError for an answer that failed."""
+        if isinstance(event, FinishEvent):
+            check_finish(event)
+            self._finish = event
+        elif isinstance(event, TokenEvent) and event.logprob is not None:
+            self._logprob_sum += event.logprob
+            self._tokens += 1
+
+    @property
+    def finish(self) -> FinishEvent:
+        """The last event; it must have come."""
+        assert self._finish is not None, "every accepted request ends in a FinishEvent"
+        return self._finish
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens; the lowest where there are none."""
+        return self._logprob_sum / self._tokens if self._tokens else -math.inf
+
+
+def check_logprobs(served: Served, requests: Sequence[Request], *, streamed: bool) -> None:
+    """Raises ApiError for a whole answer that could have more entries of log-probabilities than fit
+    in memory together; a stream keeps none.
+    """
+    if streamed or not requests or requests[0].sampling.logprobs is None:
+        return
+    tokens = sum(served.llm.output_tokens(request) for request in requests)
+    entries = tokens * (requests[0].sampling.logprobs + 1)
+    if entries > MOST_ENTRIES:
+        raise ApiError(
+            400,
+            f"logprobs: this answer could have {entries:,} of them; at most {MOST_ENTRIES:,} come "
+            "whole. Lower max_tokens, n or the number of alternatives, or stream it.",
+            "logprobs",
+            "invalid_value",
+        )
 
 
 def check_finish(event: FinishEvent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -113,9 +114,9 @@ async def _refuse_fields(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     body = facts_of(request.scope).value
     refused = refusal(error.errors(), body)
-    if refused.param and refused.param.endswith("].role") and refused.code == "invalid_value":
-        place = int(refused.param.split("[")[1].split("]")[0])
-        refused = incorrect_role(body["messages"][place]["role"], refused.param)
+    role = re.fullmatch(r"messages\[(\d+)\]\.role", refused.param or "")
+    if role is not None and refused.code == "invalid_value":
+        refused = incorrect_role(body["messages"][int(role[1])]["role"], role[0])
     return await _refuse(request, refused)
 
 

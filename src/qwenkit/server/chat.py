@@ -13,13 +13,14 @@ from starlette.responses import Response
 
 from qwenkit.api.choices import Choices
 from qwenkit.api.replies import PreparedReply, ReplyReader, reply_sampling
-from qwenkit.engine.collector import Collector
 from qwenkit.engine.service import AsyncEventStream
 from qwenkit.errors import QwenkitError
 from qwenkit.server import chat_tools, conversation
 from qwenkit.server.answers import (
     Answers,
+    Tally,
     check_finish,
+    check_logprobs,
     choices_of,
     request_options,
     stop_reason,
@@ -30,7 +31,7 @@ from qwenkit.server.errors import ApiError, described
 from qwenkit.server.facts import Facts, facts_of
 from qwenkit.server.route import group
 from qwenkit.server.served import Served, Target
-from qwenkit.server.sse import DONE, Streamed, compact, event, json_answer, json_text
+from qwenkit.server.sse import DONE, Json, Streamed, compact, event, json_answer, json_text
 from qwenkit.server.usage import usage_of
 from qwenkit.server.wire.chat import ChatAnswer, ChatRequest, JsonObjectFormat, TextFormat
 from qwenkit.server.wire.generation import check_stream_options, sampling_changes
@@ -125,6 +126,8 @@ async def prepared(
     except QwenkitError as error:
         raise described(error) from error
     requests = reply.requests(choices.n, choices.best_of)
+    if body.logprobs:
+        check_logprobs(served, requests, streamed=bool(body.stream))
     answers = Answers(served, facts, requests, [0] * len(requests))
     return Chat(
         served=served,
@@ -141,33 +144,31 @@ async def prepared(
 
 
 async def answer(chat: Chat, stream: AsyncEventStream) -> dict[str, Any]:
-    """The whole answer, when all of it has come."""
-    replies = [chat.reply() for _ in chat.answers.requests]
-    collectors = [Collector(request) for request in chat.answers.requests]
+    """The whole answer, when all of it has come. What has come is written at once, so that nothing
+    is left to do at the end that holds up the event loop.
+    """
+    count = len(chat.answers.requests)
+    replies, tallies = [chat.reply() for _ in range(count)], [Tally() for _ in range(count)]
+    entries: list[list[Json]] = [[] for _ in range(count)]
+    writer = writer_of(chat.served, chat.choices.sampling) if chat.body.logprobs else None
     async for batch in chat.answers.batches(stream):
         for place, one in batch:
-            if isinstance(one, FinishEvent):
-                check_finish(one)
+            tallies[place].push(one)
             replies[place].push(chat.readers[place].read(one).deltas)
-            collectors[place].add(one)
-    completions = [collector.completion() for collector in collectors]
-    sampling = chat.choices.sampling
-    writer = writer_of(chat.served, sampling)
+            if writer is not None and isinstance(one, TokenEvent):
+                entries[place] += map(Json, map(compact, writer.entries([one])))
     listed = []
-    for index, place in enumerate(chat.choices.ranked(completions)):
-        done, reply = completions[place], replies[place]
-        logprobs = None
-        if chat.body.logprobs:
-            logprobs = {"content": writer.chat_entries(done), "refusal": None}
+    for index, place in enumerate(chat.choices.ranked([tally.mean_logprob for tally in tallies])):
+        end, reply = tallies[place].finish, replies[place]
         choice: dict[str, Any] = {
             "index": index,
             "message": reply.message(),
-            "logprobs": logprobs,
-            "finish_reason": reply.finish_reason(done.finish_reason),
+            "logprobs": None if writer is None else {"content": entries[place], "refusal": None},
+            "finish_reason": reply.finish_reason(end.reason),
         }
-        listed.append(choice | stop_reason(sampling, done.finish_reason, done.matched_stop))
+        listed.append(choice | stop_reason(chat.choices.sampling, end.reason, end.matched_stop))
         if chat.facts.prompt is not None:
-            chat.facts.replies.append(done.text)
+            chat.facts.replies.append(reply.text)
     return {**chat.head("chat.completion"), "choices": listed, "usage": usage_of(chat.facts)}
 
 

@@ -12,13 +12,14 @@ from fastapi import Request
 from starlette.responses import Response
 
 from qwenkit.api.choices import Choices
-from qwenkit.engine.collector import Collector
 from qwenkit.engine.request import Request as EngineRequest
 from qwenkit.engine.service import AsyncEventStream
 from qwenkit.errors import QwenkitError
 from qwenkit.server.answers import (
     Answers,
+    Tally,
     check_finish,
+    check_logprobs,
     choices_of,
     request_options,
     stop_reason,
@@ -29,7 +30,7 @@ from qwenkit.server.facts import Facts, facts_of
 from qwenkit.server.logprobs import CompletionLogprobs, LogprobWriter
 from qwenkit.server.route import group
 from qwenkit.server.served import Served, Target
-from qwenkit.server.sse import DONE, Streamed, compact, event, json_answer
+from qwenkit.server.sse import DONE, Json, Streamed, assembled, compact, event, json_answer
 from qwenkit.server.usage import usage_of
 from qwenkit.server.wire.completions import (
     MAX_TOKENS,
@@ -97,7 +98,7 @@ class Text:
         self._only_prompt = only_prompt
         self.finish: FinishEvent | None = None
 
-    def push(self, events: Sequence[Event]) -> tuple[str, dict[str, Any] | None]:
+    def push(self, events: Sequence[Event]) -> tuple[str, dict[str, list[Json]] | None]:
         """The text and log-probabilities of what has come. Raises ApiError for a failed answer."""
         pieces, self._shown = [self._shown], ""
         tokens: list[tuple[int, TokenLogprob | None]] = []
@@ -172,6 +173,8 @@ async def prepared(body: CompletionRequest, served: Served, facts: Facts) -> Com
         requests, shown = await served.in_thread(facts.client, encode)
     except QwenkitError as error:
         raise described(error, "prompt") from error
+    if body.logprobs is not None:
+        check_logprobs(served, requests, streamed=bool(body.stream))
     per_prompt = len(requests) // len(prompts)
     return Completion(
         served=served,
@@ -188,29 +191,37 @@ async def prepared(body: CompletionRequest, served: Served, facts: Facts) -> Com
 
 
 async def answer(completion: Completion, stream: AsyncEventStream) -> dict[str, Any]:
-    """The whole answer, when all of it has come."""
-    answers, choices = completion.answers, completion.choices
-    collectors = [Collector(request) for request in answers.requests]
-    events: list[list[Event]] = [[] for _ in answers.requests]
+    """The whole answer, when all of it has come; see `chat.answer`."""
+    answers, texts = completion.answers, completion.texts()
+    tallies = [Tally() for _ in texts]
+    pieces: list[list[str]] = [[] for _ in texts]
+    logprobs: list[dict[str, list[Json]] | None] = [None for _ in texts]
     async for batch in answers.batches(stream):
         for place, one in batch:
-            events[place].append(one)
-            collectors[place].add(one)
+            tallies[place].push(one)
+            text, more = texts[place].push([one])
+            pieces[place].append(text)
+            logprobs[place] = _joined(logprobs[place], more)
     listed: list[dict[str, Any]] = []
-    texts = completion.texts()
     per_prompt = len(texts) // (answers.prompts[-1] + 1)
     for first in range(0, len(texts), per_prompt):
-        several = range(first, first + per_prompt)
-        for place in several:
-            if isinstance(last := events[place][-1], FinishEvent):
-                check_finish(last)
-        done = [collectors[place].completion() for place in several]
-        for place in (first + ranked for ranked in choices.ranked(done)):
-            text, logprobs = texts[place].push(events[place])
-            listed.append(_choice(completion, len(listed), text, logprobs, texts[place].finish))
+        means = [tally.mean_logprob for tally in tallies[first : first + per_prompt]]
+        for place in (first + ranked for ranked in completion.choices.ranked(means)):
+            whole, finish = "".join(pieces[place]), tallies[place].finish
+            listed.append(_choice(completion, len(listed), whole, logprobs[place], finish))
     if completion.facts.prompt is not None:
         completion.facts.replies += [choice["text"] for choice in listed]
     return {**completion.head(), "choices": listed, "usage": _usage(completion)}
+
+
+def _joined(
+    before: dict[str, list[Json]] | None, more: dict[str, list[Json]] | None
+) -> dict[str, list[Json]] | None:
+    if before is None or more is None:
+        return more if before is None else before
+    for name, values in more.items():
+        before[name] += values
+    return before
 
 
 async def stream_pieces(completion: Completion) -> AsyncGenerator[bytes]:
@@ -233,7 +244,7 @@ async def stream_pieces(completion: Completion) -> AsyncGenerator[bytes]:
                     finish = texts[place].finish
                     if not text and finish is None and not (logprobs and logprobs["tokens"]):
                         continue
-                    choice = compact(_choice(completion, place, text, logprobs, finish))
+                    choice = assembled(_choice(completion, place, text, logprobs, finish))
                     pieces.append(event(f'{head},"choices":[{choice}]{tail}'))
                     if completion.facts.prompt is not None:
                         completion.facts.replies.append(text)
@@ -249,7 +260,7 @@ def _choice(
     completion: Completion,
     index: int,
     text: str,
-    logprobs: dict[str, Any] | None,
+    logprobs: dict[str, list[Json]] | None,
     finish: FinishEvent | None,
 ) -> dict[str, Any]:
     choice = {

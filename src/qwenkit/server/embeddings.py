@@ -14,7 +14,7 @@ from qwenkit.server.errors import ApiError, described
 from qwenkit.server.facts import Facts, facts_of
 from qwenkit.server.route import group
 from qwenkit.server.served import Served
-from qwenkit.server.sse import json_answer
+from qwenkit.server.sse import Json, compact, json_answer
 from qwenkit.server.wire.completions import prompts_of
 from qwenkit.server.wire.embeddings import EmbeddingAnswer, EmbeddingRequest
 
@@ -58,14 +58,16 @@ async def embedded(body: EmbeddingRequest, served: Served, facts: Facts) -> dict
     except QwenkitError as error:
         raise described(error, "input") from error
     facts.prompt_tokens = sum(map(len, several))
-    as_text = body.encoding_format == "base64"
-    data = [
-        {"object": "embedding", "index": i, "embedding": _encoded(v) if as_text else v.tolist()}
-        for i, v in enumerate(vectors)
-    ]
+    written = _encoded if body.encoding_format == "base64" else _listed
+    shown = await served.in_thread(facts.client, lambda: [written(v) for v in vectors])
+    data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(shown)]
     usage = {"prompt_tokens": facts.prompt_tokens, "total_tokens": facts.prompt_tokens}
     return {"object": "list", "model": target.name, "data": data, "usage": usage}
 
 
-def _encoded(vector: Any) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+def _encoded(vector: Any) -> Json:
+    return Json(compact(base64.b64encode(vector.astype("<f4").tobytes()).decode()))
+
+
+def _listed(vector: Any) -> Json:
+    return Json(compact(vector.tolist()))

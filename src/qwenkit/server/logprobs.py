@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from qwenkit.types.completion import Completion
+from qwenkit.server.sse import Json, compact
 from qwenkit.types.events import TokenEvent, TokenLogprob
 from qwenkit.types.protocols import Tokenizer
+
+LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 class LogprobWriter:
@@ -24,11 +26,6 @@ class LogprobWriter:
             for e in events
             if e.logprob is not None
         )
-        return [self._with_top(one) for one in known if one.token_id not in self._stops]
-
-    def chat_entries(self, done: Completion) -> list[dict[str, Any]]:
-        """The same of a whole answer."""
-        known = done.logprobs or ()
         return [self._with_top(one) for one in known if one.token_id not in self._stops]
 
     def is_stop(self, token_id: int) -> bool:
@@ -49,28 +46,24 @@ class LogprobWriter:
 
 
 class CompletionLogprobs:
-    """What the `logprobs` of a completion has: four lists with an entry for each token."""
+    """What the `logprobs` of a completion has: four lists with an entry for each token, each as
+    JSON.
+    """
 
     def __init__(self, writer: LogprobWriter) -> None:
         self._writer = writer
         self._offset = 0  # characters of all tokens so far
 
-    def content(self, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
+    def content(self, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> dict[str, list[Json]]:
         """The lists of the next tokens, each an id and what is known of it."""
-        content: dict[str, Any] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        content: dict[str, list[Json]] = {name: [] for name in LISTS}
         for token_id, known in tokens:
             text = self._writer.text(token_id)
-            content["tokens"].append(text)
-            content["token_logprobs"].append(None if known is None else known.logprob)
             top = None
             if known is not None:
                 top = {self._writer.text(i): logprob for i, logprob in known.top}
-            content["top_logprobs"].append(top)
-            content["text_offset"].append(self._offset)
+            logprob = None if known is None else known.logprob
+            for name, value in zip(LISTS, (text, logprob, top, self._offset), strict=True):
+                content[name].append(Json(compact(value)))
             self._offset += len(text)
         return content

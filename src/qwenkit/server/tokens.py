@@ -14,7 +14,7 @@ from qwenkit.server.errors import ApiError, described
 from qwenkit.server.facts import facts_of
 from qwenkit.server.route import group
 from qwenkit.server.served import Served
-from qwenkit.server.sse import json_answer
+from qwenkit.server.sse import in_pieces, json_answer
 from qwenkit.server.wire.base import Few, Many, Shape, Wire
 from qwenkit.server.wire.chat import ChatMessage, ToolDefinition
 from qwenkit.server.wire.generation import Text
@@ -67,15 +67,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         message = "prompt: give either a prompt or messages."
         raise ApiError(400, message, "prompt", "invalid_value")
     try:
-        ids = await served.in_thread(facts.client, lambda: _ids(body, served))
+        return json_answer(await served.in_thread(facts.client, lambda: _tokenized(body, served)))
     except QwenkitError as error:
         raise described(error, "messages" if body.prompt is None else "prompt") from error
-    answer = {"count": len(ids), "max_model_len": served.llm.context_tokens, "tokens": ids}
-    if body.return_token_strs:
-        tokenizer = served.llm.tokenizer
-        strings = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
-        answer["token_strs"] = strings
-    return json_answer(answer)
 
 
 @router.post("/detokenize", response_model=DetokenizeAnswer, summary="Token ids to text.")
@@ -92,6 +86,20 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         raise ApiError(400, message, "tokens", "invalid_value")
     text = await served.in_thread(facts.client, lambda: tokenizer.decode(body.tokens))
     return json_answer({"prompt": text})
+
+
+def _tokenized(body: TokenizeRequest, served: Served) -> dict[str, Any]:
+    """The answer, written in pieces: a million ids would hold up the event loop."""
+    ids, tokenizer = _ids(body, served), served.llm.tokenizer
+    answer: dict[str, Any] = {
+        "count": len(ids),
+        "max_model_len": served.llm.context_tokens,
+        "tokens": in_pieces(ids),
+    }
+    if body.return_token_strs:
+        strings = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
+        answer["token_strs"] = in_pieces(strings)
+    return answer
 
 
 def _ids(body: TokenizeRequest, served: Served) -> list[int]:

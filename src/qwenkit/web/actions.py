@@ -51,12 +51,15 @@ class Actions:
         free = {**quiet, "concurrency_limit": None}
         page.load(self.start, inputs=[parts.kept], outputs=outputs, **free)
         page.load(linger, inputs=None, outputs=None, **free)
-        parts.message.submit(self.send, inputs=inputs, outputs=outputs, **free)
+        # Gradio drops or defers what is asked while an earlier one is not done; we know better.
+        always = {**free, "trigger_mode": "multiple"}
+        parts.message.submit(self.send, inputs=inputs, outputs=outputs, **always)
         parts.message.stop(self.stop, inputs=inputs, outputs=None, **free)
-        parts.action.change(self.act, inputs=inputs, outputs=outputs, **free)
+        parts.action.change(self.act, inputs=inputs, outputs=outputs, **always)
+        last = {**free, "trigger_mode": "always_last"}
         numbers = [p.input for name, p in parts.settings.items() if name not in ("stop", "tools")]
         texts = [parts.settings["stop"].blur, parts.settings["tools"].blur, parts.system.blur]
-        gr.on([*numbers, *texts, parts.model.input], self.keep, inputs, [parts.kept], **free)
+        gr.on([*numbers, *texts, parts.model.input], self.keep, inputs, [parts.kept], **last)
 
     async def start(self, kept: Any, request: gr.Request) -> Updates:
         """The page has been opened: its language, its settings, the models of the server."""
@@ -70,7 +73,7 @@ class Actions:
         fresh = {c: gr.update(value=kept.get(name)) for name, c in parts.settings.items()}
         fresh |= {parts.system: gr.update(value=system), parts.language: language}
         tell = {"words": script_words(language), "ready": True}
-        shown = self._view.shown(begun, language, keep=False, tell=tell)
+        shown = self._view.shown(begun, language, keep=False, opened=True, tell=tell)
         ready = self._view.ready(begun, language)
         return merged((shown, labels(parts, language), fresh, ready, models))
 
@@ -80,7 +83,7 @@ class Actions:
         text, editing = whole(values[parts.message] or ""), values[parts.editing]
         try:
             conversation = view.conversation(values)
-            if conversation.id in self._runs:
+            if self._is_answering(conversation):
                 yield view.noted(word("busy", language))
                 return
             must_answer = True
@@ -121,7 +124,9 @@ class Actions:
             name = command.get("do") if isinstance(command, dict) else None
             if name in ("new", "open", "import") and conversation.id in self._runs:
                 await self._runs[conversation.id].end()
-            if name in ("regenerate", "edit", "undo", "rename") and conversation.id in self._runs:
+            if name in ("regenerate", "edit", "undo", "rename") and self._is_answering(
+                conversation
+            ):
                 yield view.noted(word("busy", view.language(values)))
             elif name == "regenerate":
                 async for updates in self._answer(talk.without_reply(conversation), values):
@@ -154,10 +159,16 @@ class Actions:
                 yield updates
             conversation = talk.with_turn(conversation, reply.turn())
             shown = await asyncio.to_thread(view.shown, conversation, language)
+            run.is_over = True  # who sees the end of it may go on at once
             yield merged((shown, view.ready(conversation, language)))
         finally:
-            del self._runs[conversation.id]
+            if self._runs.get(conversation.id) is run:
+                del self._runs[conversation.id]
             run.done.set()
+
+    def _is_answering(self, conversation: Conversation) -> bool:
+        run = self._runs.get(conversation.id)
+        return run is not None and not run.is_over
 
     async def _follow(
         self,
@@ -231,7 +242,7 @@ def _import(view: View, before: Conversation, command: Values, values: Values) -
 
 def _opened(view: View, conversation: Conversation, values: Values, *, keep: bool) -> Updates:
     language = view.language(values)
-    shown = view.shown(conversation, language, keep=keep)
+    shown = view.shown(conversation, language, keep=keep, opened=True)
     system = {view.parts.system: gr.update(value=conversation.system)}
     return merged((shown, view.ready(conversation, language), view.emptied(), system))
 

@@ -16,10 +16,13 @@ LATEST_S = 5.0  # even without news: Gradio notices only then that nobody looks 
 
 @dataclass(slots=True)
 class Run:
-    """One answer under way: `stop` asks it to end, `done` says that it has."""
+    """One answer under way: `stop` asks it to end, `is_over` says that it has, and `done` that all
+    of it has been handed to the page.
+    """
 
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Event = field(default_factory=asyncio.Event)
+    is_over: bool = False
     pause_s: float = SOONEST_S
 
     async def end(self) -> None:

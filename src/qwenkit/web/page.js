@@ -10,6 +10,7 @@
   let current = { id: "", title: "" };
   let heads = [];
   let asked = 0;
+  let switched = { do: "new" };
 
   // ---- The browser's storage: a list of heads, and the texts beside it.
 
@@ -45,7 +46,7 @@
         texts.put(text, head.id);
         all.put({ ...head, changed: Date.now() });
       });
-      remember("last", head.id);
+      if (head.id === current.id) remember("last", head.id);
       await changed();
     } catch (error) {
       say(words.not_kept.replace("{reason}", error?.name || error));
@@ -88,14 +89,20 @@
   const told = async (signal) => {
     if (signal.words) speak(signal.words);
     if (signal.current) {
-      const { id, title, length } = signal.current;
-      if (id !== current.id) pinned = true;
-      current = { id, title };
-      mark();
+      const { id, title, length, opened } = signal.current;
+      if (opened) {
+        pinned = true;
+        current = { id, title };
+        mark();
+      }
       if (signal.current.keep) {
         const text = await whenFull("q-current", length);
         if (text !== null) await keep({ id, title }, text);
+        if (text !== null && opened) switched = { do: "open", conversation: JSON.parse(text) };
       }
+      // The end of an answer may be drawn after another conversation has been opened: Gradio keeps
+      // no order between two actions. Then the other one is opened again.
+      if (!opened && id !== current.id) ask(switched);
     }
     setTimeout(() => keepDraft({ target: field("q-message") }), 100);
     if (signal.focus) write();
@@ -103,18 +110,24 @@
     if (signal.ready) await begin();
   };
   const begin = async () => {
-    document.body.classList.add("q-ready");
     await list();
     const last = remembered("last");
     if (last && heads.some((head) => head.id === last)) await open(last, true);
     restoreDraft();
+    document.body.classList.add("q-ready");
     write();
+  };
+  const startNew = () => {
+    remember("last", "");
+    switched = { do: "new" };
+    ask(switched);
   };
   const open = async (id, atStart = false) => {
     const text = await within("readonly", (_, texts) => texts.get(id));
     if (!text) return;
     remember("last", id);
-    ask({ do: "open", conversation: JSON.parse(text), at_start: atStart });
+    switched = { do: "open", conversation: JSON.parse(text) };
+    ask({ ...switched, at_start: atStart });
   };
   const save = async ({ name, type, length }) => {
     const quoted = await whenFull("q-exported", length);
@@ -228,7 +241,7 @@
       all.delete(head.id);
     });
     await changed();
-    if (head.id === current.id) ask({ do: "new" });
+    if (head.id === current.id) startNew();
   };
   others?.addEventListener("message", list);
 
@@ -270,8 +283,7 @@
     regenerate: () => ask({ do: "regenerate" }),
     new: () => {
       if (PHONE.matches) document.body.classList.remove("q-nav-open");
-      remember("last", "");
-      ask({ do: "new" });
+      startNew();
       write();
     },
     export: (_, event) => ask({ do: "export", kind: event.shiftKey ? "json" : "markdown" }),
@@ -323,7 +335,7 @@
       found.textContent = given.lang === "zh" ? "EN" : "中文";
     }
     field("q-message")?.setAttribute("aria-label", words.write);
-    if (document.body.classList.contains("q-ready")) list();
+    if ($(".q-row")) list();
   };
   const paint = (isDark) => {
     document.body.classList.toggle("dark", isDark);

@@ -60,16 +60,22 @@ class View:
         return f"<div>{safe(quoted)}</div>"
 
     def held(
-        self, conversation: Conversation, *, keep: bool, tell: Mapping[str, Any] | None = None
+        self,
+        conversation: Conversation,
+        *,
+        keep: bool,
+        opened: bool = False,
+        tell: Mapping[str, Any] | None = None,
     ) -> Updates:
         """The conversation into its field, and word of it to the script, which stores it if it is
-        to `keep` it.
+        to `keep` it. `opened` says that it has been chosen, and others are no longer wanted.
         """
         text = to_json(conversation)
         current = {
             "id": conversation.id,
             "title": conversation.title,
             "keep": keep,
+            "opened": opened,
             "length": len(text.encode("utf-16-le")) // 2,  # as a browser counts
         }
         signal = self.signal(current=current, **(tell or {}))
@@ -81,12 +87,13 @@ class View:
         language: str,
         *,
         keep: bool = True,
+        opened: bool = False,
         is_answering: bool = False,
         tell: Mapping[str, Any] | None = None,
     ) -> Updates:
         """The conversation, with nothing being written."""
         html = transcript(conversation, language=language, is_answering=is_answering)
-        held = self.held(conversation, keep=keep, tell=tell)
+        held = self.held(conversation, keep=keep, opened=opened, tell=tell)
         return {self.parts.past: html, self.parts.live: "", **held}
 
     def ready(self, conversation: Conversation, language: str) -> Updates:

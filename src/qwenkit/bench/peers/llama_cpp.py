@@ -109,7 +109,7 @@ class LlamaCpp:
             load,
             self._submit,
             lambda slot: self._llama.llama_memory_seq_rm(memory, slot, -1, -1),
-            slots=self._streams,
+            slots=min(self._streams, load.at_most or self._streams),
             step_tokens=min(self._batch_tokens, _MICRO_BATCH_TOKENS),
             vocab_size=self._vocab_size,
         )

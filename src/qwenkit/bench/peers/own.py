@@ -55,16 +55,18 @@ class Qwenkit:
 
     async def _play(self, load: Load) -> list[list[float]]:
         start_s, options = time.perf_counter(), _unshared()
+        room = asyncio.Semaphore(load.at_most or len(load.arrivals))
 
         async def ask(number: int, arrival: Arrival) -> list[float]:
             await asyncio.sleep(max(0.0, arrival.at_s - (time.perf_counter() - start_s)))
             ids = prompt_ids(arrival.prompt_tokens, self._vocab_size, number)
             times = []
-            async for event in self._llm.stream(
-                ids, self._sampling(arrival.tokens), options=options
-            ):
-                if hasattr(event, "token_id"):
-                    times.append(time.perf_counter() - start_s)
+            async with room:
+                async for event in self._llm.stream(
+                    ids, self._sampling(arrival.tokens), options=options
+                ):
+                    if hasattr(event, "token_id"):
+                        times.append(time.perf_counter() - start_s)
             return times
 
         tasks = [ask(number, arrival) for number, arrival in enumerate(load.arrivals)]

@@ -59,9 +59,12 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests that come one after another, whether or not the engine keeps up."""
+    """Requests that come one after another, whether or not the engine keeps up; with `at_most` one
+    waits until fewer than so many are being answered, as clients in a closed loop do.
+    """
 
     arrivals: tuple[Arrival, ...]
+    at_most: int | None = None
 
     @property
     def most_prompt_tokens(self) -> int:
@@ -80,7 +83,8 @@ class Load:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(tuple(Arrival(**arrival) for arrival in data["arrivals"]))
+        arrivals = tuple(Arrival(**arrival) for arrival in data["arrivals"])
+        return cls(arrivals, data.get("at_most"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

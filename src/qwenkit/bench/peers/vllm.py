@@ -1,4 +1,4 @@
-"""vLLM on a CPU, eager: bf16, fp32, or int8 weights and activations (W8A8)."""
+"""vLLM on a CPU, eager: bf16, fp32, W8A8 (int8 weights and activations) or W4A16 (int4 weights)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,58 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qwenkit.bench.peers.spec import Options, prompt_ids, unsupported
+from qwenkit.bench.peers.spec import Options, WeightSetting, prompt_ids
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-_QUANTIZATION = {  # of the compressed-tensors format
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": _INT8 | {"strategy": "channel", "dynamic": False},
-            "input_activations": _INT8 | {"strategy": "token", "dynamic": True},
-        }
-    },
-}
+_NIBBLES = 8  # of an int32
+
+
+def _quantization(weights: WeightSetting) -> dict[str, Any]:
+    """What config.json says, in the compressed-tensors format; the head is left as it is."""
+    group: dict[str, Any] = {"targets": ["Linear"]}
+    if weights.name == "int8":
+        group["weights"] = _INT8 | {"strategy": "channel", "dynamic": False}
+        group["input_activations"] = _INT8 | {"strategy": "token", "dynamic": True}
+    else:
+        grouped = {"strategy": "group", "group_size": weights.group_size, "dynamic": False}
+        group["weights"] = _INT8 | {"num_bits": 4} | grouped
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if weights.name == "int8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+def _narrow(name: str, tensor: Any, weights: WeightSetting) -> dict[str, Any]:
+    """The tensors in place of one matrix, [rows, columns]; nearest rounding."""
+    torch = importlib.import_module("torch")
+    wide = tensor.float()  # [rows, columns]
+    if weights.name == "int8":
+        scale = (wide.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)  # [rows, 1]
+        return {name: (wide / scale).round().char(), f"{name}_scale": scale}
+    rows, columns = wide.shape
+    grouped = wide.view(rows, -1, weights.group_size)  # [rows, groups, group_size]
+    scale = (grouped.abs().amax(2) / 7).clamp(min=1e-12)  # [rows, groups]
+    levels = (grouped / scale[:, :, None]).round().clamp(-8, 7) + 8  # [rows, groups, group_size]
+    nibbles = levels.view(rows, columns // _NIBBLES, _NIBBLES).long()
+    shifts = 4 * torch.arange(_NIBBLES)
+    packed = (nibbles << shifts).sum(2)  # [rows, columns / 8]
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).int()
+    return {
+        f"{name}_packed": packed,
+        f"{name}_scale": scale.to(tensor.dtype),
+        f"{name}_shape": torch.tensor([rows, columns]),
+    }
 
 
 def prepare(source: Path, target: Path, options: Options) -> None:
-    """Write the int8 checkpoint: a scale for each output channel, embedding and head in bf16."""
+    """Write the int8 checkpoint, a scale for each output channel, or the int4 one, a scale for each
+    group of a row; embedding and head stay in bf16.
+    """
     weights = options.weights
     assert weights is not None
-    if weights.name == "int4":
-        raise unsupported("vLLM on a CPU", weights)
     target.mkdir(parents=True, exist_ok=True)
     files = importlib.import_module("safetensors.torch")
     tensors: dict[str, Any] = {}
@@ -40,17 +68,23 @@ def prepare(source: Path, target: Path, options: Options) -> None:
         if not name.endswith("_proj.weight"):
             tensors[name] = tensor
             continue
-        wide = tensor.float()  # [rows, columns]
-        scale = (wide.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)  # [rows, 1]
-        tensors[name] = (wide / scale).round().char()  # [rows, columns]
-        tensors[f"{name}_scale"] = scale
+        tensors |= _narrow(name, tensor, weights)
     files.save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = _QUANTIZATION
+    config["quantization_config"] = _quantization(weights)
     (target / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (source / name).exists():
             shutil.copy(source / name, target)
+
+
+def setting(weights: WeightSetting | None) -> str:
+    """How it holds what is asked for."""
+    if weights is None or weights.name == "bf16":
+        return "bf16"
+    if weights.name == "int4":
+        return f"int4 g{weights.group_size}, head bf16"
+    return "fp32" if weights.name == "fp32" else "W8A8, head bf16"
 
 
 class Vllm:
@@ -60,11 +94,8 @@ class Vllm:
         vllm = importlib.import_module("vllm")
         self.version = str(vllm.__version__)
         weights = options.weights
-        if weights is not None and weights.name == "int4":
-            raise unsupported("vLLM on a CPU", weights)
         wide = weights is not None and weights.name == "fp32"
-        narrow = weights is not None and weights.name == "int8"
-        self.setting = "fp32" if wide else "W8A8, head bf16" if narrow else "bf16"
+        self.setting = setting(weights)
         self._params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model,

@@ -20,6 +20,7 @@ _OF_LOADING = (
 _NO_IMAGES = "these models read text only; leave it out."
 Format = Literal["json", ""] | dict[str, Any]
 KeepAlive = str | float
+Off = Annotated[float, Field(ge=1, le=1)]
 VERSION = "0.12.0"  # of Ollama's API that these endpoints follow
 
 
@@ -48,8 +49,8 @@ class OllamaOptions(Wire):
     frequency_penalty: Penalty | None = None
     stop: Text | Few[Text] | None = None
     mirostat: Literal[0] | None = Field(None, description="Not supported; 0 is off.")
-    typical_p: Literal[1] | None = Field(None, description="Not supported; 1 is off.")
-    tfs_z: Literal[1] | None = Field(None, description="Not supported; 1 is off.")
+    typical_p: Off | None = Field(None, description="Not supported; 1 is off.")
+    tfs_z: Off | None = Field(None, description="Not supported; 1 is off.")
     penalize_newline: Literal[True] | None = Field(None, description="As any other token.")
 
 

@@ -1,0 +1,1 @@
+"""One row of the board a file, each with a constant `ROW`."""
