@@ -235,6 +235,15 @@ def test_a_token_has_the_same_bits_in_any_batch(run: Kernel, name: str, precise:
             assert torch.equal(got, alone[rows]), (count, tokens)
 
 
+@_whole
+def test_many_tokens_have_the_bits_of_few(run: Kernel, name: str) -> None:
+    """From 64 on, numbers of four bits are taken apart first."""
+    packed = matrix(name)
+    x = numbers(70, packed.columns)
+    few = torch.cat([multiply(run, x[at : at + 14], packed) for at in range(0, 70, 14)])
+    assert torch.equal(multiply(run, x, packed), few)
+
+
 @_names
 def test_a_row_of_the_matrix_has_the_same_bits_among_any_others(run: Kernel, name: str) -> None:
     torch.set_num_threads(3)

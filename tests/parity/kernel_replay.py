@@ -20,7 +20,7 @@ import torch
 
 import qwenkit.kernels.cpu
 from qwenkit.kernels import build
-from qwenkit.kernels.cpu import bind, library
+from qwenkit.kernels.cpu import bind, bind_packed, library
 from qwenkit.kernels.registry import OPS
 
 DRIVER = Path(__file__).with_suffix(".cpp")
@@ -141,6 +141,8 @@ def _recording() -> Iterator[_Recorder]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     for module in patched:
         module.kernel = recorder.kernel  # type: ignore[attr-defined]
+    for table in (bind_packed._steps, bind_packed._levels):
+        table.cache_clear()  # made again, so that they are found
     torch.use_deterministic_algorithms(True)  # new memory is NaN, so that what is written shows
     gc.collect()
     gc.freeze()  # what is there already is no case's
