@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,7 @@ def test_a_message_is_sent_and_the_answer_streams(chat: Chat, server: ScriptedSe
     chat.wait_for_answer(0)
     chat.expect_texts([RAW, "".join(f"part{i} " for i in range(40))])
     assert chat.page.locator(".q-user .q-plain").inner_text() == RAW
+    chat.expect_box("")
     stats = chat.page.inner_text(".q-stats")
     assert "1,234 tokens read" in stats
     assert "8 written" in stats
@@ -372,6 +377,42 @@ def test_enter_that_ends_a_composed_word_sends_nothing(chat: Chat, server: Scrip
     chat.page.locator("#q-message textarea").press("Shift+Enter")
     chat.page.locator("#q-message textarea").press("a")
     chat.expect_box("ni\na")
+
+
+def test_a_password_guards_the_page_and_a_missing_server_is_named(
+    chromium: Any, tmp_path: Path
+) -> None:
+    options = ("--url", "http://127.0.0.1:9/v1", "--server-port", "0", "--auth", "me:sesame")
+    with running_page(tmp_path, "web", *options) as address:
+        assert answer(address)[0] == 401
+        told = {"Authorization": "Basic " + base64.b64encode(b"me:sesame").decode()}
+        status, headers = answer(address, **told)
+        assert status == 200
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "uvicorn" not in str(headers)
+        assert answer(address, Host="evil.example", **told)[0] == 421
+        assert answer(address, Origin="http://evil.example", **told)[0] == 403
+        for path in ("gradio_api/file=/etc/passwd", "gradio_api/info", "gradio_api/upload", "docs"):
+            assert answer(address + path, **told)[0] == 404
+        credentials = {"username": "me", "password": "sesame"}
+        context = chromium.new_context(http_credentials=credentials, locale="en-GB")
+        chat = Chat(context, address)
+        chat.wait_for_text("#q-note", "No server answers at http://127.0.0.1:9/v1.")
+        chat.say("hi", wait=False)
+        chat.wait_for_text("#q-note", "Choose a model first.")
+        chat.expect_box("hi")
+        chat.check_harmless()
+        context.close()
+
+
+def answer(url: str, **headers: str) -> tuple[int, Message]:
+    """(status, headers) of a request outside any browser."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as found:
+            return found.status, found.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers
 
 
 def test_a_phone_shows_it_all(chromium: Any, address: str, server: ScriptedServer) -> None:

@@ -156,6 +156,7 @@ def _open_page(
         hosts = {"localhost", "127.0.0.1", "[::1]", f"[{host}]", str(host)}
     app = serving.page_app(server, Admission(hosts=hosts, users=users), system=system)
     here = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    listening.listen()  # whoever comes at once has to wait a moment, and is not turned away
     console.note(f"The chat page is at {here}/ and talks to {server.url}.")
     if share:
         console.note("--share: Gradio's service carries, and can read, all that is said.")

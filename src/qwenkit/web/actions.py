@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +81,7 @@ class Actions:
         """What is written in the box is said, or takes the place of what is being changed."""
         language, parts, view = self._view.language(values), self._parts, self._view
         text, editing = whole(values[parts.message] or ""), values[parts.editing]
+        tell = {"taken": values[parts.sent]}
         try:
             conversation = view.conversation(values)
             if self._is_answering(conversation):
@@ -94,14 +95,11 @@ class Actions:
             else:
                 conversation = talk.say(conversation, text)
             if must_answer and talk.pending_call(conversation) is None:
-                async for updates in self._answer(conversation, values):
+                async for updates in self._answer(conversation, values, tell):
                     yield updates
             else:
-                shown, ready = (
-                    view.shown(conversation, language),
-                    view.ready(conversation, language),
-                )
-                yield merged((shown, ready, view.emptied()))
+                shown = view.shown(conversation, language, tell=tell)
+                yield merged((shown, view.ready(conversation, language), view.emptied()))
         except UsageError as error:
             yield view.noted(str(error))
 
@@ -129,7 +127,7 @@ class Actions:
             ):
                 yield view.noted(word("busy", view.language(values)))
             elif name == "regenerate":
-                async for updates in self._answer(talk.without_reply(conversation), values):
+                async for updates in self._answer(talk.without_reply(conversation), values, {}):
                     yield updates
             elif name == "models":
                 yield await self._models(view.language(values), str(values[parts.model] or ""))
@@ -138,8 +136,14 @@ class Actions:
         except (UsageError, ValueError) as error:
             yield view.noted(str(error))
 
-    async def _answer(self, conversation: Conversation, values: Values) -> AsyncIterator[Updates]:
-        """Ask the server, and show what comes until it ends or is stopped. Raises UsageError."""
+    async def _answer(
+        self, conversation: Conversation, values: Values, tell: Mapping[str, Any]
+    ) -> AsyncIterator[Updates]:
+        """Ask the server, and show what comes until it ends or is stopped. Raises UsageError.
+
+        `tell` goes to the script with every update: Gradio passes over one when the next comes
+        soon, so that only what all of them say is sure to arrive.
+        """
         parts, view = self._parts, self._view
         language = view.language(values)
         model = str(values[parts.model] or "").strip()
@@ -153,12 +157,12 @@ class Actions:
         try:
             box = gr.update(value="", submit_btn=False, stop_btn=True)
             waiting = {parts.live: coming(reply.turn(), language=language)}
-            shown = view.shown(conversation, language, is_answering=True)
+            shown = view.shown(conversation, language, is_answering=True, tell=tell)
             yield {**shown, **waiting, parts.message: box, parts.editing: "", parts.note: ""}
-            async for updates in self._follow(request, reply, run, conversation, language):
+            async for updates in self._follow(request, reply, run, conversation, language, tell):
                 yield updates
             conversation = talk.with_turn(conversation, reply.turn())
-            shown = await asyncio.to_thread(view.shown, conversation, language)
+            shown = await asyncio.to_thread(view.shown, conversation, language, tell=tell)
             run.is_over = True  # who sees the end of it may go on at once
             yield merged((shown, view.ready(conversation, language)))
         finally:
@@ -177,6 +181,7 @@ class Actions:
         run: Run,
         conversation: Conversation,
         language: str,
+        tell: Mapping[str, Any],
     ) -> AsyncIterator[Updates]:
         """What has come so far, now and then, until it ends; kept in the browser too."""
         kept_s = time.monotonic()
@@ -190,7 +195,8 @@ class Actions:
             updates: Updates = {self._parts.live: html}
             if began_s - kept_s > _KEEP_EVERY_S:
                 partial = replace(so_far, ended=so_far.ended or "stopped")
-                updates |= self._view.held(talk.with_turn(conversation, partial), keep=True)
+                so_long = talk.with_turn(conversation, partial)
+                updates |= self._view.held(so_long, keep=True, tell=tell)
                 kept_s = began_s
             yield updates
             run.pause_s = max(SOONEST_S, 4 * (time.monotonic() - began_s))

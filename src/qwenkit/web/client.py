@@ -61,7 +61,8 @@ class ChatServer:
     def explain(self, error: Exception, language: str) -> str:
         """What an exception of this server means, for people."""
         if isinstance(error, self._openai.APIStatusError):
-            reason = str(getattr(error, "message", error))[:_REASON_CHARACTERS]
+            said = error.body.get("message") if isinstance(error.body, dict) else None
+            reason = str(said or error)[:_REASON_CHARACTERS]
             return word("refused", language, status=error.status_code, reason=reason)
         if isinstance(error, self._openai.APIConnectionError):
             return word("no_server", language, url=self.url)

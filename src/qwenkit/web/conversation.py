@@ -15,6 +15,7 @@ from qwenkit.types.messages import ToolCall
 
 Said = Literal["user", "assistant", "tool"]
 _TITLE_CHARACTERS = 48
+_SHORTEST_S = 0.02  # in less, a speed says only how the network packs things
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class Stats:
     def tokens_per_second(self) -> float | None:
         """Tokens per second after the first one; None where there is too little to tell."""
         tokens = self.completion_tokens if self.completion_tokens is not None else self.pieces
-        if self.first_s is None or tokens < 2 or self.total_s <= self.first_s:
+        if self.first_s is None or tokens < 2 or self.total_s - self.first_s < _SHORTEST_S:
             return None
         return (tokens - 1) / (self.total_s - self.first_s)
 

@@ -37,6 +37,7 @@ class Parts:
     system: Any = None
     settings: dict[str, Any] = field(default_factory=dict)  # by the names of `request.SETTINGS`
     current: Any = None  # the conversation as JSON: the page's truth
+    sent: Any = None  # the script's number of what is being sent
     editing: Any = None  # the number of the turn that is being changed, or ""
     language: Any = None
     action: Any = None  # what the page's script asks for, as JSON
@@ -48,6 +49,7 @@ class Parts:
     def inputs(self) -> set[Any]:
         """What an action may read."""
         named = {self.message, self.model, self.system, self.current, self.editing}
+        named.add(self.sent)
         return {*named, self.language, self.action, *self.settings.values()}
 
     def outputs(self) -> list[Any]:
@@ -82,6 +84,7 @@ _NAV = (
     '<button type="button" class="q-do q-new"></button>'
     '<div class="q-list" id="q-list"></div>'
     '<div class="q-nav-foot"><button type="button" class="q-do q-import"></button>'
+    '<button type="button" class="q-do q-export"></button>'
     '<button type="button" class="q-do q-export-json"></button></div>'
 )
 _HEAD_LEFT = (
@@ -180,6 +183,7 @@ def _hidden(parts: Parts) -> None:
         return gr.Textbox(visible="hidden", elem_id=f"q-{name}", max_lines=1)
 
     parts.current, parts.editing = text("current"), text("editing")
+    parts.sent = text("sent")
     parts.language, parts.action, parts.exported = text("lang"), text("action"), text("exported")
     parts.signal = gr.Markdown(visible="hidden", elem_id="q-signal")
     parts.kept = gr.BrowserState({}, storage_key=_KEPT_UNDER, secret=_KEPT_UNDER)

@@ -105,6 +105,7 @@
       if (!opened && id !== current.id) ask(switched);
     }
     setTimeout(() => keepDraft({ target: field("q-message") }), 100);
+    if (signal.taken && signal.taken === String(sent.number)) empty(sent.number);
     if (signal.focus) write();
     if (signal.download) await save(signal.download);
     if (signal.ready) await begin();
@@ -286,7 +287,7 @@
       startNew();
       write();
     },
-    export: (_, event) => ask({ do: "export", kind: event.shiftKey ? "json" : "markdown" }),
+    export: () => ask({ do: "export", kind: "markdown" }),
     "export-json": () => ask({ do: "export", kind: "json" }),
     import: () => {
       const chooser = document.createElement("input");
@@ -308,7 +309,7 @@
     const pressed = event.target.closest?.(".q-do");
     const deed = [...(pressed?.classList || [])].map((name) => DEEDS[name.slice(2)]).find(Boolean);
     if (deed) {
-      deed(pressed, event);
+      deed(pressed);
     } else if (PHONE.matches && event.target.matches?.("#q-main, #q-main *")) {
       document.body.classList.remove("q-nav-open", "q-side-open");
     }
@@ -388,6 +389,35 @@
     }
     if (draft && !field("q-message").value) fill(field("q-message"), draft);
   };
+
+  // What was sent leaves the box, unless something else has been written meanwhile. The program
+  // empties it too, but Gradio may pass over that when an answer comes at once.
+  let sent = { number: 0, text: "" };
+  const sending = () => {
+    sent = { number: sent.number + 1, text: field("q-message").value };
+    fill(field("q-sent"), String(sent.number));
+  };
+  const empty = (number) =>
+    setTimeout(() => {
+      if (sent.number !== number) return; // more has been sent since
+      if (sent.text && field("q-message").value === sent.text) fill(field("q-message"), "");
+      sent.text = "";
+    }, 100);
+  document.addEventListener(
+    "keydown",
+    (event) => {
+      const isMeant = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+      if (isMeant && event.target === field("q-message")) sending();
+    },
+    true,
+  );
+  document.addEventListener(
+    "pointerdown",
+    (event) => {
+      if (event.target.closest?.("#q-message .submit-button")) sending();
+    },
+    true,
+  );
 
   // ---- Start: Gradio draws the page a while after this script runs.
 

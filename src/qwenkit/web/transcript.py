@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from qwenkit.types.messages import ToolCall
-from qwenkit.web.conversation import Conversation, Stats, Turn, pending_call
+from qwenkit.web.conversation import Conversation, Stats, Turn, is_void, pending_call
 from qwenkit.web.markdown import LONGEST, plain, render, safe
 from qwenkit.web.words import word
 
@@ -143,7 +143,7 @@ def stats_words(stats: Stats, language: str) -> Iterator[str]:
 
 
 def _buttons(turn: Turn, index: int, conversation: Conversation, language: str) -> str:
-    names = ["copy", "edit"]
+    names = [] if turn.role == "assistant" and is_void(turn) else ["copy", "edit"]
     last = len(conversation.turns) - 1
     if turn.role == "assistant" and index == last:
         names.append("regenerate")

@@ -35,7 +35,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "undo": ("Take back", "撤回"),
     "export": ("Export as Markdown", "导出为 Markdown"),
     "export_json": ("Export as JSON", "导出为 JSON"),
-    "import": ("Import a conversation (JSON)", "导入对话（JSON）"),
+    "import": ("Import from JSON", "从 JSON 导入"),
     "rename": ("Rename", "重命名"),
     "delete": ("Delete", "删除"),
     "delete_sure": ("Delete for good?", "确定删除？"),
