@@ -1,4 +1,4 @@
-"""Trains a small Qwen2 on a text in some minutes: a parent whose quantization can be measured.
+"""Trains a small Qwen2 on a text: a parent whose quantization can be measured.
 
     python benchmarks/train_small_qwen2.py OUT TEXT [TEXT ...] [--steps 300] [--threads 2]
 
