@@ -55,8 +55,8 @@ def test_a_hostile_text_does_nothing(
     assert chat.texts == [text, text]
     chat.check_harmless("the first turn")
     if calls:
-        chat.say(text)  # what the tool returned, and the answer to it
-        assert chat.texts == [text] * 4
+        chat.say(text + " ")  # what the tool returned, and the answer to it
+        assert chat.texts == [text, text, text + " ", text]
         server.scripts = [Script(status=400, message=text)]
         chat.say(text)  # what the server says of an error
         chat.check_harmless("all turns")

@@ -87,6 +87,7 @@
     return null;
   };
   const told = async (signal) => {
+    if (signal.taken && signal.taken === String(sent.number)) empty();
     if (signal.words) speak(signal.words);
     if (signal.current) {
       const { id, title, length, opened } = signal.current;
@@ -105,7 +106,6 @@
       if (!opened && id !== current.id) ask(switched);
     }
     setTimeout(() => keepDraft({ target: field("q-message") }), 100);
-    if (signal.taken && signal.taken === String(sent.number)) empty(sent.number);
     if (signal.focus) write();
     if (signal.download) await save(signal.download);
     if (signal.ready) await begin();
@@ -397,12 +397,10 @@
     sent = { number: sent.number + 1, text: field("q-message").value };
     fill(field("q-sent"), String(sent.number));
   };
-  const empty = (number) =>
-    setTimeout(() => {
-      if (sent.number !== number) return; // more has been sent since
-      if (sent.text && field("q-message").value === sent.text) fill(field("q-message"), "");
-      sent.text = "";
-    }, 100);
+  const empty = () => {
+    if (sent.text && field("q-message").value === sent.text) fill(field("q-message"), "");
+    sent.text = "";
+  };
   document.addEventListener(
     "keydown",
     (event) => {
