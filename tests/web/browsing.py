@@ -186,7 +186,9 @@ class Chat:
         """Until the box takes a message again and more has been said than at revision `before`."""
         self._wait(
             """(before) => {
-                const held = JSON.parse(document.querySelector("#q-current input").value);
+                const written = document.querySelector("#q-current input").value;
+                if (!written) return false;
+                const held = JSON.parse(written);
                 const isReady = document.querySelector("#q-message .submit-button");
                 const isComing = document.querySelector("#q-live .q-coming");
                 return held.revision > before + 1 && isReady && !isComing;
