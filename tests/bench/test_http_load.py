@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from fake_server import FakeServer, running
+from fake_openai_server import FakeServer, running
 from typer.testing import CliRunner
 
 from qwenkit.bench.http_client import Connection, Target, ask, wait_until_ready

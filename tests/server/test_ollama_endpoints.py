@@ -121,9 +121,9 @@ def test_options_are_kept(tiny: Path) -> None:
         options = {"num_predict": 6, "seed": 3, "temperature": 1.5, "repeat_penalty": 1.2}
         same = {"max_tokens": 6, "seed": 3, "temperature": 1.5, "repetition_penalty": 1.2}
         assert await text(options=options) == await openai(**same)
-        assert await text(options={"num_predict": 6, "temperature": 0}) == await openai(
-            max_tokens=6, temperature=0
-        )
+        greedy = {"num_predict": 6, "temperature": 0}
+        expected = await openai(max_tokens=6, temperature=0)
+        assert await text(options=greedy) == expected
         harmless = {
             "num_ctx": 4096,
             "num_keep": 5,
@@ -131,7 +131,8 @@ def test_options_are_kept(tiny: Path) -> None:
             "repeat_last_n": -1,
             "tfs_z": 1.0,
         }
-        assert await text(options={"num_predict": 3, **harmless}, keep_alive="5m", think=False)
+        answer = await text(options={**greedy, **harmless}, keep_alive="5m", think=False)
+        assert answer == expected
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
         for form in ("json", schema):
             limits = {"num_predict": 30}
