@@ -34,7 +34,7 @@ class PlatformDistribution(Distribution):
 class BuildWithKernels(build_py):
     def run(self) -> None:
         super().run()
-        if self.distribution.libraries_wanted:
+        if self.distribution.libraries_wanted and not self.editable_mode:
             place = Path(self.build_lib, "qwenkit", "kernels", "cpu", build.PREBUILT)
             shutil.rmtree(place, ignore_errors=True)  # what an earlier build left
             self.carried = [str(path) for path in build.prebuild(place)]

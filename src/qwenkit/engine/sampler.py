@@ -261,7 +261,7 @@ def choose_together(samplers: Sequence[Sampler], logits: Sequence[torch.Tensor])
                 numbers.append(given)
     chosen: torch.Tensor = sample_tokens(
         torch.tensor(settings, dtype=torch.float64),
-        logits,
+        *_of_one_tensor(logits),
         torch.from_numpy(numpy.concatenate(ids) if ids else _NO_IDS),
         torch.from_numpy(numpy.concatenate(numbers) if ids else _NO_NUMBERS),
         torch.tensor(ends),
@@ -269,6 +269,19 @@ def choose_together(samplers: Sequence[Sampler], logits: Sequence[torch.Tensor])
     )  # [rows]
     tokens: list[int] = chosen.tolist()
     return tokens
+
+
+def _of_one_tensor(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [vocab_rows] as one tensor [n, vocab_rows] and their places in it, int64 [rows]; without
+    a copy where they were cut from one.
+    """
+    count, first = len(rows[0]), min(rows, key=torch.Tensor.storage_offset)
+    starts = [row.storage_offset() - first.storage_offset() for row in rows]
+    memory = {row.untyped_storage().data_ptr() for row in rows}
+    if len(memory) > 1 or any(start % count for start in starts):
+        return torch.stack([*rows]), torch.arange(len(rows))
+    whole = first.as_strided((max(starts) // count + 1, count), (count, 1))
+    return whole, torch.tensor([start // count for start in starts])
 
 
 def penalize_repetition(scores: Floats, penalty: float) -> Floats:

@@ -77,7 +77,7 @@ VARIANTS = (
     _x86("avx_vnni", _AVX2 | {"avx_vnni"}),
     _x86("avx2", _AVX2),
     Variant("neon_dotprod", ("-march=armv8.2-a+dotprod",), frozenset({"asimddp"}), "aarch64"),
-    Variant("plain"),
+    Variant("plain", ("-O2",)),  # at -O3 the products alone take a minute and a gigabyte
 )
 
 

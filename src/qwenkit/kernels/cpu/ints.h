@@ -123,7 +123,6 @@ inline words dot4(words sum, bytes w, words x) {
     __m256i x_odd = _mm256_srai_epi16((__m256i)x, 8);
     return sum + ((words)_mm256_madd_epi16(even, x_even) + (words)_mm256_madd_epi16(odd, x_odd));
 #else
-    using signed_bytes = int8_t __attribute__((vector_size(lanes * 4)));
 #if defined(__ARM_FEATURE_DOTPROD)
     if constexpr (Most < 128) {
         return (words)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
@@ -133,9 +132,8 @@ inline words dot4(words sum, bytes w, words x) {
     int32x4_t total = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(64), (int8x16_t)x);
     return (words)vaddq_s32(shifted, vshlq_n_s32(total, 1));
 #else
-    auto xs = (signed_bytes)x;
-    for (int i = 0; i < lanes; i++) {
-        for (int c = 0; c < 4; c++) sum[i] += int32_t(w[4 * i + c]) * xs[4 * i + c];
+    for (int c = 0; c < 4; c++) {
+        sum += ((words)w >> (8 * c) & 255) * ((words)x << (24 - 8 * c) >> 24);
     }
     return sum;
 #endif
@@ -150,10 +148,14 @@ inline void widen_halves(const uint16_t* p, vec out[16 / lanes]) {
     out[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     out[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 #else
+    using shorts = uint16_t __attribute__((vector_size(lanes * 2)));
     for (int i = 0; i < 16 / lanes; i++) {
-        for (int j = 0; j < lanes; j++) {
-            out[i][j] = half(reinterpret_cast<const uint8_t*>(p + i * lanes + j));
-        }
+        shorts narrow;
+        std::memcpy(&narrow, p + i * lanes, sizeof narrow);
+        words all = __builtin_convertvector(narrow, words);
+        vec size = (vec)((all & 0x7fff) << 13) * splat(0x1p112f);  // the exponents' biases differ
+        words endless = ((all & 0x7c00) == 0x7c00) & 0x7f800000;   // infinite, or NaN
+        out[i] = (vec)((words)size | endless | (all & 0x8000) << 16);
     }
 #endif
 }

@@ -88,15 +88,17 @@ struct Tiles {
             return;
         }
         vec sums[Tokens][pair * per_panel];
-        if (wide == pair && u.count == pair) {
-            Multiply::template run<Tokens, pair>(u.panels, x, token, sums);
-        } else {
-            for (int p = 0; p < u.count; p++) {
-                vec own[Tokens][per_panel];
-                Multiply::template run<Tokens, 1>(u.panels.from(p), x, token, own);
-                for (int t = 0; t < Tokens; t++) {
-                    std::copy(own[t], own[t] + per_panel, sums[t] + p * per_panel);
-                }
+        if constexpr (wide == pair) {
+            if (u.count == pair) {
+                Multiply::template run<Tokens, pair>(u.panels, x, token, sums);
+                return put<Tokens>(a, u, token, sums);
+            }
+        }
+        for (int p = 0; p < u.count; p++) {
+            vec own[Tokens][per_panel];
+            Multiply::template run<Tokens, 1>(u.panels.from(p), x, token, own);
+            for (int t = 0; t < Tokens; t++) {
+                std::copy(own[t], own[t] + per_panel, sums[t] + p * per_panel);
             }
         }
         put<Tokens>(a, u, token, sums);

@@ -10,14 +10,15 @@
 #include "simd.h"
 #include "threads.h"
 
-// Kind k of row r has the ids and numbers from starts[4 r + k] on; settings are 8 a row.
+// Row r is logits[rows[r]], `stride` numbers apart. Its kind k has the ids and numbers from
+// starts[4 r + k] on; settings are 8 a row.
 struct SampleTokensArguments {
-    float* const* logits;
-    const int64_t *ids, *starts;
+    float* logits;
+    const int64_t *rows, *ids, *starts;
     const float* numbers;
     const double* settings;
     int64_t* tokens;
-    int64_t rows, count, vocab_size, most_ids, threads;
+    int64_t row_count, stride, count, vocab_size, most_ids, threads;
 };
 
 namespace qk {
@@ -281,7 +282,7 @@ QK_EXPORT int qk_sample_tokens(const SampleTokensArguments* a) {
     int64_t size = ids + 2 * chunks + 4 * scores;
     float* memory = scratch(static_cast<size_t>(size * threads));
     if (!memory) return 2;
-    parallel(a->rows, threads, [&](int64_t row, int slot) {
+    parallel(a->row_count, threads, [&](int64_t row, int slot) {
         float* own = memory + slot * size;
         float* rest = own + ids + 2 * chunks;
         Place place{own,
@@ -293,7 +294,7 @@ QK_EXPORT int qk_sample_tokens(const SampleTokensArguments* a) {
         const double* settings = a->settings + 8 * row;
         Rules rules = rules_of(settings);
         bool greedy = settings[3] == 0 || rules.top_k == 1;
-        float* logits = a->logits[row];
+        float* logits = a->logits + a->rows[row] * a->stride;
         bool fine = adjust(*a, row, rules, logits, place.before);
         a->tokens[row] = fine ? choose(*a, row, rules, greedy, logits, place) : -1;
         put_back(*a, row, logits, place.before);

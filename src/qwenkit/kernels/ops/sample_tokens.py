@@ -23,14 +23,15 @@ COLDEST = 1e-6  # this is greedy but for exact ties, and differences stay far fr
 
 def _reference(
     settings: torch.Tensor,
-    logits: Sequence[torch.Tensor],
+    logits: torch.Tensor,
+    rows: torch.Tensor,
     ids: torch.Tensor,
     numbers: torch.Tensor,
     starts: torch.Tensor,
     vocab_size: int,
 ) -> torch.Tensor:
-    """settings fp64 [rows, 8], logits fp32 [count] of each row, to int64 [rows]: the tokens, -1
-    where a logit is NaN or infinite.
+    """settings fp64 [rows, 8], logits fp32 [n, count], rows int64 [rows] (which of the logits each
+    is chosen from, none twice), to int64 [rows]: the tokens, -1 where a logit is NaN or infinite.
 
     Kind k of row r has the `ids` (int64 [n]) and `numbers` (fp32 [n]) from starts[4 r + k] to
     starts[4 r + k + 1], starts being int64 [4 rows + 1]: ids in prompt or output, ids in the output
@@ -40,13 +41,13 @@ def _reference(
     """
     chosen = [
         _choose(
-            row,
+            logits[row],
             [(ids[a:b], numbers[a:b]) for a, b in pairwise(ends)],
             rules,
             vocab_size,
         )
         for row, ends, rules in zip(
-            logits, starts.unfold(0, 5, 4).tolist(), settings.tolist(), strict=True
+            rows.tolist(), starts.unfold(0, 5, 4).tolist(), settings.tolist(), strict=True
         )
     ]
     return torch.tensor(chosen, dtype=torch.int64)
@@ -101,13 +102,14 @@ def _adjusted(
 
 def _shape(
     settings: torch.Tensor,
-    logits: Sequence[torch.Tensor],
+    logits: torch.Tensor,
+    rows: torch.Tensor,
     ids: torch.Tensor,
     numbers: torch.Tensor,
     starts: torch.Tensor,
     vocab_size: int,
 ) -> torch.Tensor:
-    return settings.new_empty((len(logits),), dtype=torch.int64)
+    return settings.new_empty((len(rows),), dtype=torch.int64)
 
 
 def _cases() -> Iterator[Arguments]:
@@ -126,7 +128,8 @@ def _cases() -> Iterator[Arguments]:
         {TEMPERATURE: 0.0, REPETITION: 1e30, PRESENCE: 100.0},
     )
     for count, vocab_size in ((1, 1), (63, 60), (64, 64), (1000, 997), (5000, 4736)):
-        rows = [torch.randn(count, generator=generator) * 4 for _ in changes]
+        logits = torch.randn(len(changes) + 2, count, generator=generator) * 4
+        rows = torch.randperm(len(logits), generator=generator)[: len(changes)]
         for scale in (1.0, 0.0):  # and all of them equal
             settings, ids, numbers, starts = [], [], [], [0]
             for change in changes:
@@ -142,26 +145,28 @@ def _cases() -> Iterator[Arguments]:
                     starts.append(starts[-1] + some)
             yield (
                 torch.tensor(settings, dtype=torch.float64),
-                [row * scale for row in rows],
+                logits * scale,
+                rows,
                 torch.cat(ids),
                 torch.cat(numbers),
                 torch.tensor(starts),
                 vocab_size,
             )
     rules = torch.tensor([[*plain, 0.5]] * 4, dtype=torch.float64)
-    rows = [torch.randn(200, generator=generator) for _ in range(4)]
+    logits = torch.randn(4, 200, generator=generator)
     for row, place, bad in zip(
-        rows, (0, 77, 199), (torch.nan, torch.inf, -torch.inf), strict=False
+        logits, (0, 77, 199), (torch.nan, torch.inf, -torch.inf), strict=False
     ):
         row[place] = bad
     nothing = torch.empty(0, dtype=torch.int64)
-    yield rules, rows, nothing, nothing.float(), torch.zeros(17, dtype=torch.int64), 150
+    starts_of_none = torch.zeros(17, dtype=torch.int64)
+    yield rules, logits, torch.arange(4), nothing, nothing.float(), starts_of_none, 150
 
 
 sample_tokens = Op(
     name="sample_tokens",
-    schema="(Tensor settings, Tensor[] logits, Tensor ids, Tensor numbers, Tensor starts, "
-    "int vocab_size) -> Tensor",
+    schema="(Tensor settings, Tensor logits, Tensor rows, Tensor ids, Tensor numbers, "
+    "Tensor starts, int vocab_size) -> Tensor",
     reference=_reference,
     shape=_shape,
     cases=_cases,
