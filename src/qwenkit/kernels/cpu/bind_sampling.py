@@ -52,8 +52,8 @@ def bind_sample_tokens(library: ctypes.CDLL) -> Kernel:
         inside = not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < count)
         there = min(places) >= 0 and max(places) < len(logits) and len({*places}) == len(places)
         if not (fits and inside and there and 1 <= vocab_size <= count):
-            given = {"logits": logits, "rows": rows, "ids": ids, "starts": starts}
-            raise refuse(f"sample_tokens of {vocab_size}", **given)
+            wrong = {"logits": logits, "rows": rows, "ids": ids, "starts": starts}
+            raise refuse(f"sample_tokens of {vocab_size}", **wrong)
         ids, numbers, settings = ids.contiguous(), numbers.contiguous(), settings.contiguous()
         rows, starts = rows.contiguous(), starts.contiguous()
         tokens = torch.empty(len(rows), dtype=torch.int64)
