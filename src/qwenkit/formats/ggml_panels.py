@@ -8,12 +8,12 @@ from types import MappingProxyType
 
 import torch
 
+from qwenkit.kernels.ops.panels_of_rows import panels_of_rows
 from qwenkit.kernels.packed import (
     KINDS,
     Packed,
     deinterleave,
     deinterleave_groups,
-    interleave,
     interleave_groups,
 )
 
@@ -41,15 +41,13 @@ class PackedBlock:
         """Blocks uint8 [rows, row_bytes] in panels."""
         rows, columns = shape
         by_block = blocks.view(rows, columns // _WIDTH, self.head + self.body)
-        kept = by_block[:, :, self.head :]  # [rows, groups, body]
-        if self.kind == "int8":
-            kept = kept ^ 128  # from two's complement to 128 added
         halves = [
             interleave_groups(by_block[:, :, i : i + 2].contiguous().view(torch.float16)[:, :, 0])
             for i in range(0, self.head, 2)
         ]
         mins = halves[1] if len(halves) > 1 else None
-        data = interleave(kept.reshape(rows, -1))
+        flip = 128 if self.kind == "int8" else 0  # from two's complement to 128 added
+        data: torch.Tensor = panels_of_rows(blocks, self.head, self.body, flip)
         return Packed(self.kind, rows, columns, data, halves[0], mins, self.zero_point)
 
     def unpack(self, packed: Packed) -> torch.Tensor:

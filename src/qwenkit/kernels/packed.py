@@ -26,8 +26,7 @@ from torch.nn import functional
 
 from qwenkit.errors import KernelError
 from qwenkit.kernels.blocks import IQ4_NL_LEVELS
-
-PANEL_ROWS = 16
+from qwenkit.kernels.ops.panels_of_rows import PANEL_ROWS, panels_of_rows
 
 # The levels of NF4 are quantiles of the normal distribution, those of FP4 what a sign, two bits of
 # exponent and one of mantissa say; both scaled to reach 1 (arXiv 2305.14314; bitsandbytes).
@@ -113,9 +112,8 @@ def interleave(rows: torch.Tensor) -> torch.Tensor:
     width = rows.shape[1]
     if width % 4:
         raise KernelError(f"interleave: rows of {width} bytes are no whole words of four.")
-    rows = functional.pad(rows, (0, 0, 0, -rows.shape[0] % PANEL_ROWS)).contiguous()
-    words = rows.view(torch.int32).view(-1, PANEL_ROWS, width // 4)  # [panels, 16, words]
-    return _copied(words.transpose(1, 2)).view(torch.uint8).flatten(1)  # [panels, bytes]
+    panels: torch.Tensor = panels_of_rows(rows, 0, width, 0)
+    return panels
 
 
 def deinterleave(data: torch.Tensor, rows: int) -> torch.Tensor:
@@ -131,7 +129,8 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 def interleave_groups(values: torch.Tensor) -> torch.Tensor:
     """[rows, groups] to [panels, groups, 16]."""
-    padded = functional.pad(values, (0, 0, 0, -values.shape[0] % PANEL_ROWS))
+    missing = -values.shape[0] % PANEL_ROWS
+    padded = functional.pad(values, (0, 0, 0, missing)) if missing else values
     return padded.view(-1, PANEL_ROWS, values.shape[1]).transpose(1, 2).contiguous()
 
 

@@ -34,6 +34,7 @@ from qwenkit.kernels.cpu.bind_packed import (
 from qwenkit.kernels.cpu.bind_rotary_kv_write import bind_rotary_kv_write
 from qwenkit.kernels.cpu.bind_rows import (
     bind_column_maxima,
+    bind_panels_of_rows,
     bind_rms_norm,
     bind_rotary,
     bind_silu_mul,
@@ -176,5 +177,6 @@ def bind(library: ctypes.CDLL) -> dict[str, Kernel]:
         "rotary_kv_write": bind_rotary_kv_write(library),
         "sample_tokens": bind_sample_tokens(library),
         "silu_mul": bind_silu_mul(library),
+        "panels_of_rows": bind_panels_of_rows(library),
         "take_columns": bind_take_columns(library),
     }

@@ -1,4 +1,4 @@
-"""Normalisation, gate, rotation and maxima as Python functions."""
+"""Normalisation, gate, rotation, maxima and rows in other orders as Python functions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from qwenkit.errors import KernelError
 from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.column_maxima import column_maxima
+from qwenkit.kernels.ops.panels_of_rows import panels_of_rows
 from qwenkit.kernels.ops.rms_norm import rms_norm
 from qwenkit.kernels.ops.rotary import rotary
 from qwenkit.kernels.ops.silu_mul import silu_mul
@@ -50,6 +51,14 @@ class _TakeColumns(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "order", "y")),
         *((name, c_int64) for name in ("tokens", "columns", "threads")),
+    )
+
+
+class _PanelsOfRows(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("rows", "panels")),
+        *((name, c_int64) for name in ("row_count", "stride", "blocks", "head", "body", "flip")),
+        ("threads", c_int64),
     )
 
 
@@ -155,5 +164,24 @@ def bind_take_columns(library: ctypes.CDLL) -> Kernel:
         if call(_TakeColumns(*pointers, *x.shape, torch.get_num_threads())):
             raise KernelError(f"take_columns: places must be from 0 to {x.shape[1] - 1}.")
         return y
+
+    return run
+
+
+def bind_panels_of_rows(library: ctypes.CDLL) -> Kernel:
+    call = kernel(library, "qk_panels_of_rows", _PanelsOfRows)
+    shape, threads = panels_of_rows.shape, torch.get_num_threads
+
+    def run(rows: torch.Tensor, head: int, body: int, flip: int) -> torch.Tensor:
+        fits = rows.dim() == 2 and rows.dtype is torch.uint8 and 0 <= flip < 256
+        if not fits or head < 0 or body <= 0 or body % 4 or rows.shape[1] % (head + body):
+            raise refuse(f"panels_of_rows of blocks of {head} and {body} bytes", rows=rows)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        panels = shape(rows, head, body, flip)
+        count, blocks = len(rows), rows.shape[1] // (head + body)
+        sizes = count, rows.stride(0), blocks, head, body, flip, threads()
+        call(_PanelsOfRows(rows.data_ptr(), panels.data_ptr(), *sizes))
+        return panels
 
     return run
