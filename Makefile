@@ -57,6 +57,7 @@ test: $(ENV)/.installed-for-tests
 oracles: $(ORACLE_ENV)/.installed $(CLIENT_ENVS:=/.installed)
 	$(ORACLE_ENV)/bin/python -c "import gguf, llama_cpp, peft, safetensors, tokenizers, transformers"
 	$(ORACLE_ENV)/bin/python -c "import gradio, openai, playwright"
+	$(ORACLE_ENV)/bin/python tests/parity/llama_cpp_blas.py
 	$(ORACLE_ENV)/bin/qwenkit pull default
 	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null \
 	|| echo "ARM kernels are not tested: that takes Debian's g++-aarch64-linux-gnu and qemu-user."
