@@ -1,4 +1,6 @@
 // Rows of blocks to panels: words of four bytes of sixteen rows side by side.
+#include <algorithm>
+
 #include "simd.h"
 #include "threads.h"
 
