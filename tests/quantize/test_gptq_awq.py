@@ -6,11 +6,20 @@ import pytest
 import torch
 
 from qwenkit.errors import NonFiniteError
-from qwenkit.quantize.awq import round_clipped, search_scales
+from qwenkit.quantize import awq, ranges
+from qwenkit.quantize.awq import search_scales
 from qwenkit.quantize.gptq import gptq
-from qwenkit.quantize.grid import Grid, find_grid, round_to, round_to_nearest
+from qwenkit.quantize.grid import (
+    Grid,
+    Rounded,
+    find_grid,
+    group_index,
+    round_to,
+    round_to_nearest,
+)
 from qwenkit.quantize.hessian import FeedSums, Hessian
 from qwenkit.quantize.layer import output_error
+from qwenkit.quantize.ranges import Ranges, round_clipped
 
 ROWS, COLUMNS, SIZE, BITS = 24, 256, 64, 3
 GRID = Grid(BITS, SIZE, symmetric=True)
@@ -143,6 +152,71 @@ def test_awq_scales_channels_that_carry_much() -> None:
         errors.append(_error(weight, found.dequantize() / scales, other))
     assert errors[1] < 0.8 * errors[0]
     assert errors[2] < 0.95 * errors[1]
+
+
+def _clipped_error(weight: torch.Tensor, scales: torch.Tensor, sums: torch.Tensor) -> float:
+    """What scaled and clipped rounding loses of the outputs."""
+    seen = sums / scales / scales[:, None]
+    found = round_clipped(weight * scales, seen, Grid(BITS, SIZE, symmetric=False))
+    return output_error(weight, found.dequantize() / scales, sums)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_scales_lose_less_than_none_and_than_plain_powers(
+    cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = _sums(_inputs(seed=2))
+    sizes = torch.randn(COLUMNS, generator=torch.Generator().manual_seed(5)).mul(0.7).exp()
+    weight = _weight(600) * sizes
+    grid, hessian = Grid(BITS, SIZE, symmetric=False), sums.matrix()
+    if cut:  # 128 of the rows stand for all
+        monkeypatch.setattr(awq, "_SEARCH_NUMBERS", 1)
+    scales = search_scales([weight[:300], weight[300:]], sums.mean_absolute, hessian, grid)
+    found = _clipped_error(weight, scales, hessian)
+    assert found < 0.9 * _clipped_error(weight, torch.ones(COLUMNS), hessian)
+    for ratio in (0.25, 0.5, 0.75, 1.0):
+        plain = sums.mean_absolute**ratio
+        assert found < 0.97 * _clipped_error(weight, plain / plain.mean(), hessian)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [32, -1])
+def test_ranges_that_know_of_each_other_lose_less(symmetric: bool, size: int) -> None:
+    weight, sums = _weight(), _sums(_inputs(seed=2)).matrix()
+    grid = Grid(BITS, size, symmetric)
+    alone = Ranges(weight, sums, grid)
+    alone.narrow()
+    numbers = alone.numbers.transpose(0, 1).flatten(1)
+    kept = Rounded(
+        numbers, alone.scales.T, alone.zeros.T, group_index(COLUMNS, grid.columns_of(weight)), BITS
+    ).dequantize()
+    found = round_clipped(weight, sums, grid)
+    plain = round_to_nearest(weight, grid).dequantize()
+    errors = [output_error(weight, w, sums) for w in (plain, kept, found.dequantize())]
+    assert errors[1] < 0.98 * errors[0]
+    assert errors[2] <= errors[1] if size == -1 else errors[2] < 0.9 * errors[1]
+    other = _inputs(seed=3)
+    assert _error(weight, found.dequantize(), other) < _error(weight, plain, other)
+
+
+def test_rows_are_rounded_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, sums = _weight(), _sums(_inputs()).matrix()
+    whole = round_clipped(weight, sums, GRID).dequantize()
+    monkeypatch.setattr(ranges, "_ROWS_AT_ONCE", 7)
+    assert output_error(whole, round_clipped(weight, sums, GRID).dequantize(), None) < 0.01
+
+
+def test_channels_and_columns_of_nothing_are_not_scaled_away() -> None:
+    x, weight = _inputs(), _weight()
+    x[:, 5], weight[:, 9] = 0, 0
+    sums, grid = _sums(x), Grid(BITS, SIZE, symmetric=False)
+    scales = search_scales([weight], sums.mean_absolute, sums.matrix(), grid)
+    assert bool(torch.isfinite(scales).all())
+    assert 0.02 < float(scales.min()) < float(scales.max()) < 50
+    weight[:, :SIZE] = 0  # a whole group
+    scales = search_scales([weight], sums.mean_absolute, sums.matrix(), grid)
+    assert bool(torch.isfinite(scales).all())
+    assert 0.02 < float(scales.min()) < float(scales.max()) < 50
 
 
 def test_awq_leaves_alone_what_scaling_does_not_help() -> None:

@@ -1,25 +1,26 @@
 """AWQ: channels that carry much are made larger before they are rounded, and what feeds them made
-smaller by as much, so that their relative error shrinks (arXiv 2306.00978); then each group's range
-is clipped where that loses less than it gains.
-
-The errors of a matrix's outputs are measured through the sums of its inputs, not by running it.
+smaller by as much, so that their relative error shrinks (arXiv 2306.00978).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from qwenkit.quantize.grid import Grid, Rounded, find_grid, group_index, round_to, round_to_nearest
+from qwenkit.quantize.grid import Grid
+from qwenkit.quantize.ranges import Ranges
 
-_RATIOS = 20
-_CLIP_STEPS = 20
-_MOST_CLIPPED = 10  # of the steps: at most half of a range
-_END_STEPS = (2, 1, -1, 2, 1)  # of one end, from where the range is by then
-_LEAST_SCALE = 1e-4
-_SEARCH_NUMBERS = 1 << 34  # products of a search's trial: of wide matrices some rows stand for all
-_ROWS_AT_ONCE = 2048
+_RATIOS = (0.15, 0.3, 0.45, 0.65)
+_SHARES = (0.4, 0.55, 0.7, 0.85, 1.0)
+_POWER = 8  # of numbers that tell a group's range: a range is clipped, so the largest is not all
+_BALANCE_STEPS = 60
+_MOST_SCALE = 32.0  # of a channel beside its group's mean
+_LEAST_READ = 1e-2  # of the mean: a channel that this text leaves silent may speak in another
+_LEAST_GAIN = 1e-3  # for less nothing is scaled
+_SEARCH_NUMBERS = 1 << 18  # that each trial rounds: of large matrices some rows stand for all
+_FEWEST_ROWS = 128
 
 
 def search_scales(
@@ -31,109 +32,84 @@ def search_scales(
     """What to multiply the columns of matrices with that read the same inputs: fp32 [columns].
 
     `mean_absolute` [columns] is the mean of |x|, `hessian` [columns, columns] the sum of x xᵀ.
-    Ones where nothing is better.
+    Ones where nothing is better. Each trial is judged by what its clipped rounding loses: scales
+    that are best for whole ranges are too large for clipped ones.
     """
     weight = torch.cat([_some_rows(each, len(weights)) for each in weights])  # [rows, columns]
-    rows, columns = weight.shape
     size = grid.columns_of(weight)
-    grouped = weight.abs().view(rows, columns // size, size)
-    shares = grouped / (grouped.amax(2, keepdim=True) + 1e-6)
-    weight_mean = shares.view(rows, columns).mean(0)
-    best, least = torch.ones(columns), torch.inf
-    for step in range(-1, _RATIOS):
-        ratio = step / _RATIOS
-        scales = torch.ones(columns)  # first without any
-        if step >= 0:
-            scales = mean_absolute**ratio / (weight_mean ** (1 - ratio) + _LEAST_SCALE)
-            scales = scales.clamp(min=_LEAST_SCALE)
-            scales = scales / (scales.max() * scales.min()).sqrt()
-        rounded = round_to_nearest(weight * scales, grid)
-        off = rounded.dequantize() / scales - weight
-        loss = float(((off @ hessian) * off).sum())
+    best = torch.ones(weight.shape[1])
+    least = _clipped_loss(weight, hessian, grid, best) * (1 - _LEAST_GAIN)
+    for logs in _trials(weight, mean_absolute, hessian.diagonal(), size):
+        grouped = logs.view(-1, size)
+        scales = (grouped - grouped.mean(1, keepdim=True)).flatten().exp()
+        loss = _clipped_loss(weight, hessian, grid, scales)
         if loss < least:
             best, least = scales, loss
     return best
 
 
-def round_clipped(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> Rounded:
-    """Round fp32 [rows, columns] to nearest within each group's best range, as far as the group's
-    own inputs tell.
-    """
-    size = grid.columns_of(weight)
-    parts = [
-        _clipped(weight[start : start + _ROWS_AT_ONCE], hessian, grid, size)
-        for start in range(0, len(weight), _ROWS_AT_ONCE)
-    ]
-    numbers, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Rounded(numbers, scales, zeros, group_index(weight.shape[1], size), grid.bits)
-
-
-def _clipped(
-    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers, scales and zero points of some rows."""
-    rows, columns = weight.shape
-    grouped = weight.view(rows, columns // size, size).transpose(0, 1)  # [groups, rows, size]
-    blocks = [hessian[i : i + size, i : i + size] for i in range(0, columns, size)]
-    ranges = _Ranges(grouped, torch.stack(blocks), grid)
+def _clipped_loss(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, scales: torch.Tensor
+) -> float:
+    ranges = Ranges(weight * scales, hessian / scales / scales[:, None], grid)
     ranges.narrow()
-    return (
-        ranges.numbers.transpose(0, 1).reshape(rows, columns),
-        ranges.scales.T.contiguous(),
-        ranges.zeros.T.contiguous(),
-    )
+    return ranges.loss
 
 
-class _Ranges:
-    """For every group of every row the best range so far, and what it rounds to.
-
-    `grouped` is fp32 [groups, rows, size]; `blocks` [groups, size, size] are the sums of what each
-    group reads.
+def _trials(
+    weight: torch.Tensor, mean_absolute: torch.Tensor, squares: torch.Tensor, size: int
+) -> Iterator[torch.Tensor]:
+    """Logarithms of scales [columns]: powers of what channels carry, as AWQ's own, with and without
+    the share that a channel's numbers have of their groups' largest; then what balances each group,
+    and parts of the way to it.
     """
+    rows, columns = weight.shape
+    grouped = weight.abs().view(rows, columns // size, size)
+    shares = grouped / (grouped.amax(2, keepdim=True) + 1e-6)
+    read = _above_floor(mean_absolute, _LEAST_READ).log()
+    share = _above_floor(shares.view(rows, columns).mean(0), _LEAST_READ).log()
+    for ratio in _RATIOS:
+        yield ratio * read
+        yield ratio * (read - share)
+    balanced = _balanced(grouped, _above_floor(squares, _LEAST_READ**2).view(-1, size))
+    for part in _SHARES:
+        yield part * balanced
 
-    def __init__(self, grouped: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> None:
-        self._grouped, self._blocks, self._grid = grouped, blocks, grid
-        self._low, self._high = grouped.amin(2), grouped.amax(2)  # [groups, rows]
-        self.numbers, self.scales, self.zeros, self._loss = self._round(self._low, self._high)
 
-    def narrow(self) -> None:
-        """Try ranges down to half of the largest magnitude, then each end by itself."""
-        most = torch.maximum(-self._low, self._high)
-        low, high = self._low.clone(), self._high.clone()
-        for step in range(1, _MOST_CLIPPED + 1):
-            bound = most * (1 - step / _CLIP_STEPS)
-            self._try(torch.maximum(low, -bound), torch.minimum(high, bound))
-        if self._grid.symmetric:
-            return
-        for step in _END_STEPS:
-            self._try(self._low * (1 - step / _CLIP_STEPS), self._high)
-            self._try(self._low, self._high * (1 - step / _CLIP_STEPS))
+def _balanced(grouped: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the scales [columns] with which groups are expected to lose least.
 
-    def _round(
-        self, low: torch.Tensor, high: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Numbers, scales and zero points within ranges, and what they lose."""
-        ends = torch.stack((low, high), -1)
-        scales, zeros = find_grid(ends, self._grid)
-        numbers = round_to(self._grouped, scales[..., None], zeros[..., None], self._grid)
-        off = (numbers - zeros[..., None]) * scales[..., None] - self._grouped
-        loss = ((off @ self._blocks) * off).sum(2)  # [groups, rows]
-        return numbers.to(torch.uint8), scales, zeros.to(torch.uint8), loss
+    A group with the range R of levels loses R² Σ h/s², of its channels' `squares` h [groups, size].
+    R is taken for the norm of its scaled magnitudes `grouped` [rows, groups, size] of a high power.
+    Where this is least, a channel's share of the sum is its share of the norm, in the mean over
+    rows weighted by R².
+    """
+    logs = torch.zeros_like(squares)
+    most = math.log(_MOST_SCALE)
+    for _ in range(_BALANCE_STEPS):
+        scaled = grouped * logs.exp()
+        largest = scaled.amax(2, keepdim=True).clamp(min=1e-30)
+        powers = (scaled / largest) ** _POWER
+        norms = powers.sum(2, keepdim=True).clamp(min=1.0)
+        weights = (largest * norms ** (1 / _POWER)).square()  # R² [rows, groups, 1]
+        of_range = (powers / norms * weights).sum(0) / weights.sum(0).clamp(min=1e-30)
+        lost = squares / (2 * logs).exp()
+        lost = lost / lost.sum(1, keepdim=True)
+        # a scale moves the first share with its square, the other one with its power
+        step = (lost.clamp(min=1e-9) / of_range.clamp(min=1e-9)).log() / (_POWER + 2)
+        logs = (logs + step.clamp(-0.3, 0.3)).clamp(-most, most)
+        logs = logs - logs.mean(1, keepdim=True)
+    return logs.flatten()
 
-    def _try(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Take over the ranges that lose less."""
-        numbers, scales, zeros, loss = self._round(low, high)
-        better = loss < self._loss
-        self.numbers = torch.where(better[..., None], numbers, self.numbers)
-        self.scales = torch.where(better, scales, self.scales)
-        self.zeros = torch.where(better, zeros, self.zeros)
-        self._low = torch.where(better, low, self._low)
-        self._high = torch.where(better, high, self._high)
-        self._loss = torch.where(better, loss, self._loss)
+
+def _above_floor(numbers: torch.Tensor, part: float) -> torch.Tensor:
+    """No less than a part of their mean; ones where all are zero."""
+    mean = numbers.mean()
+    return numbers.clamp(min=part * float(mean)) if mean > 0 else torch.ones_like(numbers)
 
 
 def _some_rows(weight: torch.Tensor, parts: int) -> torch.Tensor:
     """All rows, or equally spaced ones where a trial with all would take long."""
     rows, columns = weight.shape
-    most = max(256, _SEARCH_NUMBERS // (columns * columns * parts))
+    most = max(_FEWEST_ROWS, _SEARCH_NUMBERS // (columns * parts))
     return weight if rows <= most else weight[:: -(-rows // most)]

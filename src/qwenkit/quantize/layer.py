@@ -20,10 +20,11 @@ from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.grouped import GroupedLinear
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.quantize.anatomy import Feed, Matrix, Part, capture, published_paths
-from qwenkit.quantize.awq import round_clipped, search_scales
+from qwenkit.quantize.awq import search_scales
 from qwenkit.quantize.gptq import gptq
 from qwenkit.quantize.grid import Grid, Rounded, round_to_nearest
 from qwenkit.quantize.hessian import FeedSums, Hessian
+from qwenkit.quantize.ranges import round_clipped
 from qwenkit.quantize.settings import QuantizeSettings, Target
 
 _ERROR_ROWS = 512  # of a matrix, equally spaced: more would tell the same error more slowly
@@ -73,7 +74,10 @@ class LayerQuantizer:
         elif method == "awq":
             sums = self._gather(part, tuple(part.feeds()), flow)
             self._fold(part, sums)
-            for feed in part.feeds():
+            for feed in part.stages[0]:
+                self._feed(feed, sums.pop(id(feed)))
+            sums = self._gather(part, part.stages[1], flow)  # of what the first became
+            for feed in part.stages[1]:
                 self._feed(feed, sums.pop(id(feed)))
         else:
             for feed in part.feeds():
