@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from qwenkit.errors import KernelError
 from qwenkit.kernels.blocks import IQ4_NL_LEVELS
-from qwenkit.kernels.ops.panels_of_rows import PANEL_ROWS, panels_of_rows
+from qwenkit.kernels.ops.panels_of_rows import PANEL_ROWS as PANEL_ROWS
+from qwenkit.kernels.ops.panels_of_rows import panels_of_rows
 
 # The levels of NF4 are quantiles of the normal distribution, those of FP4 what a sign, two bits of
 # exponent and one of mantissa say; both scaled to reach 1 (arXiv 2305.14314; bitsandbytes).

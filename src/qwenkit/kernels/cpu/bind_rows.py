@@ -178,7 +178,7 @@ def bind_panels_of_rows(library: ctypes.CDLL) -> Kernel:
             raise refuse(f"panels_of_rows of blocks of {head} and {body} bytes", rows=rows)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        panels = shape(rows, head, body, flip)
+        panels: torch.Tensor = shape(rows, head, body, flip)
         count, blocks = len(rows), rows.shape[1] // (head + body)
         sizes = count, rows.stride(0), blocks, head, body, flip, threads()
         call(_PanelsOfRows(rows.data_ptr(), panels.data_ptr(), *sizes))
