@@ -225,7 +225,7 @@ def test_a_step_that_does_not_end_ends_every_stream(
         assert (await client.http.get("/health")).json() == {"status": "ok"}
         assert (await client.chat()).status_code == 200
 
-    asked(tiny, use, ServerSettings(names=("tiny",), step_s=0.5))
+    asked(tiny, use, ServerSettings(names=("tiny",), step_s=1.5))
 
 
 def test_while_draining_nothing_new_is_taken_and_what_runs_may_end(tiny: Path) -> None:

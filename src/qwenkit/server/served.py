@@ -186,11 +186,12 @@ class Served:
 
     async def look_after(self) -> None:
         """End all streams when the engine has ended or is stuck; runs until it is cancelled."""
-        state = "ok"
+        before = "ok"
         while True:
-            if state != "ok":  # by now the engine's own last events have come, if any do
-                self.end_all(FAULTS[state])
             state = self.state
+            if state != "ok" != before:  # by now the engine's own last events have come, if any do
+                self.end_all(FAULTS[state])
+            before = state
             await asyncio.sleep(_LOOK_S)
 
     def end_all(self, error: str) -> None:
