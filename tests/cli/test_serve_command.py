@@ -128,6 +128,7 @@ def test_limits_hosts_origins_and_what_is_loaded(started: Started) -> None:
     serve(
         *("--max-requests", "7", "--max-choices", "3", "--max-prompts", "4"),
         *("--max-body-mib", "2", "--drain-seconds", "9", "--log-prompts"),
+        *("--step-seconds", "50"),
         *("--allowed-host", "a.example", "--allow-origin", "https://b.example"),
         *("--kv-cache-tokens", "99", "--adapter", "law=folder", "--adapter", "tales=other"),
         *("--weights", "int4", "--context", "512"),
@@ -135,6 +136,7 @@ def test_limits_hosts_origins_and_what_is_loaded(started: Started) -> None:
     settings = started.settings
     assert (settings.max_requests, settings.max_choices, settings.max_prompts) == (7, 3, 4)
     assert (settings.max_body_bytes, settings.drain_s, settings.log_prompts) == (2 * MIB, 9, True)
+    assert settings.step_s == 50
     assert settings.access.hosts == ("a.example",)
     assert settings.access.origins == ("https://b.example",)
     _, given, adapters, kv_cache_tokens = started.loaded

@@ -123,6 +123,19 @@ def test_embeddings_run_beside_answers(max_batch_tokens: int) -> None:
         torch.testing.assert_close(vector(events[name]).double(), expected, rtol=0, atol=1e-5)
 
 
+def test_an_embedding_may_fill_the_context() -> None:
+    ids = [(5 * i) % 256 for i in range(256)]
+    for kv_cache_tokens in (2048, 256):
+        served = engine(kv_cache_tokens=kv_cache_tokens, max_batch_tokens=100, max_sequences=4)
+        wanted = [embedding(pooling, ids, pooling, normalize=False) for pooling in ("last", "mean")]
+        events = run(served, *wanted)
+        hidden = hidden_states(ids)
+        for name, expected in (("last", hidden[-1]), ("mean", hidden.mean(0))):
+            torch.testing.assert_close(vector(events[name]).double(), expected, rtol=0, atol=1e-5)
+        with pytest.raises(RequestError, match=r"has 257 tokens, the context 256\. "):
+            served.add(embedding("longer", [*ids, 1], "last"))
+
+
 def test_embeddings_survive_the_loss_of_their_blocks() -> None:
     served = engine(kv_cache_tokens=96, max_batch_tokens=16, max_sequences=8)
     answers = [request(f"a{n}", "x" * 20, max_tokens=40) for n in range(3)]

@@ -153,6 +153,8 @@ def test_vectors_are_those_of_the_library(tiny: Path) -> None:
         for wrong in ({"input": ""}, {"input": ["a", ""]}, {"input": [[]]}, {"input": [999]},
                       {"input": "a", "dimensions": 8}, {"input": ["a"] * 2049}):  # fmt: skip
             assert (await client.post("/v1/embeddings", wrong)).status_code == 400, str(wrong)[:60]
+        late = await client.post("/v1/embeddings", {"input": "abc", "timeout_s": 5e-324})
+        assert (late.status_code, late.json()["error"]["param"]) == (400, "timeout_s")
 
     asked(tiny, use)
 

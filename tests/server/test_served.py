@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,38 @@ def test_a_dead_engine_ends_every_stream_with_an_error(
         assert client.served.requests == 0
 
     asked(tiny, use)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_step_that_does_not_end_ends_every_stream(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    async def use(client: Client) -> None:
+        release = threading.Event()
+        worker = client.served.llm._service._worker
+        original = worker.engine.step
+
+        def stuck() -> Any:
+            release.wait()
+            return original()
+
+        monkeypatch.setattr(worker.engine, "step", stuck)
+        try:
+            answer = await client.post("/v1/chat/completions", {**LONG, "stream": stream})
+            error = data_of(answer.text)[-1]["error"] if stream else answer.json()["error"]
+            assert "does not end" in error["message"]
+            for path in ("/health", "/ready"):
+                answer = await client.http.get(path)
+                assert (answer.status_code, answer.json()) == (503, {"status": "stuck"})
+            refused = await client.chat()
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stuck")
+        finally:
+            release.set()
+        await until(lambda: free(client))
+        assert (await client.http.get("/health")).json() == {"status": "ok"}
+        assert (await client.chat()).status_code == 200
+
+    asked(tiny, use, ServerSettings(names=("tiny",), step_s=1.5))
 
 
 def test_while_draining_nothing_new_is_taken_and_what_runs_may_end(tiny: Path) -> None:

@@ -168,6 +168,15 @@ def test_stretches_end_where_pieces_end(kind: str, texts: list[str]) -> None:
     assert "".join(text[s:e] for s, e in stretches) == text
 
 
+@given(st.text("ab1_ \n.，中"), st.integers(1, 9))
+def test_the_end_of_a_piece_is_found_in_any_number_of_goes(text: str, goes: int) -> None:
+    for start in range(len(text)):
+        match = fast._PIECE_END.search(text, start)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fast, "_SEARCHED_CHARS", goes)
+            assert fast._piece_end(text, start) == (match.end() if match else len(text))
+
+
 @settings(max_examples=100)
 @given(TEXTS)
 def test_small_stretches_and_slices_change_nothing(qwen1: BytePairTokenizer, text: str) -> None:

@@ -81,6 +81,11 @@ class AsyncLLM(Session):
         """
         return self._service.is_alive
 
+    @property
+    def busy_s(self) -> float:
+        """How long the engine has been at one step; 0 while it waits. Any thread may ask."""
+        return self._service.busy_s
+
     def request(
         self, prompt: Prompt, sampling: Sampling = None, options: Options = None
     ) -> Request:

@@ -140,6 +140,14 @@ class LimitOptions:
         int,
         typer.Option(metavar="S", min=1, help="Time that running answers have when it is ended."),
     ] = 30
+    step_seconds: Annotated[
+        int,
+        typer.Option(
+            metavar="S",
+            min=1,
+            help="Time for one step of the engine; one that takes longer turns /health to 503.",
+        ),
+    ] = 600
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts and answers to the log too.")
     ] = False
@@ -296,6 +304,7 @@ def _settings(
         max_choices=limits.max_choices,
         max_prompts=limits.max_prompts,
         drain_s=float(limits.drain_seconds),
+        step_s=float(limits.step_seconds),
     )
 
 

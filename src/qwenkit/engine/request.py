@@ -146,7 +146,7 @@ def check_request(request: Request, limits: Limits) -> None:
     _check_ids("prompt_ids", request.prompt_ids, limits.vocab_size)
     if not request.prompt_ids:
         raise RequestError("prompt_ids", "the prompt is empty; give at least one token.")
-    _check_length(len(request.prompt_ids), limits)
+    _check_length(request, limits)
     scored_from = request.scored_from
     if scored_from is not None and not 0 < scored_from < len(request.prompt_ids):
         raise RequestError(
@@ -176,8 +176,10 @@ def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
         )
 
 
-def _check_length(prompt_tokens: int, limits: Limits) -> None:
-    if prompt_tokens < limits.sequence_tokens:
+def _check_length(request: Request, limits: Limits) -> None:
+    """Beside the prompt there must be room for a token of an answer, where there is to be one."""
+    prompt_tokens, answers = len(request.prompt_ids), request.embedding is None
+    if prompt_tokens + answers <= limits.sequence_tokens:
         return
     if limits.cache_tokens < limits.context_tokens:
         place, remedy = "KV cache", "Shorten the prompt or raise kv_cache_tokens."
@@ -185,6 +187,6 @@ def _check_length(prompt_tokens: int, limits: Limits) -> None:
         place, remedy = "context", "Shorten the prompt or allow more context_tokens (--context)."
     raise RequestError(
         "prompt_ids",
-        f"the prompt has {prompt_tokens} tokens, the {place} {limits.sequence_tokens}, of which at "
-        f"least one is for the answer. {remedy}",
+        f"the prompt has {prompt_tokens} tokens, the {place} {limits.sequence_tokens}"
+        f"{', of which at least one is for the answer' if answers else ''}. {remedy}",
     )

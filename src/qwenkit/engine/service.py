@@ -74,6 +74,13 @@ class EngineService:
         """False when nothing that is submitted will ever be answered. Any thread may ask."""
         return self._worker.is_alive
 
+    @property
+    def busy_s(self) -> float:
+        """How long the engine's thread has been at one step or call; 0 while it waits for work. Any
+        thread may ask.
+        """
+        return self._worker.busy_s
+
     def abort(self, request_id: str) -> None:
         """End a request; its stream still gets the finish event. Unknown ids are ignored."""
         self._worker.abort(request_id)

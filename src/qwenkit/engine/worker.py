@@ -10,6 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -44,12 +45,19 @@ class Worker:
         self._calls: set[Future[Any]] = set()  # that somebody waits for
         self._lock = threading.Lock()  # of `_open` and of entries coming into `_sinks`, `_calls`
         self._open = True
+        self._began_s: float | None = None  # with what the thread does; None while it waits
         self._thread = threading.Thread(target=self._run, name="qwenkit-engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
         return self._open and self._thread.is_alive()
+
+    @property
+    def busy_s(self) -> float:
+        """How long the step or the call takes already that the thread is at; 0 while it waits."""
+        began_s = self._began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     def submit(
         self, requests: Sequence[Request], matchers: Sequence[Matcher | None], sink: Sink
@@ -105,6 +113,7 @@ class Worker:
             while self._open:
                 self._take_calls()
                 if self._open and self.engine.has_work:
+                    self._began_s = time.monotonic()
                     self._deliver(self._step())
             self._shut("abort", None)
         except BaseException:  # whatever ended it, nobody may be left waiting
@@ -114,9 +123,14 @@ class Worker:
     def _take_calls(self) -> None:
         """Do what is asked for; with nothing else to do, wait for it."""
         if not self.engine.has_work:
-            self._inbox.get()()
+            self._began_s = None
+            self._do(self._inbox.get())
         while self._open and not self._inbox.empty():
-            self._inbox.get()()
+            self._do(self._inbox.get())
+
+    def _do(self, call: Callable[[], None]) -> None:
+        self._began_s = time.monotonic()
+        call()
 
     def _step(self) -> list[Event]:
         try:

@@ -22,7 +22,7 @@ from qwenkit.server.batch_files import Asked, requests_of
 from qwenkit.server.errors import ApiError
 from qwenkit.server.guard import Guard
 from qwenkit.server.local import post
-from qwenkit.server.served import DEAD, Served
+from qwenkit.server.served import FAULTS, Served
 from qwenkit.server.settings import ServerSettings
 from qwenkit.server.sse import compact
 
@@ -53,8 +53,9 @@ async def run_batch(
         nonlocal failed
         for asked in waiting:
             line, tokens, is_well = await _answer(app, asked)
-            if not served.is_alive:
-                raise QwenkitError(DEAD)
+            state = served.state
+            if state != "ok":
+                raise QwenkitError(FAULTS[state])
             failed += not is_well
             output.write(line)
             output.flush()

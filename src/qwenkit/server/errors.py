@@ -92,7 +92,7 @@ def described(error: Exception, prompt_field: str = "messages") -> ApiError:
 def _of_request(error: RequestError, prompt_field: str) -> ApiError:
     reason = str(error).removeprefix(f"{error.field}: ")
     if error.field in ("prompt_ids", "prompt"):
-        too_long = "of which at least one is for the answer" in reason
+        too_long = reason.startswith("the prompt has ")
         code = "context_length_exceeded" if too_long else "invalid_value"
         return ApiError(400, f"{prompt_field}: {reason}", prompt_field, code)
     if error.field.startswith("messages") and reason.startswith(_OLD_WORDS):

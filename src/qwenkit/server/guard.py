@@ -31,7 +31,7 @@ OPEN_PATHS = frozenset(("/health", "/ready"))  # what answers without a key
 log = logging.getLogger("qwenkit.server.requests")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _OF_A_BODY = frozenset((b"content-length", b"transfer-encoding"))
-_DRAINED_BYTES = 1 << 16
+_DRAINED_BYTES = 4 << 20
 _DRAINED_S = 1.0
 Pairs = list[tuple[bytes, bytes]]
 
@@ -257,7 +257,9 @@ async def _read(receive: Receive, most: int) -> bytes:
 
 
 async def _read_away(receive: Receive) -> None:
-    """Take a little of a body that nobody wants."""
+    """Take a little of a body that nobody wants. Who still sends then is kept waiting: a connection
+    that is closed while its client sends is reset, and the answer on it is lost.
+    """
     size = 0
     with contextlib.suppress(TimeoutError, OSError):
         async with asyncio.timeout(_DRAINED_S):
@@ -266,6 +268,7 @@ async def _read_away(receive: Receive) -> None:
                 size += len(message.get("body", b""))
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return
+            await asyncio.sleep(_DRAINED_S)
 
 
 def header_too_large(most: int) -> ApiError:

@@ -17,19 +17,22 @@ router = group()
 
 
 class Health(Shape):
-    """Whether the engine lives."""
+    """Whether the engine lives; "stuck" is one whose step does not end."""
 
-    status: Literal["ok", "dead"]
+    status: Literal["ok", "dead", "stuck"]
 
 
 class Ready(Shape):
     """Whether new requests are taken."""
 
-    status: Literal["ready", "dead", "draining"]
+    status: Literal["ready", "dead", "stuck", "draining"]
 
 
 _UNWELL: Responses = {
-    503: {"model": Health, "description": "The engine has ended: start the server again."}
+    503: {
+        "model": Health,
+        "description": "The engine has ended or is stuck: start the server again.",
+    }
 }
 _NOT_READY: Responses = {503: {"model": Ready, "description": "No new requests are taken."}}
 
@@ -38,9 +41,8 @@ _NOT_READY: Responses = {503: {"model": Ready, "description": "No new requests a
 async def health(request: Request) -> Response:
     """Needs no key, and says nothing else."""
     served: Served = request.app.state.served
-    if not served.is_alive:
-        return json_answer({"status": "dead"}, 503)
-    return json_answer({"status": "ok"})
+    state = served.state
+    return json_answer({"status": state}, 200 if state == "ok" else 503)
 
 
 @router.get(
@@ -49,8 +51,9 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Needs no key, and says nothing else."""
     served: Served = request.app.state.served
-    if not served.is_alive:
-        return json_answer({"status": "dead"}, 503)
+    state = served.state
+    if state != "ok":
+        return json_answer({"status": state}, 503)
     if served.draining:
         return json_answer({"status": "draining"}, 503)
     return json_answer({"status": "ready"})

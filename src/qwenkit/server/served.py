@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 from weakref import WeakSet
 
 from qwenkit import __version__
@@ -24,7 +24,10 @@ _LOOK_S = 0.25  # how often it is asked whether the engine lives
 _AT_ONCE = 2  # prompts of one client that are made in threads at one time
 _COMPILED_AT_ONCE = 2
 _COMPILE_S = 10.0  # for all answers of a request; the engine bounds each one
-DEAD = "The engine has ended; the server must be started again."
+FAULTS = {
+    "dead": "The engine has ended; the server must be started again.",
+    "stuck": "A step of the engine does not end; the server may have to be started again.",
+}
 SHUTTING_DOWN = "The server is shutting down."
 T = TypeVar("T")
 
@@ -66,8 +69,15 @@ class Served:
 
     @property
     def is_alive(self) -> bool:
-        """False when the engine has ended."""
-        return self.llm.is_alive
+        """False when the engine has ended, or is stuck."""
+        return self.state == "ok"
+
+    @property
+    def state(self) -> Literal["ok", "dead", "stuck"]:
+        """Of the engine; from "stuck" it may come back."""
+        if not self.llm.is_alive:
+            return "dead"
+        return "ok" if self.llm.busy_s <= self.settings.step_s else "stuck"
 
     @property
     def requests(self) -> int:
@@ -138,8 +148,9 @@ class Served:
         """The stream of requests that the engine has taken. What their outputs must be is compiled
         before, for few at a time. Raises RequestError, and ApiError when compiling takes long.
         """
-        if not self.is_alive:
-            raise ApiError(503, DEAD, code="engine_dead")
+        state = self.state
+        if state != "ok":
+            raise ApiError(503, FAULTS[state], code=f"engine_{state}")
         if all(request.sampling.constraint is None for request in requests):
             return self._watched(self.llm.stream_requests(requests))
         async with self._turn(client), self._compiling:
@@ -174,12 +185,13 @@ class Served:
         return stream
 
     async def look_after(self) -> None:
-        """End all streams when the engine has ended; runs until it is cancelled."""
-        was_alive = True
+        """End all streams when the engine has ended or is stuck; runs until it is cancelled."""
+        before = "ok"
         while True:
-            if not was_alive:  # by now the engine's own last events have come, if any do
-                self.end_all(DEAD)
-            was_alive = self.is_alive
+            state = self.state
+            if state != "ok" != before:  # by now the engine's own last events have come, if any do
+                self.end_all(FAULTS[state])
+            before = state
             await asyncio.sleep(_LOOK_S)
 
     def end_all(self, error: str) -> None:

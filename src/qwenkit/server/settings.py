@@ -21,6 +21,7 @@ _SECONDS = (
     "idle_timeout_s",
     "keep_alive_s",
     "drain_s",
+    "step_s",
 )
 
 
@@ -54,7 +55,8 @@ class ServerSettings:
     prompt counts), `max_choices` the `n` and `max_prompts` the prompts of one request. A header has
     to come within `header_timeout_s`, a body within `body_timeout_s`; a connection may be idle for
     `idle_timeout_s`. A stream that is silent for `keep_alive_s` gets a comment. On the way down
-    requests have `drain_s` to end. With `log_prompts` the log has the texts too.
+    requests have `drain_s` to end. An engine longer than `step_s` at one step is stuck until that
+    step ends. With `log_prompts` the log has the texts too.
 
     Raises UsageError naming the setting on construction.
     """
@@ -75,6 +77,7 @@ class ServerSettings:
     idle_timeout_s: float = 60.0
     keep_alive_s: float = 15.0
     drain_s: float = 30.0
+    step_s: float = 600.0
 
     def __post_init__(self) -> None:
         if not self.names or not all(self.names):

@@ -13,12 +13,13 @@ from qwenkit.bench.reliability.victims import Victims
 from qwenkit.bench.reliability.wire import Wire, fault_of_answer
 
 _TIMEOUT_S = 30.0
+_VICTIM_TOKENS = 24  # one of them is asked after each hostile request
 
 
 async def run(board: Board, tally: Tally) -> None:
     """Send each; what it is answered, whether the server lives, and what its neighbours get."""
     target = await board.target()
-    victims = Victims(target, board.served_name)
+    victims = Victims(target, board.served_name, tokens=_VICTIM_TOKENS)
     await victims.record()
     for hostile in (*HOSTILE, *_kept(board)):
         board.say(f"row 9, {hostile.name}")

@@ -36,12 +36,15 @@ async def run(board: Board, tally: Tally) -> None:
             asyncio.create_task(_drip(target, tally, "a header in drips", is_body=False)),
             asyncio.create_task(_drip(target, tally, "a body in drips", is_body=True)),
         ]
-        board.say("row 17, large bodies")
-        await _large(target, tally)
-        board.say("row 17, idle connections")
-        await _idle(target, model, tally)
-        board.say("row 17, a flood")
-        await _flood(target, model, tally, board.pick(10.0, 60.0))
+        for name, part in (
+            ("large bodies", _large(target, tally)),
+            ("idle connections", _idle(target, model, tally)),
+            ("a flood", _flood(target, model, tally, board.pick(10.0, 60.0))),
+        ):
+            board.say(f"row 17, {name}")
+            await part
+            peak = max(0, server.peak_bytes() - before)
+            tally.figures[f"most memory until the end of {name}, MB"] = round(peak / 1e6, 1)
         await asyncio.gather(*slow)
         grown = max(0, server.peak_bytes() - before)
         tally.used(grown)
