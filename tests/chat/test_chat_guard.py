@@ -16,12 +16,18 @@ from qwenkit.errors import TemplateError
 
 LIMITS = Limits(seconds=60, characters=10**7, value_characters=10**6, value_items=10**5)
 GUARD = Guard(["<|im_end|>"], given={0, 1}, own={0}, max_characters=10**6, max_items=10**5)
-RUN = Run(GUARD, LIMITS)
+
+
 ALPHABET = st.sampled_from("ab <>/\n\r\t,.#ßİÅé中\u2028\x1f😀𐐨")
 TEXT = st.text(ALPHABET, max_size=12)
 SHORT = st.text(ALPHABET, max_size=2)
 NEEDLE = st.text(ALPHABET, min_size=1, max_size=2)
 NUMBER = st.integers(-4, 14)
+
+
+def run() -> Run:
+    """A rendering with all of its time before it."""
+    return Run(GUARD, LIMITS)
 
 
 @st.composite
@@ -209,7 +215,7 @@ def test_json_is_what_json_dumps_writes(
         sort_keys=sort_keys,
         separators=separators,
     )
-    written = RUN.json(
+    written = run().json(
         _marked(value),
         ensure_ascii=ensure_ascii,
         indent=indent,
@@ -220,4 +226,4 @@ def test_json_is_what_json_dumps_writes(
     ours = "".join(c for c in str.__str__(written) if GUARD.plain(c) == c and c <= "\uffff")
     skeleton = set('{}[]":, \n\t-+.e0123456789truefalsenullInfinity')
     assert set(ours) <= skeleton
-    assert RUN.text(_marked(value)) == (value if isinstance(value, str) else str(value))
+    assert run().text(_marked(value)) == (value if isinstance(value, str) else str(value))
