@@ -16,8 +16,6 @@ from qwenkit.errors import TemplateError
 
 LIMITS = Limits(seconds=60, characters=10**7, value_characters=10**6, value_items=10**5)
 GUARD = Guard(["<|im_end|>"], given={0, 1}, own={0}, max_characters=10**6, max_items=10**5)
-
-
 ALPHABET = st.sampled_from("ab <>/\n\r\t,.#ßİÅé中\u2028\x1f😀𐐨")
 TEXT = st.text(ALPHABET, max_size=12)
 SHORT = st.text(ALPHABET, max_size=2)
