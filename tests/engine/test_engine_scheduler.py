@@ -258,6 +258,33 @@ def test_who_decodes_is_not_kept_waiting_by_a_long_prompt() -> None:
     assert shape(scheduler.schedule()) == [("a", 2, 1, True), ("long", 0, 127, False)]
 
 
+def test_a_crowd_sits_out_the_step_of_a_newcomer_but_never_two_in_a_row() -> None:
+    scheduler = make(100, max_batch_tokens=32, max_sequences=20)
+    for number in range(10):
+        scheduler.add(f"a{number}", (number, number), client="a")
+    execute(scheduler, scheduler.schedule())
+    crowd = {f"a{number}" for number in range(10)}
+    for number, alone in enumerate([True, False, True]):
+        scheduler.add(f"b{number}", (50 + number, 60), client="b")
+        plan = scheduler.schedule()
+        names = {chunk.request_id for chunk in plan.chunks}
+        assert names == ({f"b{number}"} if alone else crowd | {f"b{number}"})
+        execute(scheduler, plan)
+        scheduler.remove(f"b{number}")
+    scheduler.add("a10", (70, 71), client="a")  # of the crowd itself
+    assert len(scheduler.schedule().chunks) == 11
+
+
+def test_nobody_sits_out_for_a_long_prompt_or_a_lower_priority() -> None:
+    for tokens, priority in ((40, 0), (4, -1)):
+        scheduler = make(100, max_batch_tokens=32, max_sequences=20)
+        for number in range(10):
+            scheduler.add(f"a{number}", (number, number), client="a")
+        execute(scheduler, scheduler.schedule())
+        scheduler.add("b", tuple(range(tokens)), client="b", priority=priority)
+        assert len(scheduler.schedule().chunks) == 11
+
+
 def test_rows_of_a_prompt_are_wanted_once_and_bound_its_chunks() -> None:
     scheduler = make(16, max_batch_tokens=64, max_rows=5)
     begin(scheduler, "cached", range(13))

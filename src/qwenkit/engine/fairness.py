@@ -9,6 +9,8 @@ from collections.abc import Sequence as Several
 from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.request import Sequence
 
+_UNNOTICED = 8  # sequences that decode together in hardly more time than one
+
 
 def runs_already(sequence: Sequence, running: Collection[Sequence]) -> bool:
     """True if the sequence's client has one of at least its priority running."""
@@ -58,6 +60,23 @@ def last_to_keep(running: Collection[Sequence]) -> Sequence:
     """Who yields first: of the lowest priority, of the client that runs most, the youngest."""
     counts = Counter(s.client for s in running)
     return min(running, key=lambda s: (s.priority, -counts[s.client], -s.arrival))
+
+
+def who_pauses(running: Collection[Sequence], budget: int) -> set[str]:
+    """Who sits one step out, by request, so that a client that has nothing else running waits for
+    its first token no longer than its prompt takes: what decodes for a client with more than
+    `_UNNOTICED` sequences, where a newcomer of another client, of no lower priority, has at most
+    `budget` tokens to go.
+    """
+    counts = Counter(s.client for s in running)
+    newcomers = [s.priority for s in running if 1 < s.remaining <= budget and counts[s.client] == 1]
+    if not newcomers:
+        return set()
+    return {
+        s.request_id
+        for s in running
+        if s.remaining == 1 and counts[s.client] > _UNNOTICED and s.priority <= max(newcomers)
+    }
 
 
 def share_prompts(prompts: Several[tuple[Sequence, int]], budget: int) -> dict[str, int]:

@@ -18,7 +18,13 @@ from dataclasses import asdict
 from itertools import islice
 
 from qwenkit.engine.blocks import BlockPool, first_name
-from qwenkit.engine.fairness import last_to_keep, runs_already, share_prompts, who_yields
+from qwenkit.engine.fairness import (
+    last_to_keep,
+    runs_already,
+    share_prompts,
+    who_pauses,
+    who_yields,
+)
 from qwenkit.engine.line import Line
 from qwenkit.engine.plan import Chunk, Counts, Plan, SchedulerStatus
 from qwenkit.engine.prefixes import Prefixes
@@ -63,6 +69,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self._counts = Counts()
+        self._paused = False  # whether somebody sat the last step out
 
     @property
     def has_work(self) -> bool:
@@ -246,11 +253,15 @@ class Scheduler:
         self._prefixes.give_up(sequence)
 
     def _share_budget(self, drafts: Drafts) -> tuple[Chunk, ...]:
-        """Every decode gets its token; what is left goes to the prompts and then to drafts."""
-        decodes = sum(s.remaining == 1 for s in self._running)
+        """Every decode gets its token, but for a crowd's where somebody else's prompt is done by
+        that, and never twice in a row; what is left goes to the prompts and then to drafts.
+        """
+        paused = set() if self._paused else who_pauses(self._running, self._max_mixed_tokens)
+        self._paused = bool(paused)
+        decodes = sum(s.remaining == 1 for s in self._running) - len(paused)
         prompts = [s for s in self._running if s.remaining > 1]
         budget = self._max_batch_tokens - decodes
-        if decodes:
+        if decodes or paused:
             budget = min(budget, max(self._max_mixed_tokens - decodes, LEAST_PROMPT_TOKENS))
         shares = share_prompts(
             [(sequence, _most_tokens(sequence, self._max_rows)) for sequence in prompts], budget
@@ -259,6 +270,8 @@ class Scheduler:
         chunks = []
         for sequence in self._running:
             name = sequence.request_id
+            if name in paused:
+                continue
             if sequence.remaining > 1:
                 if shares[name]:
                     chunks.append(_chunk(sequence, shares[name]))
