@@ -21,10 +21,12 @@ from qwenkit.engine.constrain import Matcher
 from qwenkit.engine.engine import Engine
 from qwenkit.engine.request import Request
 from qwenkit.errors import RequestError, UsageError
+from qwenkit.kernels.cpu import give_back_freed_memory
 from qwenkit.types.events import Event, FinishEvent, FinishReason, Usage
 
 _log = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S = 60.0  # a step that takes longer is left to end with the process
+_REST_S = 2.0  # without a call, after which memory is given back
 _CLOSED = "this engine is closed; load the model again to go on."
 
 Sink = Callable[[Event], None]
@@ -124,9 +126,17 @@ class Worker:
         """Do what is asked for; with nothing else to do, wait for it."""
         if not self.engine.has_work:
             self._began_s = None
-            self._do(self._inbox.get())
+            self._do(self._await_call())
         while self._open and not self._inbox.empty():
             self._do(self._inbox.get())
+
+    def _await_call(self) -> Callable[[], None]:
+        """The next call; while it does not come, what past requests needed is given back."""
+        try:
+            return self._inbox.get(timeout=_REST_S)
+        except queue.Empty:
+            give_back_freed_memory()
+            return self._inbox.get()
 
     def _do(self, call: Callable[[], None]) -> None:
         self._began_s = time.monotonic()
