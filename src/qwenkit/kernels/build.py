@@ -130,7 +130,8 @@ def build_probe() -> Path:
 
 
 def prebuild(folder: Path) -> list[Path]:
-    """Compile every library of this machine into `folder`, named for a package to carry them.
+    """Compile every library of this machine and put it into `folder`, named for a package to carry
+    them; what the user's cache has of them is taken from there.
 
     A variant that the compiler is too old for is left out. Raises KernelError when there is no
     compiler or it fails.
@@ -146,7 +147,11 @@ def prebuild(folder: Path) -> list[Path]:
     libraries = []
     for name, sources, flags in wanted:
         libraries.append(folder / _carried_name(name, flags))
-        compile_and_link(compiler, (*FLAGS, *flags, "-shared"), sources, libraries[-1])
+        kept = _cache_folder() / _key(flags, compiler) / f"{name}.so"
+        if kept.is_file():
+            shutil.copyfile(kept, libraries[-1])
+        else:
+            compile_and_link(compiler, (*FLAGS, *flags, "-shared"), sources, libraries[-1])
     return libraries
 
 
