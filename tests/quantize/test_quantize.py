@@ -21,6 +21,7 @@ from qwenkit.formats.stacked import StackedWeight
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.load import load
+from qwenkit.quantize import stream
 from qwenkit.quantize.anatomy import layer_parts, matrices
 from qwenkit.quantize.layer import LayerQuantizer, MatrixResult
 from qwenkit.quantize.run import Step, quantize
@@ -322,6 +323,39 @@ def test_a_cut_file_of_activations_is_not_taken(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-2])
         with pytest.raises(CheckpointError, match="missing or cut short"):
             quantize(source, rows, _settings("gptq"), tmp_path / "result")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("config", [DENSE, FIRST, QWEN3], ids=["qwen2", "qwen", "qwen3"])
+def test_what_a_last_matrix_reads_is_kept_where_there_is_room(
+    tmp_path: Path, config: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes out of the first part is what it is when all is computed again, up to bf16."""
+    written: list[torch.Tensor] = []
+    put = stream.WrittenActivations.put
+    monkeypatch.setattr(
+        stream.WrittenActivations, "put", lambda own, at, y: (written.append(y), put(own, at, y))
+    )
+    firsts = []
+    for has_room in (True, False):
+        if not has_room:
+            monkeypatch.setattr(stream.KeptInputs, "where_there_is_room", lambda *given: None)
+        write_quantized(tmp_path / str(has_room), _settings(method), config=config)
+        assert not list(tmp_path.rglob("inputs.bf16"))
+        firsts.append(written[1])  # the first is what comes into the first layer
+        written.clear()
+    kept, again = firsts
+    assert not torch.equal(kept, again)
+    assert (kept - again).abs().max() < 0.01 * again.abs().max()
+
+
+def test_only_a_mixture_has_no_last_matrix(tmp_path: Path) -> None:
+    for config, has_last in ((DENSE, True), (EXPERTS, False)):
+        folder = write_tiny_checkpoint(tmp_path / str(has_last), config=config)
+        source = LayerSource(folder)
+        attention, mlp = layer_parts(source.meta_layer(0), source.anatomy)
+        assert attention.last is not None
+        assert (mlp.last is not None) == has_last
 
 
 def test_every_matrix_is_told_with_its_error(tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ class Part:
         y: torch.Tensor = self.module(x, *given, residual=x, norm=self.norm)
         return y
 
+    @property
+    def last(self) -> Linear | None:
+        """The matrix whose outputs, added to x, are all that leaves the part; None of a mixture."""
+        feeds = self.stages[1]
+        only = feeds[0].first if len(feeds) == 1 else None
+        return only if isinstance(only, Linear) else None
+
     def feeds(self) -> Iterator[Feed]:
         """All of its feeds."""
         for stage in self.stages:

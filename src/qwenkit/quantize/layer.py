@@ -30,6 +30,7 @@ from qwenkit.quantize.settings import QuantizeSettings, Target
 _ERROR_ROWS = 512  # of a matrix, equally spaced: more would tell the same error more slowly
 
 Flow = Callable[[], Iterator[tuple[torch.Tensor, PackedCausal]]]
+Keep = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +62,15 @@ class LayerQuantizer:
     dtype: torch.dtype = torch.float32
     _made: dict[str, list[QuantWeight]] = field(default_factory=dict)
 
-    def part(self, part: Part, flow: Flow) -> None:
+    def part(self, part: Part, flow: Flow, keep: Keep | None = None) -> None:
         """Quantize a part. `flow` yields what comes into it, batch by batch, as often as it is
-        asked; the part computes with its new numbers from then on.
+        asked; the part computes with its new numbers from then on. `keep` gets what the part's
+        `last` matrix then reads, batch by batch, if the method looks at data.
         """
         method = self.settings.method
         if method == "gptq":
             for stage in part.stages:  # true sequential: the second sees what the first became
-                sums = self._gather(part, stage, flow)
+                sums = self._gather(part, stage, flow, keep)
                 for feed in stage:
                     self._feed(feed, sums.pop(id(feed)))
         elif method == "awq":
@@ -76,7 +78,7 @@ class LayerQuantizer:
             self._fold(part, sums)
             for feed in part.stages[0]:
                 self._feed(feed, sums.pop(id(feed)))
-            sums = self._gather(part, part.stages[1], flow)  # of what the first became
+            sums = self._gather(part, part.stages[1], flow, keep)  # of what the first became
             for feed in part.stages[1]:
                 self._feed(feed, sums.pop(id(feed)))
         else:
@@ -93,13 +95,17 @@ class LayerQuantizer:
             del module.weight
             module.weight = StackedWeight(made) if len(made) > 1 else made[0]
 
-    def _gather(self, part: Part, feeds: Sequence[Feed], flow: Flow) -> dict[int, FeedSums]:
+    def _gather(
+        self, part: Part, feeds: Sequence[Feed], flow: Flow, keep: Keep | None = None
+    ) -> dict[int, FeedSums]:
         """The sums of what passes into each feed."""
         sums = {
             id(feed): FeedSums(feed.first.in_features, _count(feed.first), alike=not feed.source)
             for feed in feeds
         }
         takers = [(feed, sums[id(feed)].take) for feed in feeds]
+        if keep is not None and feeds[0].first is part.last:
+            takers.append((feeds[0], keep))
         for x, context in flow():
             capture(part, x, context, takers)
         return sums

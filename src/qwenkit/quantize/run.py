@@ -22,6 +22,7 @@ from qwenkit.quantize.settings import QuantizeSettings, Target
 from qwenkit.quantize.stream import (
     Activations,
     Batch,
+    KeptInputs,
     LayerSource,
     WrittenActivations,
     batches,
@@ -180,12 +181,22 @@ class _Flows:
             for batch in self._batches:
                 yield given.rows(batch), self._context(batch)
 
-        quantizer.part(part, flow)
+        last, kept = part.last, None
+        if after is not None and last is not None:  # what comes before it is not computed again
+            kept = KeptInputs.where_there_is_room(
+                self._work.inputs, self._batches, last.in_features
+            )
+        quantizer.part(part, flow, None if kept is None else kept.append)
         if after is None:
             return
         written = WrittenActivations(after, *self._size)
         for batch in self._batches:
-            written.put(batch, part.run(given.rows(batch), self._context(batch)))
+            x = given.rows(batch)
+            if kept is None or last is None:
+                y = part.run(x, self._context(batch))
+            else:
+                y = last(kept.rows(batch), x)
+            written.put(batch, y)
         written.commit()
 
     def _context(self, batch: Batch) -> PackedCausal:

@@ -228,8 +228,7 @@ class WrittenActivations:
         self._file = file
         self._temporary = file.with_name(f"{file.name}.tmp")
         size = tokens * columns * 2
-        room = os.statvfs(file.parent)
-        if room.f_bavail * room.f_frsize < size:
+        if not _has_room(file.parent, size):
             raise UsageError(
                 f"{file.parent}: there is no room for {size / 1e9:.1f} GB of activations; choose "
                 "another disk, or fewer or shorter rows."
@@ -249,6 +248,37 @@ class WrittenActivations:
         finally:
             os.close(descriptor)
         self._temporary.replace(self._file)
+
+
+class KeptInputs:
+    """What a matrix reads, [tokens, columns], batch by batch, in a file of bf16 that is mapped."""
+
+    def __init__(self, file: Path, expected: Sequence[Batch], columns: int) -> None:
+        file.unlink(missing_ok=True)
+        self._numbers = _mapped(file, expected[-1].stop, columns)
+        self._left = iter(expected)
+
+    @classmethod
+    def where_there_is_room(
+        cls, file: Path, expected: Sequence[Batch], columns: int
+    ) -> KeptInputs | None:
+        """None where the disk has no room for it."""
+        size = expected[-1].stop * columns * 2
+        return cls(file, expected, columns) if _has_room(file.parent, size) else None
+
+    def append(self, x: torch.Tensor) -> None:
+        """Keep what belongs to the next batch."""
+        batch = next(self._left)
+        self._numbers[batch.start : batch.stop] = x
+
+    def rows(self, batch: Batch) -> torch.Tensor:
+        """fp32 [tokens, columns], a copy."""
+        return self._numbers[batch.start : batch.stop].float()
+
+
+def _has_room(folder: Path, size: int) -> bool:
+    room = os.statvfs(folder)
+    return room.f_bavail * room.f_frsize >= size
 
 
 def _mapped(file: Path, tokens: int, columns: int) -> torch.Tensor:

@@ -63,6 +63,11 @@ class WorkFolder:
         """The file of what comes into the feed-forward part of the layer in work."""
         return self.path / "between.bf16"
 
+    @property
+    def inputs(self) -> Path:
+        """The file of what the last matrix of the part in work reads."""
+        return self.path / "inputs.bf16"
+
     def is_done(self, layer: int) -> bool:
         """Whether a layer's numbers are there."""
         return self._layer(layer).is_file()
@@ -74,7 +79,7 @@ class WorkFolder:
         with replacing(self._results(layer)) as written:
             written.write(json.dumps([dataclasses.asdict(r) for r in results]).encode())
         write_safetensors(self._layer(layer), tensors)
-        for file in (self.activations(layer), self.between):
+        for file in (self.activations(layer), self.between, self.inputs):
             file.unlink(missing_ok=True)
 
     def tensors(self, layers: int) -> dict[str, StoredTensor]:
