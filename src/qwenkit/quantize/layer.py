@@ -103,7 +103,9 @@ class LayerQuantizer:
             id(feed): FeedSums(feed.first.in_features, _count(feed.first), alike=not feed.source)
             for feed in feeds
         }
-        takers = [(feed, sums[id(feed)].take) for feed in feeds]
+        takers: list[tuple[Feed, Callable[..., None]]] = [
+            (feed, sums[id(feed)].take) for feed in feeds
+        ]
         if keep is not None and feeds[0].first is part.last:
             takers.append((feeds[0], keep))
         for x, context in flow():
