@@ -50,7 +50,6 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 OTHERS = {
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 512},
     "qwen3": {"head_dim": 32},
-    "qwen3_moe": EXPERTS | {"head_dim": 32, "norm_topk_prob": True},
     "qwen2": {"rope_scaling": YARN, "max_position_embeddings": 64},
 }
 
