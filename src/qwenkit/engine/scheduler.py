@@ -277,22 +277,25 @@ class Scheduler:
                     chunks.append(_chunk(sequence, shares[name]))
                 continue
             draft = drafts.get(name, ())[: max(0, budget)]
-            draft = self._make_room_for(sequence, draft)
+            draft = _with_room(sequence, draft, self._pool, self._block_tokens, len(self._running))
             budget -= len(draft)
             chunks.append(_chunk(sequence, 1, draft))
         return tuple(chunks)
 
-    def _make_room_for(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[int, ...]:
-        """As much of a draft as there are blocks for: nobody loses one for a guess, nor the one
-        that another sequence may need for its next token.
-        """
-        if not draft:
-            return draft
-        spare = max(0, self._pool.free_blocks - len(self._running))
-        missing = sequence.missing_blocks(len(sequence.tokens) + len(draft), self._block_tokens)
-        sequence.blocks += self._pool.allocate(max(0, min(missing, spare)))
-        room = len(sequence.blocks) * self._block_tokens - len(sequence.tokens)
-        return draft[:room]
+
+def _with_room(
+    sequence: Sequence, draft: tuple[int, ...], pool: BlockPool, block_tokens: int, running: int
+) -> tuple[int, ...]:
+    """As much of a draft as there are blocks for: nobody of so many loses one for a guess, nor the
+    one that another sequence may need for its next token.
+    """
+    if not draft:
+        return draft
+    spare = max(0, pool.free_blocks - running)
+    missing = sequence.missing_blocks(len(sequence.tokens) + len(draft), block_tokens)
+    sequence.blocks += pool.allocate(max(0, min(missing, spare)))
+    room = len(sequence.blocks) * block_tokens - len(sequence.tokens)
+    return draft[:room]
 
 
 def _most_tokens(sequence: Sequence, max_rows: int) -> int:

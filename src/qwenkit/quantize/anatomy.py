@@ -164,7 +164,7 @@ def capture(
         try:
             part.run(x, context)
         except _Seen:
-            return
+            seen.__traceback__ = None  # it holds on to all that was computed, and to itself
 
 
 def matrices(parts: Sequence[Part]) -> Iterator[tuple[str, Matrix, Feed]]:
