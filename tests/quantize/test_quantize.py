@@ -349,15 +349,6 @@ def test_what_a_last_matrix_reads_is_kept_where_there_is_room(
     assert (kept - again).abs().max() < 0.01 * again.abs().max()
 
 
-def test_only_a_mixture_has_no_last_matrix(tmp_path: Path) -> None:
-    for config, has_last in ((DENSE, True), (EXPERTS, False)):
-        folder = write_tiny_checkpoint(tmp_path / str(has_last), config=config)
-        source = LayerSource(folder)
-        attention, mlp = layer_parts(source.meta_layer(0), source.anatomy)
-        assert attention.last is not None
-        assert (mlp.last is not None) == has_last
-
-
 def test_every_matrix_is_told_with_its_error(tmp_path: Path) -> None:
     path = write_tiny_checkpoint(tmp_path / "parent", config=EXPERTS)
     source = LayerSource(path)
