@@ -22,7 +22,7 @@ from qwenkit.layers.attention import PackedCausal
 from qwenkit.layers.weight import QuantWeight
 from qwenkit.load import load
 from qwenkit.quantize import stream
-from qwenkit.quantize.anatomy import layer_parts, matrices
+from qwenkit.quantize.anatomy import Part, layer_parts, matrices
 from qwenkit.quantize.layer import LayerQuantizer, MatrixResult
 from qwenkit.quantize.run import Step, quantize
 from qwenkit.quantize.settings import QuantizeSettings, Rule, Target
@@ -327,7 +327,7 @@ def test_a_cut_file_of_activations_is_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("config", [DENSE, FIRST, QWEN3], ids=["qwen2", "qwen", "qwen3"])
-def test_what_a_last_matrix_reads_is_kept_where_there_is_room(
+def test_what_a_last_matrix_reads_is_kept(
     tmp_path: Path, config: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes out of the first part is what it is when all is computed again, up to bf16."""
@@ -337,10 +337,10 @@ def test_what_a_last_matrix_reads_is_kept_where_there_is_room(
         stream.WrittenActivations, "put", lambda own, at, y: (written.append(y), put(own, at, y))
     )
     firsts = []
-    for has_room in (True, False):
-        if not has_room:
-            monkeypatch.setattr(stream.KeptInputs, "where_there_is_room", lambda *given: None)
-        write_quantized(tmp_path / str(has_room), _settings(method), config=config)
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(Part, "last", None)
+        write_quantized(tmp_path / str(keeps), _settings(method), config=config)
         assert not list(tmp_path.rglob("inputs.bf16"))
         firsts.append(written[1])  # the first is what comes into the first layer
         written.clear()

@@ -183,9 +183,7 @@ class _Flows:
 
         last, kept = part.last, None
         if after is not None and last is not None:  # what comes before it is not computed again
-            kept = KeptInputs.where_there_is_room(
-                self._work.inputs, self._batches, last.in_features
-            )
+            kept = KeptInputs(self._work.inputs, self._batches, last.in_features)
         quantizer.part(part, flow, None if kept is None else kept.append)
         if after is None:
             return

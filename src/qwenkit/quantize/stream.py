@@ -227,12 +227,7 @@ class WrittenActivations:
     def __init__(self, file: Path, tokens: int, columns: int) -> None:
         self._file = file
         self._temporary = file.with_name(f"{file.name}.tmp")
-        size = tokens * columns * 2
-        if not _has_room(file.parent, size):
-            raise UsageError(
-                f"{file.parent}: there is no room for {size / 1e9:.1f} GB of activations; choose "
-                "another disk, or fewer or shorter rows."
-            )
+        _check_room(file.parent, tokens * columns * 2)
         self._temporary.unlink(missing_ok=True)
         self.numbers = _mapped(self._temporary, tokens, columns)
 
@@ -254,17 +249,14 @@ class KeptInputs:
     """What a matrix reads, [tokens, columns], batch by batch, in a file of bf16 that is mapped."""
 
     def __init__(self, file: Path, expected: Sequence[Batch], columns: int) -> None:
+        """Raises UsageError where the disk has no room: computed again, what leaves the part would
+        differ in its last bits, and ended work would not go on to the same bytes.
+        """
         file.unlink(missing_ok=True)
-        self._numbers = _mapped(file, expected[-1].stop, columns)
+        tokens = expected[-1].stop
+        _check_room(file.parent, tokens * columns * 2)
+        self._numbers = _mapped(file, tokens, columns)
         self._left = iter(expected)
-
-    @classmethod
-    def where_there_is_room(
-        cls, file: Path, expected: Sequence[Batch], columns: int
-    ) -> KeptInputs | None:
-        """None where the disk has no room for it."""
-        size = expected[-1].stop * columns * 2
-        return cls(file, expected, columns) if _has_room(file.parent, size) else None
 
     def append(self, x: torch.Tensor) -> None:
         """Keep what belongs to the next batch."""
@@ -276,9 +268,13 @@ class KeptInputs:
         return self._numbers[batch.start : batch.stop].float()
 
 
-def _has_room(folder: Path, size: int) -> bool:
+def _check_room(folder: Path, size: int) -> None:
     room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize >= size
+    if room.f_bavail * room.f_frsize < size:
+        raise UsageError(
+            f"{folder}: there is no room for {size / 1e9:.1f} GB of activations; choose another "
+            "disk, or fewer or shorter rows."
+        )
 
 
 def _mapped(file: Path, tokens: int, columns: int) -> torch.Tensor:
