@@ -116,11 +116,13 @@ class Actions:
     async def act(self, values: Values) -> AsyncIterator[Updates]:
         """What the page's script asks for: {"do": a name of `_SIMPLE` or below, …}."""
         parts, view = self._parts, self._view
+        name: Any = None
+        command: Any = None
         try:
             command = json.loads(values[parts.action] or "{}")
             conversation = view.conversation(values)
             name = command.get("do") if isinstance(command, dict) else None
-            if name in ("new", "open", "import") and conversation.id in self._runs:
+            if name in _SWITCHES and conversation.id in self._runs:
                 await self._runs[conversation.id].end()
             if name in ("regenerate", "edit", "undo", "rename") and self._is_answering(
                 conversation
@@ -134,7 +136,8 @@ class Actions:
             elif name in _SIMPLE:
                 yield _SIMPLE[name](view, conversation, command, values)
         except (UsageError, ValueError) as error:
-            yield view.noted(str(error))
+            refused = {parts.signal: view.signal(**_asked(command))} if name in _SWITCHES else {}
+            yield {**view.noted(str(error)), **refused}
 
     async def _answer(
         self, conversation: Conversation, values: Values, tell: Mapping[str, Any]
@@ -231,26 +234,33 @@ async def linger() -> AsyncIterator[None]:
 
 
 def _new(view: View, before: Conversation, command: Values, values: Values) -> Updates:
-    return _opened(view, talk.begin(values[view.parts.system] or ""), values, keep=False)
+    begun = talk.begin(values[view.parts.system] or "")
+    return _opened(view, begun, command, values, keep=False)
 
 
 def _open(view: View, before: Conversation, command: Values, values: Values) -> Updates:
-    opened = _opened(view, from_plain(command.get("conversation")), values, keep=False)
-    if command.get("at_start"):  # whoever was quick has written something already
-        del opened[view.parts.message]["value"]
-    return opened
+    return _opened(view, from_plain(command.get("conversation")), command, values, keep=False)
 
 
 def _import(view: View, before: Conversation, command: Values, values: Values) -> Updates:
     conversation = replace(from_json(str(command.get("text"))), id=talk.begin().id)
-    return _opened(view, conversation, values, keep=True)
+    return _opened(view, conversation, command, values, keep=True)
 
 
-def _opened(view: View, conversation: Conversation, values: Values, *, keep: bool) -> Updates:
+def _opened(
+    view: View, conversation: Conversation, command: Values, values: Values, *, keep: bool
+) -> Updates:
+    """What is in the box stays: the script has emptied it, and more may have been written since."""
     language = view.language(values)
-    shown = view.shown(conversation, language, keep=keep, opened=True)
+    shown = view.shown(conversation, language, keep=keep, opened=True, tell=_asked(command))
     system = {view.parts.system: gr.update(value=conversation.system)}
-    return merged((shown, view.ready(conversation, language), view.emptied(), system))
+    return merged((shown, view.ready(conversation, language), system))
+
+
+def _asked(command: Any) -> dict[str, Any]:
+    """Says to the script which of its commands is done: it sends nothing until it knows."""
+    number = command.get("number") if isinstance(command, dict) else None
+    return {"asked": number} if isinstance(number, int) else {}
 
 
 def _rename(view: View, before: Conversation, command: Values, values: Values) -> Updates:
@@ -307,6 +317,7 @@ def _speak(view: View, before: Conversation, command: Values, values: Values) ->
     return merged((updates, labels(parts, language), hint))
 
 
+_SWITCHES = ("new", "open", "import")  # they put another conversation on the page
 _SIMPLE: dict[str, Callable[[View, Conversation, Values, Values], Updates]] = {
     "new": _new,
     "open": _open,

@@ -10,7 +10,6 @@
   let current = { id: "", title: "" };
   let heads = [];
   let asked = 0;
-  let switched = { do: "new" };
 
   // ---- The browser's storage: a list of heads, and the texts beside it.
 
@@ -46,7 +45,8 @@
         texts.put(text, head.id);
         all.put({ ...head, changed: Date.now() });
       });
-      if (head.id === current.id) remember("last", head.id);
+      // Not while it is being left: what comes next has been remembered already.
+      if (head.id === current.id && isSettled()) remember("last", head.id);
       await changed();
     } catch (error) {
       say(words.not_kept.replace("{reason}", error?.name || error));
@@ -76,34 +76,71 @@
   const ask = (command) => {
     asked += 1;
     fill($("#q-action textarea, #q-action input"), JSON.stringify({ ...command, number: asked }));
+    return asked;
+  };
+
+  // Another conversation is on its way until the program's word of it. What is sent meanwhile would
+  // go to the one before it, and its answer be put aside; so it waits, see `hold`. No word comes of
+  // a conversation that is larger than a request may be: hence the patience.
+  const PATIENCE_MS = 60000;
+  let switched = { do: "new" }; // what has been asked for last
+  let wanted = 0; // the number it was asked under
+  let arrived = 0; // the highest number that has been answered
+  let reading = 0; // conversations that are being read from the browser's storage
+  let isBegun = false;
+  const isSettled = () => isBegun && !reading && arrived >= wanted;
+  const settle = () => {
+    if (!isSettled()) return;
+    document.body.classList.add("q-ready");
+    sendHeld();
+  };
+  const change = (command) => {
+    const number = ask(command);
+    wanted = number;
+    setTimeout(() => arrive(number), PATIENCE_MS);
+  };
+  const arrive = (number) => {
+    arrived = Math.max(arrived, number);
+    settle();
   };
   const field = (id) => $(`#${id} textarea, #${id} input`);
-  // A hidden field and the signal about it are drawn one after the other: wait for the field.
-  const whenFull = async (id, length) => {
+  // A field and the signal about it are drawn one after the other: wait for the field.
+  const until = async (find) => {
     for (let i = 0; i < 200; i++) {
-      if (field(id)?.value.length === length) return field(id).value;
+      const found = find();
+      if (found) return found;
       await new Promise((done) => setTimeout(done, 25));
     }
     return null;
   };
+  const whenFull = (id, length, held = "") =>
+    until(() => {
+      const text = field(id)?.value || "";
+      return text.length === length && text.slice(0, 200).includes(held) ? text : null;
+    });
   const told = async (signal) => {
     if (signal.taken && signal.taken === String(sent.number)) empty();
     if (signal.words) speak(signal.words);
+    // Gradio keeps no order between two actions. What was asked for first and came last is not
+    // what the page shall show: then the other is asked for again.
+    if (signal.asked < arrived && signal.current?.opened) change(switched);
     if (signal.current) {
-      const { id, title, length, opened } = signal.current;
+      const { id, title, length, opened, keep: isKept } = signal.current;
       if (opened) {
         pinned = true;
         current = { id, title };
         mark();
       }
-      if (signal.current.keep) {
-        const text = await whenFull("q-current", length);
-        if (text !== null) await keep({ id, title }, text);
-        if (text !== null && opened) switched = { do: "open", conversation: JSON.parse(text) };
+      const text = opened || isKept ? await whenFull("q-current", length, `"${id}"`) : null;
+      if (isKept && opened && text !== null) {
+        switched = { do: "open", conversation: JSON.parse(text) };
       }
-      // The end of an answer may be drawn after another conversation has been opened: Gradio keeps
-      // no order between two actions. Then the other one is opened again.
-      if (!opened && id !== current.id) ask(switched);
+      if (signal.asked) arrive(signal.asked);
+      if (isKept && text !== null) await keep({ id, title }, text);
+      // So may the end of an answer be drawn after another conversation has been opened.
+      if (!opened && id !== current.id) change(switched);
+    } else if (signal.asked) {
+      arrive(signal.asked); // it could not be opened
     }
     setTimeout(() => keepDraft({ target: field("q-message") }), 100);
     if (signal.focus) write();
@@ -111,24 +148,43 @@
     if (signal.ready) await begin();
   };
   const begin = async () => {
-    await list();
-    const last = remembered("last");
-    if (last && heads.some((head) => head.id === last)) await open(last, true);
-    restoreDraft();
-    document.body.classList.add("q-ready");
     write();
+    const go = () => {
+      isBegun = true;
+      settle();
+    };
+    setTimeout(go, PATIENCE_MS); // a browser's storage may never answer
+    await list();
+    if (isBegun) return;
+    const last = remembered("last");
+    if (last && heads.some((head) => head.id === last)) await open(last);
+    restoreDraft();
+    go();
+  };
+  // What is in the box goes with the conversation that is left; what is written from now on stays.
+  const leave = () => {
+    isHeld = false;
+    fill(field("q-message"), "");
   };
   const startNew = () => {
+    leave();
     remember("last", "");
     switched = { do: "new" };
-    ask(switched);
+    change(switched);
   };
-  const open = async (id, atStart = false) => {
-    const text = await within("readonly", (_, texts) => texts.get(id));
-    if (!text) return;
+  const open = async (id) => {
+    let text;
+    reading += 1;
+    try {
+      text = await within("readonly", (_, texts) => texts.get(id));
+    } catch {
+      say(words.no_storage);
+    }
+    reading -= 1;
+    if (!text) return settle();
     remember("last", id);
     switched = { do: "open", conversation: JSON.parse(text) };
-    ask({ ...switched, at_start: atStart });
+    change(switched);
   };
   const save = async ({ name, type, length }) => {
     const quoted = await whenFull("q-exported", length);
@@ -184,6 +240,7 @@
     title.title = title.textContent;
     title.addEventListener("click", async () => {
       if (PHONE.matches) document.body.classList.remove("q-nav-open");
+      leave();
       await open(head.id);
     });
     const renaming = button("rename", words.rename, () => rename(head, title));
@@ -293,9 +350,11 @@
       const chooser = document.createElement("input");
       chooser.type = "file";
       chooser.accept = ".json,application/json";
-      chooser.addEventListener("change", async () =>
-        ask({ do: "import", text: await chooser.files[0].text() }),
-      );
+      chooser.addEventListener("change", async () => {
+        const text = await chooser.files[0].text();
+        leave();
+        change({ do: "import", text });
+      });
       chooser.click();
     },
     "reload-models": () => ask({ do: "models" }),
@@ -401,21 +460,43 @@
     if (sent.text && field("q-message").value === sent.text) fill(field("q-message"), "");
     sent.text = "";
   };
+  // Nothing is sent while another conversation is on its way: it is sent into that one.
+  let isHeld = false;
+  const hold = (event) => {
+    event.preventDefault();
+    event.stopPropagation();
+    isHeld = field("q-message").value !== ""; // an empty one would answer a call
+  };
+  const sendHeld = async () => {
+    if (!isHeld) return;
+    const pressed = await until(() => $("#q-message .submit-button"));
+    if (!isHeld || !isSettled()) return; // meanwhile sent, or another one is on its way
+    isHeld = false;
+    if (!pressed) return; // an answer is coming: the text stays in the box
+    sending();
+    pressed.click();
+  };
   document.addEventListener(
     "keydown",
     (event) => {
       const isMeant = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-      if (isMeant && event.target === field("q-message")) sending();
+      if (!isMeant || event.target !== field("q-message")) return;
+      if (isSettled()) sending();
+      else hold(event);
     },
     true,
   );
-  document.addEventListener(
-    "pointerdown",
-    (event) => {
-      if (event.target.closest?.("#q-message .submit-button")) sending();
-    },
-    true,
-  );
+  for (const kind of ["pointerdown", "click"]) {
+    document.addEventListener(
+      kind,
+      (event) => {
+        if (!event.target.closest?.("#q-message .submit-button")) return;
+        if (kind === "pointerdown") sending();
+        else if (!isSettled()) hold(event);
+      },
+      true,
+    );
+  }
 
   // ---- Start: Gradio draws the page a while after this script runs.
 
