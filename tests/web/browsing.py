@@ -25,6 +25,8 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WAIT_MS = 30_000
+# A text that a careless page would change.
+RAW = '<b>1 < 2 &amp; "q"</b> **x** $y$ `z`\n\t\\(a\\) 100 % 你好'
 
 # Every address that the process looks up or connects to is written to the file in the first word.
 _WATCHED = """
@@ -125,17 +127,28 @@ class Chat:
         self.address = address
         self.requested: list[str] = []
         self.errors: list[str] = []
+        self.console: list[str] = []  # errors that Gradio caught; not all are faults
+        self.loads = 0  # more than `open` has asked for: Gradio loads the page anew by itself
         context.add_init_script(_WATCHER)
         self.page = context.new_page()
         self.page.set_default_timeout(WAIT_MS)
         self.page.on("request", self._note)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("domcontentloaded", lambda _: self._loaded())
+        self.page.on("console", self._listen)
         self.page.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
         self.open()
 
     def _note(self, request: Any) -> None:
         if not request.url.startswith((self.address, "data:", "blob:")):
             self.requested.append(request.url)
+
+    def _loaded(self) -> None:
+        self.loads += 1
+
+    def _listen(self, message: Any) -> None:
+        if message.type == "error":
+            self.console.append(message.text[:300])
 
     def open(self) -> None:
         """Load the page, or load it again."""
@@ -218,10 +231,28 @@ class Chat:
         try:
             self.page.wait_for_function(script, arg=number)
         except TooLongError as error:
-            note = self.page.inner_text("#q-note")
-            box = self.page.input_value("#q-message textarea")
-            shown = self.page.inner_text("body")[-1000:]
-            raise AssertionError(f"{note=} {box=} {self.conversation=} {shown=}") from error
+            raise AssertionError(f"{number=} {self._state()}") from error
+
+    def _state(self) -> str:
+        """What a person who looks for a fault wants to know: fields may be empty or half drawn."""
+        fields = {
+            "conversation": "#q-current input",
+            "box": "#q-message textarea",
+            "note": "#q-note",
+            "signal": "#q-signal",
+            "page": "body",
+        }
+        found = self.page.evaluate(
+            """(fields) => fields.map((field) => {
+                const part = document.querySelector(field);
+                const text = part?.value ?? (field === "body" ? part.innerText : part?.textContent);
+                return text?.length > 1000 ? text.slice(0, 500) + " … " + text.slice(-500) : text;
+            })""",
+            list(fields.values()),
+        )
+        said = dict(zip(fields, found, strict=True))
+        said |= {"loads": self.loads, "console": self.console[-5:], "errors": self.errors[-5:]}
+        return " ".join(f"{name}={value!r}" for name, value in said.items())
 
     def wait_for_text(self, selector: str, text: str) -> None:
         """Until what `selector` finds holds `text`."""
