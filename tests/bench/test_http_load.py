@@ -170,6 +170,21 @@ def test_a_second_turn_holds_the_first() -> None:
     asyncio.run(run())
 
 
+def test_a_second_turn_of_ids_begins_with_those_of_the_first() -> None:
+    async def run() -> None:
+        fake = FakeServer()
+        async with running(fake) as target:
+            shape = LoadShape(answer_tokens=2, vocab_size=100)
+            await measure_second_turn(target, shape, conversations=1, prompt_words=7)
+        first, second = (json.loads(each[3])["prompt"] for each in fake.requests[-2:])
+        assert len(first) == 7
+        assert second[:7] == first
+        assert len(second) > 7
+        assert max(second) < 100
+
+    asyncio.run(run())
+
+
 def test_a_server_is_measured_at_each_number_of_clients() -> None:
     async def run() -> None:
         shape = LoadShape(answer_tokens=2, requests_each=1)

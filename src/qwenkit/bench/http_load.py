@@ -11,7 +11,7 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ group country problem hand part place case week company system program question 
 point home water room mother area money story fact month lot right study book eye job word business
 issue side kind head house service friend father power hour game line end member law car city"""
 _VOCABULARY = _WORDS.split()
+_ANSWER_TOKENS, _QUESTION_TOKENS = 16, 12  # of a conversation's turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,18 +202,14 @@ async def measure_second_turn(
     target: Target, shape: LoadShape, *, conversations: int, prompt_words: int
 ) -> SecondTurn:
     """Ask about a text of `prompt_words`, then once more behind the answer; the first conversation
-    warms and is not counted. Raises NetworkError where an answer fails.
+    warms and is not counted. With a `vocab_size` so many ids, and ids behind them, since a model
+    without a chat format cannot be talked to. Raises NetworkError where an answer fails.
     """
     firsts, seconds, cached, prompt = [], [], 0, 0
     for number in range(conversations + 1):
-        opening = f"Text {number}: {words(prompt_words, 10**6 + number)}. What is it about?"
-        messages = [{"role": "user", "content": opening}]
-        first = await _ask(target, shape, messages)
-        messages += [
-            {"role": "assistant", "content": first.text},
-            {"role": "user", "content": "Say that in fewer words."},
-        ]
-        second = await _ask(target, shape, messages)
+        opening, following = _turns(shape, 10**6 + number, prompt_words)
+        first = await _ask(target, shape, opening)
+        second = await _ask(target, shape, following(first.text))
         if number and first.first_s is not None and second.first_s is not None:
             firsts.append(first.first_s)
             seconds.append(second.first_s)
@@ -222,15 +219,31 @@ async def measure_second_turn(
     return SecondTurn(tuple(firsts), tuple(seconds), cached, prompt)
 
 
-async def _ask(target: Target, shape: LoadShape, messages: Sequence[Mapping[str, str]]) -> Reply:
+def _turns(
+    shape: LoadShape, number: int, prompt_words: int
+) -> tuple[dict[str, Any], Callable[[str], dict[str, Any]]]:
+    """What the first turn asks, and what the second does when the answer is known."""
+    if shape.vocab_size is not None:
+        ids = prompt_ids(prompt_words, shape.vocab_size, number)
+        more = prompt_ids(_ANSWER_TOKENS + _QUESTION_TOKENS, shape.vocab_size, -number)
+        return {"prompt": ids}, lambda answer: {"prompt": [*ids, *more]}
+    text = f"Text {number}: {words(prompt_words, number)}. What is it about?"
+    messages = [{"role": "user", "content": text}]
+    question = {"role": "user", "content": "Say that in fewer words."}
+    return {"messages": messages}, lambda answer: {
+        "messages": [*messages, {"role": "assistant", "content": answer}, question]
+    }
+
+
+async def _ask(target: Target, shape: LoadShape, asked: Mapping[str, Any]) -> Reply:
     content = {
         "model": shape.model,
-        "messages": list(messages),
-        "max_tokens": min(shape.answer_tokens, 16),
+        **asked,
+        "max_tokens": min(shape.answer_tokens, _ANSWER_TOKENS),
         "temperature": 0,
         "stream_options": {"include_usage": True},
     }
-    reply = await stream_reply(target, content, timeout_s=shape.timeout_s)
+    reply = await stream_reply(target, content, path=shape.path, timeout_s=shape.timeout_s)
     if reply.error is not None or reply.first_s is None:
         raise NetworkError(f"{target.url}: a conversation failed: {reply.error or 'no text came'}")
     return reply

@@ -169,10 +169,12 @@ async def _measure(settings: HttpSettings, progress: Progress) -> HttpReport:
                 report.failed["vllm"] = str(error)
         await _levels(settings, participants, shape, report, progress)
         progress("second turns", 0.95)
-        chat = replace(shape, vocab_size=None)
+        # Random weights know no chat format.
+        is_random = settings.speed.source.model is None
+        turns = shape if is_random else replace(shape, vocab_size=None)
         report.second_turn = await measure_second_turn(
             server.target,
-            chat,
+            turns,
             conversations=settings.conversations,
             prompt_words=settings.conversation_words,
         )
