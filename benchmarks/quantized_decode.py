@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from qwenkit import LLM
+from qwenkit import LLM, SamplingParams
 from qwenkit.kernels.cpu import kernel_info
 from qwenkit.quantize.calibrate import Rows
 from qwenkit.quantize.run import quantize
@@ -27,6 +27,7 @@ from qwenkit.quantize.stream import LayerSource
 
 GROUP = 128
 BASE = f"int4 g{GROUP}"
+NO_ROWS = Rows(calibration=(), judging=(), digest="", note="")
 PROMPT = "A short beginning of a text."
 
 
@@ -43,7 +44,7 @@ def make(parent: Path, folder: Path) -> dict[str, Path]:
     for name, (settings, is_awq) in wanted.items():
         awq_layout = mock.patch.object(QuantizeSettings, "is_awq_layout", is_awq)
         with torch.inference_mode(), awq_layout:
-            work, _ = quantize(LayerSource(parent), Rows((), (), "", ""), settings, folder / name)
+            work, _ = quantize(LayerSource(parent), NO_ROWS, settings, folder / name)
         made[name] = work.result
     return made
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64)
     given = parser.parse_args()
-    how = {"max_tokens": given.tokens, "ignore_eos": True, "temperature": 0.0}
+    sampling = SamplingParams(max_tokens=given.tokens, ignore_eos=True, temperature=0.0)
     speeds: dict[str, dict[int, list[float]]] = {}
     with tempfile.TemporaryDirectory() as place:
         folders = make(given.parent, Path(place))
@@ -69,7 +70,7 @@ def main() -> None:
         for turn in range(given.turns + 1):
             for name, llm in loaded.items():
                 for streams in (1, 8):
-                    done = llm.generate([f"{PROMPT} {i}" for i in range(streams)], **how)
+                    done = llm.generate([f"{PROMPT} {i}" for i in range(streams)], sampling)
                     rates = [one.timing.decode_tokens_per_second for one in done]
                     if turn:  # the first warms up
                         speeds.setdefault(name, {}).setdefault(streams, []).append(sum(rates))

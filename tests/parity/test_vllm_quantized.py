@@ -22,7 +22,7 @@ from qwenkit.layers.attention import PackedCausal
 from qwenkit.load import load
 from qwenkit.quantize.calibrate import read_rows
 from qwenkit.quantize.run import quantize
-from qwenkit.quantize.settings import QuantizeSettings
+from qwenkit.quantize.settings import QuantizeSettings, Rule
 from qwenkit.quantize.stream import LayerSource
 
 pytestmark = pytest.mark.oracle
@@ -61,10 +61,10 @@ def read_by_vllm(folder: Path) -> torch.Tensor:
     "settings",
     [
         QuantizeSettings(bits=4),
-        QuantizeSettings(bits=4, act_order=True, group_size=64),
+        QuantizeSettings(method="rtn", bits=4, rules=(Rule("down_proj", None),)),
         QuantizeSettings(method="awq", group_size=64),
     ],
-    ids=["gptq", "act-order", "awq"],
+    ids=["gptq", "mixed", "awq"],
 )
 def test_vllm_gives_the_same_probabilities(tmp_path: Path, settings: QuantizeSettings) -> None:
     write_random_folder(tmp_path / "parent", SHAPE)
