@@ -189,6 +189,30 @@ def test_enter_that_ends_a_composed_word_sends_nothing(chat: Chat, server: Scrip
     chat.expect_box("ni\na")
 
 
+def test_what_a_person_says_wraps(chat: Chat, server: ScriptedServer) -> None:
+    calls = [("look", '{"word": "' + "w" * 400 + '"}')]
+    server.scripts = [
+        Script(["**ok**"], thoughts="thought " * 60),
+        Script([], calls=calls, finish="tool_calls"),
+    ]
+    said = "word " * 60 + "END\n\tindented " + "x" * 400
+    chat.say(said)
+    chat.say("call")
+    assert chat.page.locator(".q-user .q-plain").first.inner_text() == said
+    chat.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    for width in (1200, 375):
+        chat.page.set_viewport_size({"width": width, "height": 800})
+        for place in (".q-user", ".q-thoughts", ".q-call"):
+            widths = chat.page.locator(f"{place} .q-plain").evaluate_all(
+                "(all) => all.map((e) => [e.scrollWidth, e.clientWidth])"
+            )
+            assert widths, place
+            assert all(needed <= there for needed, there in widths), (width, place, widths)
+        bubble = chat.page.locator(".q-bubble").first.bounding_box()
+        assert bubble["x"] >= 0
+        assert bubble["x"] + bubble["width"] <= width
+
+
 def test_a_phone_shows_it_all(chromium: Any, address: str, server: ScriptedServer) -> None:
     server.scripts = [Script(["Some `code` and $x^2$.\n\n```\n" + "long " * 60 + "\n```"])]
     context = chromium.new_context(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections.abc import Container
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,15 +27,13 @@ from qwenkit.server.served import FAULTS, Served
 from qwenkit.server.settings import ServerSettings
 from qwenkit.server.sse import compact
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-
 
 async def run_batch(
     llm: AsyncLLM,
     settings: ServerSettings,
     source: Path,
     output: IO[bytes],
-    done: set[str],
+    done: Container[str],
     *,
     at_once: int,
     advance: Advance,
@@ -98,15 +97,12 @@ async def _answer(app: Guard, asked: Asked) -> tuple[bytes, int, bool]:
 
 
 def _wrong(line: dict[str, Any]) -> ApiError | None:
-    """What is wrong with a request before its body is looked at."""
+    """What is wrong with a request before its body is looked at, beyond what `check_input` refuses
+    for the whole file.
+    """
     for name in line:
         if name not in ("custom_id", "method", "url", "body"):
             return ApiError(400, f"{name}: unknown field.", name, "unknown_parameter")
-    if line.get("method", "POST") != "POST":
-        return ApiError(400, f"method: got {line['method']!r}; POST it is.", "method")
-    if line.get("url") not in URLS:
-        message = f"url: got {line.get('url')!r}; allowed: {', '.join(URLS)}."
-        return ApiError(404, message, "url", "unknown_url")
     if not isinstance(line.get("body"), dict):
         return ApiError(400, "body: expected an object.", "body", "invalid_value")
     if line["body"].get("stream"):
