@@ -36,6 +36,10 @@ def test_a_gguf_is_written_and_described(run: CliRunner, model: Path, tmp_path: 
     assert open_checkpoint(out).gguf_metadata["general.file_type"] == 15
     again = run.invoke(app, ["export", str(out), str(tmp_path / "n.gguf"), "--gguf", "q8_0"])
     assert "were quantized before and are rounded a second time" in again.stdout
+    before = out.read_bytes()
+    over = run.invoke(app, ["export", str(out), str(out), "--gguf", "q8_0"])
+    assert (over.exit_code, out.read_bytes()) == (2, before)
+    assert "is there already" in over.stderr
 
 
 def test_an_importance_matrix_is_used(run: CliRunner, model: Path, tmp_path: Path) -> None:

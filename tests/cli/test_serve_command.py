@@ -144,6 +144,14 @@ def test_limits_hosts_origins_and_what_is_loaded(started: Started) -> None:
     assert (given.weights, given.context) == ("int4", 512)
 
 
+@pytest.mark.parametrize("name", ["default", "a", "b"])
+def test_an_adapter_is_not_called_as_the_model_is(started: Started, name: str) -> None:
+    given = ["serve", "--served-model-name", "a", "--served-model-name", "b"]
+    result = runner.invoke(app, [*given, "--adapter", f"{name}=folder"])
+    assert result.exit_code == 2
+    assert f"{name!r} is a name of the model itself" in " ".join(result.output.split())
+
+
 def test_the_page_beside_it_has_a_key_of_its_own_where_one_is_needed(started: Started) -> None:
     serve("--ui")
     serve("--ui", "--host", "0.0.0.0", "--api-key", "k")

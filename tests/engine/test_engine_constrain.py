@@ -201,7 +201,7 @@ def test_fewer_tokens_than_asked_for_is_that_requests_error() -> None:
         ({"constraint": {"regex": "("}}, "constraint.regex"),
         ({"constraint": {"grammar": "root ::= root"}}, "constraint.grammar"),
         ({"constraint": {"json_schema": {"type": "bogus"}}}, "constraint.json_schema"),
-        ({"constraint": {"regex": "a"}, "ignore_eos": True}, "constraint"),
+        ({"constraint": {"regex": "a"}, "ignore_eos": True}, "constraint.regex"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_before_it_is_accepted(

@@ -64,6 +64,7 @@ def test_what_the_original_could_not_do_is_done(tiny: Path) -> None:
     asked(tiny, use)
 
 
+STRICT = {"name": "f", "strict": True, "parameters": {"type": "objekt"}}
 FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["text", "audio"]}, "modalities[1]"),
@@ -85,6 +86,12 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
     ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
     ({"guided_regex": "("}, "guided_regex"),
+    ({"guided_regex": "ab", "ignore_eos": True}, "guided_regex"),
+    ({"guided_regex": "ab", "min_tokens": 5}, "min_tokens"),
+    (
+        {"tools": [{"type": "function", "function": STRICT}], "tool_choice": "required"},
+        "tools[0].function.parameters",
+    ),
     ({"guided_grammar": "root ::= root"}, "guided_grammar"),
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),

@@ -147,6 +147,7 @@ def test_options_are_kept(tiny: Path) -> None:
         ("chat", {"model": "other"}, 404, "not served here"),
         ("chat", {"messages": [{"role": "user", "images": ["x"]}]}, 400, "images"),
         ("chat", {"options": {"num_ctx": 5000}}, 400, "--context 5000"),
+        ("chat", {"format": {"type": "bogus"}}, 400, "format: cannot be compiled"),
         ("chat", {"options": {"num_gpu": 1}}, 400, "when the server starts"),
         ("chat", {"options": {"mirostat": 1}}, 400, "mirostat"),
         ("chat", {"options": {"temprature": 1}}, 400, "'temperature'"),

@@ -111,6 +111,9 @@ def test_what_was_answered_can_be_given_back(tiny: Path) -> None:
     asked(tiny, use)
 
 
+BOGUS = {"type": "json_schema", "name": "a", "schema": {"type": "bogus"}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -125,6 +128,7 @@ def test_what_was_answered_can_be_given_back(tiny: Path) -> None:
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "a", "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
         ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.name"),
+        ({"input": "a", "text": {"format": BOGUS}}, "text.format"),
         ({"input": "a", "truncation": "auto"}, "truncation"),
         ({"input": "a", "temperature": 1000}, "temperature"),
         ({"input": "a", "unknown": 1}, "unknown"),

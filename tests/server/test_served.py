@@ -54,9 +54,13 @@ def test_places_are_bounded_and_one_client_does_not_take_them_all(tiny: Path) ->
         with served.admitted("b", 8):
             assert served.requests == 8
         assert served.requests == 0
-        refused = await client.chat(n=9)
-        assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
-        assert refused.headers["retry-after"] == "1"
+        never = await client.chat(n=9)
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+        with served.admitted("b", 8):
+            refused = await client.chat(n=5)
+            kind = refused.json()["error"]["type"]
+            assert (refused.status_code, kind) == (429, "rate_limit_error")
+            assert refused.headers["retry-after"] == "1"
 
     asked(tiny, use, ServerSettings(names=("tiny",), max_requests=8))
 

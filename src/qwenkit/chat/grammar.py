@@ -139,8 +139,9 @@ def reply_constraint(
     else:
         return asked
     text = "\n".join([*_start(grammar, thinks=thinks), *rules])
+    source = "tools" if calls is not None or asked is None else asked.field
     try:
-        return Constraint(grammar=text)
+        return Constraint(grammar=text, source=source)
     except RequestError as error:
         reason = str(error).removeprefix(f"{error.field}: ")
         raise RequestError("tools", f"the grammar of their calls {reason}") from error

@@ -143,6 +143,8 @@ def command(
 
     _check(gguf, folder, SCHEMES, pad_for_tp=pad_for_tp, group_size=group_size)
     importance.check(gguf)
+    if out.exists() and gguf is not None:
+        raise UsageError(f"OUT: {str(out)!r} is there already; remove it, or name another.")
     given = None
     if importance.imatrix is not None:
         from qwenkit.checkpoint.imatrix import read_imatrix

@@ -20,6 +20,7 @@ from qwenkit.cli.serving import (
     KvCacheTokens,
     ServedNames,
     check_installed,
+    check_names,
     public_name,
     read_adapters,
 )
@@ -196,12 +197,13 @@ def command(
     if ui:
         beside.check_page()
         access = _with_page_key(access)
-    listening = bind(host, port)  # a port in use is known before the model is loaded
-    llm = loading.load_served_model(name, loaded_as, adapters, kv_cache_tokens)
-    settings = _settings(
-        name, llm.record.name, llm.record.model_type, served_model_name, access, limits
-    )
-    _run(llm, settings, listening, page_key=_page_key(access) if ui else None, host=host)
+    with bind(host, port) as listening:  # a port in use is known before the model is loaded
+        llm = loading.load_served_model(name, loaded_as, adapters, kv_cache_tokens)
+        settings = _settings(
+            name, llm.record.name, llm.record.model_type, served_model_name, access, limits
+        )
+        check_names(adapters, settings.names)
+        _run(llm, settings, listening, page_key=_page_key(access) if ui else None, host=host)
 
 
 def _run(

@@ -56,6 +56,16 @@ def read_adapters(given: Iterable[str] | None) -> dict[str, str]:
     return adapters
 
 
+def check_names(adapters: Iterable[str], names: Iterable[str]) -> None:
+    """Raises UsageError for an adapter that nobody could ask for: it is called as the model is."""
+    for name in adapters:
+        if name in (*names, options.DEFAULT_MODEL):
+            raise UsageError(
+                f"--adapter: {name!r} is a name of the model itself; name the adapter otherwise: "
+                "--adapter NAME=PATH."
+            )
+
+
 def public_name(given: str, own_name: str) -> str:
     """What a model is called where nothing else is said: its name on a hub as it was given, else
     what its files say; never a path of this machine.

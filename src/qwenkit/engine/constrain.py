@@ -136,7 +136,7 @@ class Grammars:
         Takes up to `COMPILE_TIMEOUT_S`, and waits for others that compile. Raises RequestError
         when the constraint cannot be compiled, MissingDependencyError without llguidance.
         """
-        field = f"constraint.{constraint.kind}"
+        field = constraint.field
         check_levels(constraint)
         tokenizer = self._made_tokenizer()
         self._turns.acquire()
@@ -199,8 +199,25 @@ def _compile(tokenizer: LLTokenizer, constraint: Constraint, field: str) -> LLMa
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
+        if constraint.source:
+            raise _of_source(constraint, matcher.get_error())
         raise RequestError(field, f"cannot be compiled: {_reason(matcher)}.")
     return matcher
+
+
+def _of_source(constraint: Constraint, error: str) -> RequestError:
+    """The error of a grammar that nobody wrote: without its lines, and naming the tool whose
+    arguments the place in it stands for.
+    """
+    place = re.match(r"at (\d+)\(\d+\): ", error)
+    reason = " ".join(re.split(r"\n *\d+ \||<", error[place.end() if place else 0 :])[0].split())
+    lines = (constraint.grammar or "").split("\n")
+    line = lines[int(place[1]) - 1] if place and int(place[1]) <= len(lines) else ""
+    rule = re.match(r"arguments_(\d+): ", line)
+    field = constraint.source
+    if rule and field == "tools":
+        field = f"tools[{rule[1]}].function.parameters"
+    return RequestError(field, f"cannot be compiled: {reason[:_LONGEST_REASON].rstrip('.')}.")
 
 
 def _grammar(kind: type[LLMatcher], constraint: Constraint, field: str) -> str:

@@ -146,7 +146,8 @@ class Engine:
             )
         if request.sampling.constraint is not None and not stops:
             raise RequestError(
-                "constraint", "there is no stop token to end with; drop ignore_eos or name one."
+                request.sampling.constraint.field,
+                "there is no stop token to end with; drop ignore_eos or name one.",
             )
 
     def prepare(self, request: Request) -> Matcher | None:

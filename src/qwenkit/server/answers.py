@@ -11,7 +11,8 @@ from typing import Protocol
 from qwenkit.api.choices import Choices
 from qwenkit.engine.request import Request
 from qwenkit.engine.service import AsyncEventStream
-from qwenkit.server.errors import ApiError
+from qwenkit.errors import RequestError
+from qwenkit.server.errors import ApiError, described
 from qwenkit.server.facts import Facts
 from qwenkit.server.logprobs import LogprobWriter
 from qwenkit.server.served import SHUTTING_DOWN, Served, Target
@@ -179,7 +180,8 @@ def failed(event: FinishEvent) -> ApiError:
     if message == SHUTTING_DOWN:
         return ApiError(503, SHUTTING_DOWN, code="shutting_down")
     if message.startswith("RequestError: "):  # found where the request was run
-        return ApiError(400, message.removeprefix("RequestError: "), code="invalid_value")
+        name, _, reason = message.removeprefix("RequestError: ").partition(": ")
+        return described(RequestError(name, reason))
     return ApiError(500, f"The answer failed: {message}", code="engine_error")
 
 

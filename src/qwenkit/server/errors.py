@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qwenkit.errors import (
     MissingDependencyError,
@@ -29,6 +29,8 @@ _FIELDS = {
     "client": "user",
     "tool_options": "tool_choice",
 }
+# What one route calls as others do not.
+_OF_ROUTES = {"/v1/responses": "text.format", "/api/": "format"}
 
 
 @dataclass(eq=False)
@@ -66,8 +68,16 @@ class ApiError(Exception):
         return {"error": error} | ({} if self.old_detail is None else {"detail": self.old_detail})
 
     def body(self, path: str = "") -> bytes:
-        """The error object as JSON; below /api/ it is Ollama's, a text."""
-        content = {"error": self.message} if path.startswith("/api/") else self.content()
+        """The error object as JSON, with the fields' names of that route; below /api/ it is
+        Ollama's, a text.
+        """
+        said = self
+        for route, name in _OF_ROUTES.items():
+            if path.startswith(route) and (self.param or "").startswith("response_format"):
+                param = (self.param or "").replace("response_format", name, 1)
+                message = self.message.replace("response_format", name, 1)
+                said = replace(self, message=message, param=param)
+        content = {"error": said.message} if path.startswith("/api/") else said.content()
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 

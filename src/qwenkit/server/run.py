@@ -19,6 +19,7 @@ from qwenkit.server.served import SHUTTING_DOWN, Served
 from qwenkit.server.settings import ServerSettings
 
 log = logging.getLogger("qwenkit.server")
+_LOOK_S = 0.05
 
 
 class _Server(uvicorn.Server):
@@ -37,6 +38,9 @@ class _Server(uvicorn.Server):
         log.info("draining", extra={"fields": {"answers": self._served.requests}})
         ending = asyncio.create_task(self._end_late())
         try:
+            # uvicorn closes the door first; until answers have ended who comes is told by a 503.
+            while self._served.requests and not self.force_exit:
+                await asyncio.sleep(_LOOK_S)
             await super().shutdown(sockets)
         finally:
             ending.cancel()

@@ -113,7 +113,7 @@ class Served:
     @contextmanager
     def admitted(self, client: str, answers: int) -> Iterator[None]:
         """A place for so many answers while they are computed. Raises ApiError 429 when there is
-        none.
+        none, and 400 when there never is.
 
         Half a place more is kept for who has less than an even share of them: one client's
         requests alone turn nobody else away.
@@ -121,6 +121,14 @@ class Served:
         most, held = self.settings.max_requests, self._waiting[client]
         clients = len(self._waiting) + (not held)
         total, share = self.requests + answers, most // (2 * clients)
+        if answers > most:
+            raise ApiError(
+                400,
+                f"n: {answers} answers are asked for at once, n for each prompt; this server "
+                f"computes at most {most}. Ask for fewer, in several requests.",
+                "n",
+                "invalid_value",
+            )
         if total > most and (held + answers > share or total > most + most // 2):
             raise ApiError(
                 429,

@@ -24,6 +24,7 @@ class Constraint:
     `json_schema` is a JSON schema as a mapping or as its text (True: any JSON object), kept as
     text; `regex` is matched by the whole output, in the syntax of Rust's regex crate; `choice` is a
     list of texts, one of which the output is; `grammar` is a Lark grammar whose rule is `start`.
+    `source` is the field that errors name, where something else has been made into this.
 
     Raises RequestError naming the field on construction.
     """
@@ -32,6 +33,7 @@ class Constraint:
     regex: str | None = None
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
+    source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         given = [name for name in _NAMES if getattr(self, name) is not None]
@@ -60,12 +62,17 @@ class Constraint:
         return cls.from_mapping(given)
 
     @property
+    def field(self) -> str:
+        """What errors name."""
+        return self.source or f"constraint.{self.kind}"
+
+    @property
     def kind(self) -> str:
         """The field that is given."""
         return next(name for name in _NAMES if getattr(self, name) is not None)
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(Constraint))
+_NAMES = ("json_schema", "regex", "choice", "grammar")
 
 
 def _schema(field: str, value: object) -> str:
