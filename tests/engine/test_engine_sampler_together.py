@@ -61,7 +61,7 @@ def test_the_same_tokens_as_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         logits[::3] = (logits[::3] * 2).round() / 2
         logits[:, 7] += 9.0  # a stop, which may come too early
         before = logits.clone()
-        tokens = choose_together(many, list(logits))
+        tokens = choose_together(many, logits, range(len(logits)))
         assert torch.equal(logits, before)
         chosen = [each.take(t, row) for each, t, row in zip(many, tokens, logits, strict=True)]
         with monkeypatch.context() as patch:
@@ -74,11 +74,11 @@ def test_a_row_has_the_token_that_it_has_alone() -> None:
     rng = random.Random(6)
     given = [some_options(rng) for _ in range(9)]
     logits = torch.randn(9, ROWS, generator=torch.Generator().manual_seed(6)) * 3
-    tokens = choose_together([make(each) for each in given], list(logits))
+    tokens = choose_together([make(each) for each in given], logits, range(len(logits)))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert choose_together([make(each) for each in given], list(logits)) == tokens
+        assert choose_together([make(each) for each in given], logits, range(len(logits))) == tokens
     finally:
         torch.set_num_threads(threads)
     assert together(logits[0])
@@ -90,9 +90,9 @@ def test_a_row_has_the_token_that_it_has_alone() -> None:
 def test_only_the_row_that_is_not_finite_fails(bad: float, place: int) -> None:
     logits = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(7))
     samplers = [make({"seed": 1, "logit_bias": {0: 1.0, 64: -100}}) for _ in range(3)]
-    fine = choose_together(samplers, list(logits))
+    fine = choose_together(samplers, logits, range(len(logits)))
     logits[1, place] = bad
-    tokens = choose_together(samplers, list(logits))
+    tokens = choose_together(samplers, logits, range(len(logits)))
     assert [tokens[0], tokens[2]] == [fine[0], fine[2]]
     with pytest.raises(NonFiniteError, match=f"1 of the model's {ROWS} logits"):
         samplers[1].take(tokens[1], logits[1])

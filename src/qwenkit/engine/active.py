@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from qwenkit.engine.logprobs import prompt_logprobs
 from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.pooling import Pooler
 from qwenkit.engine.request import Limits, Request
+from qwenkit.engine.runner import Rows
 from qwenkit.engine.sampler import Choice, Sampler, choose_together, together
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import NonFiniteError, QwenkitError
@@ -107,7 +108,7 @@ class Active:
         if known:
             taken.events.append(self._report_prompt(first + 1, rows[:known]))
         if samples:
-            self._sample(chunk, rows[known:], taken, token_id)
+            self._sample(chunk, rows[known:] if known else rows, taken, token_id)
         elif chunk.sample:
             taken.ending = Ending("stop")
         return taken
@@ -154,26 +155,27 @@ class Active:
         """Tokens from rows [drafted + 1, vocab_size], up to the first that is not what was drafted,
         or ends the output.
         """
+        if token_id is not None:
+            self._push(self._sampler.take(token_id, rows), taken)
+            return
         drafted = chunk.token_ids[len(chunk.token_ids) - chunk.drafted :]
         for row, guess in zip(rows, (*drafted, None), strict=True):
             try:
-                if token_id is None:
-                    choice = self._choose(row)
-                else:
-                    choice = self._sampler.take(token_id, row)
+                choice = self._choose(row)
             except NonFiniteError:
                 if chunk.drafted:  # a guess may have done that: it is asked again without any
                     return
                 raise
-            text, taken.ending = self.output.push(choice.token_id)
-            taken.token_ids += (choice.token_id,)
-            taken.events.append(
-                TokenEvent(
-                    self.request.id, choice.token_id, text, choice.logprob, choice.top_logprobs
-                )
-            )
+            self._push(choice, taken)
             if taken.ending is not None or choice.token_id != guess:
                 return
+
+    def _push(self, choice: Choice, taken: Taken) -> None:
+        text, taken.ending = self.output.push(choice.token_id)
+        taken.token_ids += (choice.token_id,)
+        taken.events.append(
+            TokenEvent(self.request.id, choice.token_id, text, choice.logprob, choice.top_logprobs)
+        )
 
     def _choose(self, row: torch.Tensor) -> Choice:
         """The next token, from logits [vocab_rows], as sampling and constraint have it."""
@@ -184,21 +186,23 @@ class Active:
         return choice
 
 
-def chosen_together(
-    active: Mapping[str, Active], plan: Plan, pieces: Sequence[torch.Tensor]
-) -> dict[str, int]:
-    """The next token of every request of a plan whose row can be chosen from together with others';
-    `pieces` has the rows of each chunk.
+def chosen_together(active: Mapping[str, Active], plan: Plan, rows: Rows) -> dict[str, int]:
+    """The next token of every request of a plan whose row can be chosen from together with
+    others'.
     """
-    samplers, rows = {}, []
-    for chunk, piece in zip(plan.chunks, pieces, strict=True):
-        sampler = active[chunk.request_id].sampler_of(chunk)
-        if sampler is not None and together(piece):
-            samplers[chunk.request_id] = sampler
-            rows.append(piece[-1])
-    if not rows:
+    if not plan.chunks or not together(rows.logits):
         return {}
-    return dict(zip(samplers, choose_together([*samplers.values()], rows), strict=True))
+    samplers, places, end = {}, [], 0
+    for chunk in plan.chunks:
+        end += 0 if chunk.hidden else chunk.rows
+        sampler = active[chunk.request_id].sampler_of(chunk)
+        if sampler is not None:
+            samplers[chunk.request_id] = sampler
+            places.append(end - 1)
+    if not places:
+        return {}
+    chosen = choose_together([*samplers.values()], rows.logits, places)
+    return dict(zip(samplers, chosen, strict=True))
 
 
 def describe(error: Exception) -> str:

@@ -11,6 +11,7 @@ from qwenkit.engine.plan import Plan
 from qwenkit.layers.position import at_position
 from qwenkit.types.extension import NO_EXTENSION, Extension
 
+_NO_NUMBERS = torch.empty(0, dtype=torch.int64)
 Sequences = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -24,7 +25,9 @@ class Batch:
     tokens in the chunk, and tokens in the cache once they are written. `rows` are the indices
     [rows] of the tokens whose logits or hidden states are wanted; None: all. `extensions` are the
     different ones of all tokens, `extension_index` [tokens] says whose each is (None: there is one
-    only); `sequence_extensions` are those of the sequences.
+    only); `sequence_extensions` are those of the sequences. `end` is beyond every position.
+    `numbers` are ids, positions, slots, lengths and block tables in one tensor, which those are
+    pieces of.
     """
 
     ids: torch.Tensor
@@ -37,6 +40,8 @@ class Batch:
     extensions: tuple[Extension, ...] = (NO_EXTENSION,)
     extension_index: torch.Tensor | None = None
     sequence_extensions: tuple[Extension, ...] = ()
+    end: int = 0
+    numbers: torch.Tensor = _NO_NUMBERS
 
     @property
     def sequences(self) -> Sequences:
@@ -50,8 +55,10 @@ class Batch:
         return replace(self, **moved)
 
 
-def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
-    """Lay out a plan of at least one chunk."""
+def build(plan: Plan, *, block_tokens: int, device: torch.device, rounded: bool = False) -> Batch:
+    """Lay out a plan of at least one chunk. `rounded`: the width of the block tables is a power of
+    two, so that it seldom changes.
+    """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -71,22 +78,37 @@ def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
             number = extensions.setdefault(chunk.extension, len(extensions))
             extended_by += [number] * len(chunk.token_ids)
         rows += range(len(ids) - chunk.rows, len(ids))
-    width = max(len(chunk.blocks) for chunk in plan.chunks)
     lengths = [len(chunk.token_ids) for chunk in plan.chunks]
     ends = [chunk.start + len(chunk.token_ids) for chunk in plan.chunks]
 
-    def whole(values: list[int] | list[list[int]]) -> torch.Tensor:
+    def whole(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    numbers = whole([*ids, *positions, *slots, *lengths, *ends, *_tables(plan, rounded)])
     return Batch(
-        ids=whole(ids),
-        positions=whole(positions),
-        slots=whole(slots),
-        block_tables=whole([[*c.blocks, *[0] * (width - len(c.blocks))] for c in plan.chunks]),
-        query_lengths=whole(lengths),
-        kv_lengths=whole(ends),
+        **pieces(numbers, len(ids), len(lengths)),
         rows=None if len(rows) == len(ids) else whole(rows),
         extensions=tuple(extensions),
         extension_index=None if len(extensions) == 1 else whole(extended_by),
         sequence_extensions=tuple(chunk.extension for chunk in plan.chunks),
+        end=max(ends),
+        numbers=numbers,
     )
+
+
+def _tables(plan: Plan, rounded: bool) -> list[int]:
+    """The block tables, one after another."""
+    width = max(len(chunk.blocks) for chunk in plan.chunks)
+    if rounded:
+        width = 1 << (width - 1).bit_length()
+    return [block for c in plan.chunks for block in (*c.blocks, *[0] * (width - len(c.blocks)))]
+
+
+def pieces(numbers: torch.Tensor, tokens: int, sequences: int) -> dict[str, torch.Tensor]:
+    """What lies in `Batch.numbers`, by its name."""
+    names = "ids", "positions", "slots", "query_lengths", "kv_lengths", "block_tables"
+    sizes = [tokens, tokens, tokens, sequences, sequences]
+    parts = torch.split(numbers, [*sizes, len(numbers) - sum(sizes)])
+    found = dict(zip(names, parts, strict=True))
+    found["block_tables"] = found["block_tables"].view(sequences, -1)
+    return found

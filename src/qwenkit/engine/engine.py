@@ -20,7 +20,7 @@ from qwenkit.engine.blocks import BlockPool
 from qwenkit.engine.constrain import Grammars, Matcher
 from qwenkit.engine.plan import Chunk, Plan, SchedulerStatus
 from qwenkit.engine.request import Limits, Request, check_request, stop_ids
-from qwenkit.engine.runner import Runner
+from qwenkit.engine.runner import NO_ROWS, Runner
 from qwenkit.engine.scheduler import Scheduler
 from qwenkit.engine.served import ServedModel
 from qwenkit.engine.settings import EngineSettings
@@ -204,15 +204,15 @@ class Engine:
         """
         self._end_overdue()
         plan = self._scheduler.schedule(self._drafts())
-        pieces = self._runner.rows(plan, self._adapter_keys(plan)) if plan.chunks else ()
-        chosen = chosen_together(self._active, plan, pieces)
+        rows = self._runner.rows(plan, self._adapter_keys(plan)) if plan.chunks else NO_ROWS
+        chosen = chosen_together(self._active, plan, rows)
         events: list[Event] = [*self._take_untold()]
         sampled: dict[str, tuple[int, ...]] = {}
         endings: dict[str, Ending] = {}
-        for chunk, rows in zip(plan.chunks, pieces, strict=True):
+        for chunk, own in zip(plan.chunks, rows.pieces, strict=True):
             try:
                 token_id = chosen.get(chunk.request_id)
-                taken = self._active[chunk.request_id].take(chunk, rows, token_id)
+                taken = self._active[chunk.request_id].take(chunk, own, token_id)
             except Exception as error:
                 if isinstance(error, NonFiniteError):
                     error = self._located(error, chunk)

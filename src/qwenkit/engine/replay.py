@@ -9,11 +9,12 @@ repeated. A model that computes with anything but native kernels is never record
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from qwenkit.engine.batch import Batch
+from qwenkit.engine.batch import Batch, pieces
 from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.served import ServedModel
@@ -26,7 +27,6 @@ _MOST_TOKENS = 16  # beyond, a step takes long enough for Python not to be notic
 _MOST_PROGRAMS = 64
 _LEAST_ROTATIONS = 1024  # rows of a table that are made at once, and doubled when they run out
 _MOST_SPECS = 1024  # adapters stand over a batch in ever new ways
-_REFILLED = ("ids", "positions", "slots", "query_lengths", "kv_lengths")
 
 # Tokens, sequences, width of the block tables, threads, each token's adapter.
 Key = tuple[int, int, int, int, tuple[int, ...]]
@@ -50,8 +50,8 @@ class Replayer:
         tokens = len(batch.ids)
         if self._refused or batch.rows is not None or tokens > _MOST_TOKENS:
             return None
-        width = 1 << (batch.block_tables.shape[1] - 1).bit_length()
-        key = tokens, len(batch.query_lengths), width, torch.get_num_threads(), adapter_keys
+        sequences, width = batch.block_tables.shape
+        key = tokens, sequences, width, torch.get_num_threads(), adapter_keys
         context = PagedAttention(self._cache, batch)
         if key in self._steps:
             return self._steps[key].run(batch, context, self._rotations)
@@ -64,7 +64,7 @@ class Replayer:
         if len(self._steps) >= _MOST_PROGRAMS:
             self._steps.clear()
         try:
-            step = _Step(self._model, self._cache, batch, context, self._specs[key], width)
+            step = _Step(self._model, self._cache, batch, context, self._specs[key])
         except NotReplayableError:
             self._refused = True
             return None
@@ -82,13 +82,10 @@ class _Step:
         batch: Batch,
         context: PagedAttention,
         specs: tuple[Rotary, ...],
-        width: int,
     ) -> None:
-        own = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        own |= {name: own[name].clone() for name in _REFILLED}
-        own["block_tables"] = torch.zeros((len(batch.block_tables), width), dtype=torch.int64)
-        self._batch = inputs = replace(batch, **own)
-        self._fill_tables(batch)
+        self._numbers = numbers = batch.numbers.clone()
+        own: dict[str, Any] = pieces(numbers, len(batch.ids), len(batch.query_lengths))
+        inputs = replace(batch, **own, numbers=numbers)
         self._tables: dict[Rotary, Tables] = {
             spec: (cos.clone(), sin.clone())
             for spec, (cos, sin) in ((spec, context.rotation(spec)) for spec in specs)
@@ -99,15 +96,10 @@ class _Step:
 
     def run(self, batch: Batch, context: PagedAttention, rotations: _Rotations) -> torch.Tensor:
         """Refill the inputs from a batch and its context, and compute."""
-        for name in _REFILLED:
-            getattr(self._batch, name).copy_(getattr(batch, name))
-        self._fill_tables(batch)
+        self._numbers.copy_(batch.numbers)
         for spec, kept in self._tables.items():
             rotations.fill(kept, spec, batch, context)
         return self._program.run()
-
-    def _fill_tables(self, batch: Batch) -> None:
-        self._batch.block_tables[:, : batch.block_tables.shape[1]] = batch.block_tables
 
 
 class _Rotations:
@@ -126,13 +118,13 @@ class _Rotations:
             for kept, table in zip(into, context.rotation(spec), strict=True):
                 kept.copy_(table)
             return
-        for kept, table in zip(into, self._up_to(spec, int(batch.positions.max())), strict=True):
+        for kept, table in zip(into, self._up_to(spec, batch.end), strict=True):
             torch.index_select(table, 0, batch.positions, out=kept)
 
-    def _up_to(self, spec: Rotary, position: int) -> Tables:
+    def _up_to(self, spec: Rotary, end: int) -> Tables:
         tables = self._tables.get(spec)
-        if tables is None or len(tables[0]) <= position:
-            count = max(_LEAST_ROTATIONS, 1 << (position + 1).bit_length())
+        if tables is None or len(tables[0]) < end:
+            count = max(_LEAST_ROTATIONS, 1 << end.bit_length())
             tables = rotary_tables(extended(spec, NO_EXTENSION), torch.arange(count))
             self._tables[spec] = tables
         return tables

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,20 @@ from qwenkit.engine.served import ServedModel
 from qwenkit.kernels.ops.packed_matmul import packed_matmul
 from qwenkit.kernels.registry import reference_only
 from qwenkit.layers.attention import AttentionContext, ByDevice
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What came of a plan: `pieces` are each chunk's rows by themselves, [chunk.rows, vocab_size],
+    or of a chunk that wants hidden states [chunk.rows, hidden_size]; `logits` [n, vocab_size] those
+    of the former one after another.
+    """
+
+    logits: torch.Tensor
+    pieces: Sequence[torch.Tensor]
+
+
+NO_ROWS = Rows(torch.empty(0, 0), ())
 
 
 class Runner:
@@ -78,7 +93,12 @@ class Runner:
         """
         model, keys = self._choose_model(plan, adapter_keys)
         replayer = self._adapted_replayer if keys else self._replayer
-        batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
+        batch = build(
+            plan,
+            block_tokens=self._cache.block_tokens,
+            device=self._device,
+            rounded=replayer is not None,
+        )
         if replayer is not None:
             logits = replayer.run(batch, keys)
             if logits is not None:
@@ -87,13 +107,12 @@ class Runner:
             return model(batch.ids, self._context(batch))
 
     @torch.inference_mode()
-    def rows(self, plan: Plan, adapter_keys: Sequence[int] = ()) -> Sequence[torch.Tensor]:
-        """The same, each chunk's rows by themselves: [chunk.rows, vocab_size], or of a chunk that
-        wants hidden states [chunk.rows, hidden_size].
-        """
+    def rows(self, plan: Plan, adapter_keys: Sequence[int] = ()) -> Rows:
+        """The same, and hidden states where they are wanted."""
         counts = [chunk.rows for chunk in plan.chunks]
         if not any(chunk.hidden for chunk in plan.chunks):
-            return torch.split(self.run(plan, adapter_keys), counts)
+            logits = self.run(plan, adapter_keys)
+            return Rows(logits, torch.split(logits, counts))
         model, _ = self._choose_model(plan, adapter_keys)
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
         with reference_only() if self._reference_ops else nullcontext():
@@ -102,7 +121,7 @@ class Runner:
             wanted = [piece for chunk, piece in pieces if not chunk.hidden]
             logits = model.logits(torch.cat(wanted)) if wanted else hidden[:0]
         split = iter(torch.split(logits, [len(piece) for piece in wanted]))
-        return [piece if chunk.hidden else next(split) for chunk, piece in pieces]
+        return Rows(logits, [piece if c.hidden else next(split) for c, piece in pieces])
 
     def _choose_model(
         self, plan: Plan, adapter_keys: Sequence[int]

@@ -38,7 +38,7 @@ from qwenkit.engine.logprobs import (
     token_logprob,
 )
 from qwenkit.errors import RequestError
-from qwenkit.kernels.ops.sample_tokens import sample_tokens
+from qwenkit.kernels.ops.sample_tokens import KINDS, sample_tokens
 from qwenkit.types.sampling import SamplingParams
 
 Bools = NDArray[numpy.bool_]
@@ -105,7 +105,7 @@ class Sampler:
         Raises RequestError when only stop tokens are allowed and `min_tokens` puts them off.
         """
         if allowed is None and self.joins and together(logits):
-            (chosen,) = choose_together((self,), (logits,))
+            (chosen,) = choose_together((self,), logits[None], (0,))
             return self.take(chosen, logits)
         row = in_fp32(logits)  # [vocab_rows]
         what = f"output token {self._length}"
@@ -122,18 +122,19 @@ class Sampler:
         return self.take(token_id, logits)
 
     def take(self, token_id: int, logits: torch.Tensor) -> Choice:
-        """What `choose_together` chose from logits [vocab_rows], remembered and reported on.
+        """What `choose_together` chose from logits [vocab_rows] or [1, vocab_rows], remembered and
+        reported on.
 
         Raises NonFiniteError as `choose` does.
         """
         if token_id == _NOT_FINITE:
-            check_finite(in_fp32(logits), f"output token {self._length}")
+            check_finite(in_fp32(logits.flatten()), f"output token {self._length}")
             raise AssertionError("what is not finite was found")
         self._remember(token_id)
         if self._sampling.logprobs is None:
             return Choice(token_id)
         count = self._sampling.logprobs
-        row = in_fp32(logits)  # [vocab_rows]
+        row = in_fp32(logits.flatten())  # [vocab_rows]
         report = token_logprob(row, token_id, count=count, vocab_size=self._vocab_size)
         return Choice(token_id, report.logprob, report.top)
 
@@ -148,18 +149,20 @@ class Sampler:
 
     def asks(self) -> tuple[list[float], list[tuple[Indices, Floats]]]:
         """The next token's row of `settings`, and its ids and numbers of each kind, as the op
-        `sample_tokens` takes them.
+        `sample_tokens` takes them; no kinds where none has ids.
         """
-        sampling = self._sampling
-        number = 0.0 if sampling.greedy else uniform(self._seed, self._length)
-        early = self._length < sampling.min_tokens
-        banned = self._early_stops if early else _NO_IDS
-        return [*self._rules, number], [
-            (self._seen_ids, _zeros(self._seen_ids)),
-            self._counted,
-            (self._biased_ids, self._biases),
-            (banned, _zeros(banned)),
-        ]
+        number = 0.0 if self._sampling.greedy else uniform(self._seed, self._length)
+        early = self._length < self._sampling.min_tokens and len(self._early_stops)
+        kinds = []
+        if early or self._seen or self._output_counts or len(self._biased_ids):
+            banned = self._early_stops if early else _NO_IDS
+            kinds = [
+                (self._seen_ids, _zeros(self._seen_ids)),
+                self._counted,
+                (self._biased_ids, self._biases),
+                (banned, _zeros(banned)),
+            ]
+        return [*self._rules, number], kinds
 
     def _pick(self, scores: Floats, allowed: Bools | None) -> int | None:
         """The next token by adjusted scores [vocab_size]; None where they are not all finite."""
@@ -246,14 +249,18 @@ def together(logits: torch.Tensor) -> bool:
     return native and logits.dtype is torch.float32
 
 
-def choose_together(samplers: Sequence[Sampler], logits: Sequence[torch.Tensor]) -> list[int]:
-    """The next token of each of one model's samplers, for `Sampler.take`, from its logits
-    [vocab_rows]. A row has the same token as alone.
+def choose_together(
+    samplers: Sequence[Sampler], logits: torch.Tensor, places: Sequence[int]
+) -> list[int]:
+    """The next token of each of one model's samplers, for `Sampler.take`, from the row of logits
+    [n, vocab_rows] at its place. A row has the same token as alone.
     """
     settings, ids, numbers, ends = [], [], [], [0]
     for sampler in samplers:
         rules, kinds = sampler.asks()
         settings.append(rules)
+        if not kinds:
+            ends += ends[-1:] * len(KINDS)
         for some, given in kinds:
             ends.append(ends[-1] + len(some))
             if len(some):
@@ -261,27 +268,15 @@ def choose_together(samplers: Sequence[Sampler], logits: Sequence[torch.Tensor])
                 numbers.append(given)
     chosen: torch.Tensor = sample_tokens(
         torch.tensor(settings, dtype=torch.float64),
-        *_of_one_tensor(logits),
+        logits,
+        torch.tensor(places),
         torch.from_numpy(numpy.concatenate(ids) if ids else _NO_IDS),
         torch.from_numpy(numpy.concatenate(numbers) if ids else _NO_NUMBERS),
         torch.tensor(ends),
-        min(samplers[0]._vocab_size, len(logits[0])),
+        min(samplers[0]._vocab_size, logits.shape[1]),
     )  # [rows]
     tokens: list[int] = chosen.tolist()
     return tokens
-
-
-def _of_one_tensor(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [vocab_rows] as one tensor [n, vocab_rows] and their places in it, int64 [rows]; without
-    a copy where they were cut from one.
-    """
-    count, first = len(rows[0]), min(rows, key=torch.Tensor.storage_offset)
-    starts = [row.storage_offset() - first.storage_offset() for row in rows]
-    memory = {row.untyped_storage().data_ptr() for row in rows}
-    if len(memory) > 1 or any(start % count for start in starts):
-        return torch.stack([*rows]), torch.arange(len(rows))
-    whole = first.as_strided((max(starts) // count + 1, count), (count, 1))
-    return whole, torch.tensor([start // count for start in starts])
 
 
 def penalize_repetition(scores: Floats, penalty: float) -> Floats:

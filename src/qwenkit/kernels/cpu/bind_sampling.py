@@ -49,16 +49,17 @@ def bind_sample_tokens(library: ctypes.CDLL) -> Kernel:
             raise refuse("sample_tokens", logits=logits, settings=settings, ids=ids, starts=starts)
         ends, places = starts.tolist(), rows.tolist()
         fits = ends[0] == 0 and ends == sorted(ends) and ends[-1] == len(ids) == len(numbers)
-        inside = not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < count)
+        none = not ends[-1]
+        inside = none or (int(ids.min()) >= 0 and int(ids.max()) < count)
         there = min(places) >= 0 and max(places) < len(logits) and len({*places}) == len(places)
         if not (fits and inside and there and 1 <= vocab_size <= count):
             wrong = {"logits": logits, "rows": rows, "ids": ids, "starts": starts}
             raise refuse(f"sample_tokens of {vocab_size}", **wrong)
         ids, numbers, settings = ids.contiguous(), numbers.contiguous(), settings.contiguous()
         rows, starts = rows.contiguous(), starts.contiguous()
-        tokens = torch.empty(len(rows), dtype=torch.int64)
+        tokens = torch.empty_like(rows)
         of_rows = ends[:: len(KINDS)]
-        most = max(end - start for start, end in pairwise(of_rows))
+        most = 0 if none else max(end - start for start, end in pairwise(of_rows))
         arguments = _SampleTokens(
             *(t.data_ptr() for t in (logits, rows, ids, starts, numbers, settings, tokens)),
             *(len(rows), logits.stride(0), count, vocab_size, most, torch.get_num_threads()),
