@@ -144,11 +144,10 @@ class Engine:
             raise RequestError(
                 "min_tokens", "every token of the vocabulary is a stop token, so none could start."
             )
-        if request.sampling.constraint is not None and not stops:
-            raise RequestError(
-                request.sampling.constraint.field,
-                "there is no stop token to end with; drop ignore_eos or name one.",
-            )
+        constraint = request.sampling.constraint
+        if constraint is not None and not stops:
+            message = "there is no stop token to end with; drop ignore_eos or name one."
+            raise RequestError(constraint.field, message)
 
     def prepare(self, request: Request) -> Matcher | None:
         """Check a request and compile its constraint, if it has one, which may take a moment: any
