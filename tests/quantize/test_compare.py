@@ -259,5 +259,6 @@ def test_smaller_groups_are_said(tmp_path: Path) -> None:
     settings = QuantizeSettings(group_size=64)
     with torch.inference_mode():
         _, results = quantize(source, made_rows(source, tmp_path), settings, tmp_path / "result")
-    notes = method_notes(results, settings.group_size)
-    assert notes[0].startswith("groups of 32 instead of 64, which does not divide the width, in ")
+    notes = method_notes(results, settings)
+    assert notes[0].startswith("groups of 32 instead of 64: 64 does not divide the width of ")
+    assert notes[0].endswith("such as model.layers.0.mlp.experts.0.down_proj")

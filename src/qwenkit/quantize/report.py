@@ -17,6 +17,7 @@ from qwenkit.checkpoint.atomic import replacing
 from qwenkit.errors import UsageError
 from qwenkit.quantize.compare import Comparison, MatrixComparison
 from qwenkit.quantize.layer import MatrixResult
+from qwenkit.quantize.settings import WHOLE_ROW, QuantizeSettings
 
 NAME = "quality"
 FP16_LARGEST = 65504.0
@@ -179,17 +180,20 @@ def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str
     return [f"| {line} |" for line in (lines[0], " | ".join(rule), *lines[1:])]
 
 
-def method_notes(results: Sequence[MatrixResult], wanted_group: int | None) -> list[str]:
+def method_notes(results: Sequence[MatrixResult], settings: QuantizeSettings) -> list[str]:
     """What the user should know of how matrices were quantized."""
     notes = []
-    sizes = sorted({r.group_size for r in results})
-    wanted = 128 if wanted_group is None else wanted_group
-    others = [size for size in sizes if size != wanted]
-    if wanted != -1 and others:
-        paths = [r.path for r in results if r.group_size != wanted]
+    wanted = settings.wanted_group
+    others = [r for r in results if r.group_size != wanted]
+    if wanted is not None and wanted != WHOLE_ROW and others:
+        sizes = ", ".join(str(size) for size in sorted({r.group_size for r in others}))
+        misfits = [r for r in others if r.columns % wanted]
+        of_all = ""
+        if settings.is_awq_layout:  # one that it does not divide decides for those that it does
+            of_all = " in all matrices, for AWQ's files have one group size"
         notes.append(
-            f"groups of {', '.join(map(str, others))} instead of {wanted}, which does not divide "
-            f"the width, in {len(paths)} matrices, such as {paths[0]}"
+            f"groups of {sizes} instead of {wanted}{of_all}: {wanted} does not divide the width of "
+            f"{len(misfits)}, such as {misfits[0].path}"
         )
     for result in results:
         if result.note:
