@@ -63,11 +63,14 @@ def test_kept_matrices_have_no_say_in_the_group_size(tmp_path: Path) -> None:
     [
         ("nf4", None),
         ("int8", None),
-        ("rtn", "groups of 32 instead of 64: 64 does not divide the width of 2, such as "),
+        (
+            "rtn",
+            "groups of 32 instead of 64, which does not divide the width, in 2 matrices, such as ",
+        ),
         (
             "awq",
-            "groups of 32 instead of 64 in all matrices, for AWQ's files have one group size: 64 "
-            "does not divide the width of 2, such as ",
+            "groups of 32 instead of 64 in all matrices: AWQ's files have one group size, and no "
+            "larger one divides the 96 columns of ",
         ),
     ],
 )
