@@ -76,14 +76,15 @@ def _say_nothing_of_symmetry(path: Path) -> None:
         _packed_across,
     ],
 )
-@pytest.mark.parametrize("judged_by_text", [True, False])
+@pytest.mark.parametrize("judged_by", ["text", "few tokens", "random tokens"])
 def test_what_is_planted_is_named(
-    tmp_path: Path, plant: Callable[[Tensors], set[str]], judged_by_text: bool
+    tmp_path: Path, plant: Callable[[Tensors], set[str]], judged_by: str
 ) -> None:
     source, path, rows = write_quantized(
         tmp_path, QuantizeSettings(bits=4, group_size=32), config=DENSE
     )
-    judging = rows.judging if judged_by_text else ()
+    few = (rows.judging[0][:6],)
+    judging = {"text": rows.judging, "few tokens": few, "random tokens": ()}[judged_by]
     with torch.inference_mode():
         clean = measure(source, path, judging, "", limits=LOOSE, name="clean")
         assert clean.refusals() == []
@@ -259,5 +260,6 @@ def test_smaller_groups_are_said(tmp_path: Path) -> None:
     settings = QuantizeSettings(group_size=64)
     with torch.inference_mode():
         _, results = quantize(source, made_rows(source, tmp_path), settings, tmp_path / "result")
-    notes = method_notes(results, settings.group_size)
+    notes = method_notes(results, settings)
     assert notes[0].startswith("groups of 32 instead of 64, which does not divide the width, in ")
+    assert notes[0].endswith("such as model.layers.0.mlp.experts.0.down_proj")

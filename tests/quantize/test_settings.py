@@ -21,15 +21,15 @@ def test_defaults_are_those_of_the_original_script() -> None:
         "symmetric": True,
         "rules": [],
     }
-    assert settings.target(DOWN, 4864, [896, 4864]) == Target(4, 128)
+    assert settings.targets({GATE: 896, DOWN: 4864}) == dict.fromkeys((GATE, DOWN), Target(4, 128))
 
 
 def test_the_last_rule_that_fits_counts() -> None:
     rules = tuple(Rule.parse(r) for r in (r"down_proj=8", r"layers\.[12]\.=keep", "layers.3.=3"))
     settings = QuantizeSettings(rules=rules)
-    assert settings.target(DOWN, 128, [128]) == Target(3, 128)
-    assert settings.target(DOWN.replace("3", "7"), 128, [128]) == Target(8, 128)
-    assert settings.target(GATE.replace("3", "2"), 128, [128]) is None
+    paths = DOWN, DOWN.replace("3", "7"), GATE.replace("3", "2")
+    targets = settings.targets(dict.fromkeys(paths, 128))
+    assert list(targets.values()) == [Target(3, 128), Target(8, 128), None]
     settings.check_rules([DOWN, GATE, "model.layers.1.mlp.up_proj"])
 
 
@@ -52,22 +52,30 @@ def test_a_rule_that_names_nothing_is_refused() -> None:
     [(896, 128, 128), (576, 128, 64), (160, 128, 32), (576, 32, 32), (75, -1, -1)],
 )
 def test_the_largest_group_that_divides_is_taken(width: int, wanted: int, group: int) -> None:
-    assert fitting_group([width], wanted, DOWN) == group
+    assert fitting_group({DOWN: width}, wanted) == group
 
 
 def test_a_width_that_no_group_divides_is_refused() -> None:
     with pytest.raises(UsageError, match=r"rows of model\.layers\.3\.mlp\.down_proj have 75"):
-        fitting_group([75], 128, DOWN)
+        fitting_group({GATE: 128, DOWN: 75}, 128)
 
 
 def test_awq_files_have_one_group_size_and_four_bits() -> None:
     settings = QuantizeSettings(method="awq")
     assert settings.is_awq_layout
-    assert settings.target(DOWN, 1536, [576, 1536]) == Target(4, 64)
+    widths = {GATE: 576, DOWN: 1536}
+    assert settings.targets(widths)[DOWN] == Target(4, 64)
     mixed = QuantizeSettings(method="awq", rules=(Rule("down", 8),))
     assert not mixed.is_awq_layout  # goes into GPTQ's layout
-    assert mixed.target(DOWN, 1536, [576, 1536]) == Target(8, 128)
+    assert mixed.targets(widths) == {GATE: Target(4, 64), DOWN: Target(8, 128)}
     assert not settings.is_symmetric
+
+
+def test_what_is_kept_has_no_say_in_awqs_group_size() -> None:
+    with pytest.raises(UsageError, match=r"rows of .*down_proj have 500 .*--rule 'down_proj=keep'"):
+        QuantizeSettings(method="awq").targets({GATE: 256, DOWN: 500})
+    kept = QuantizeSettings(method="awq", rules=(Rule.parse("down_proj=keep"),))
+    assert kept.targets({GATE: 256, DOWN: 500}) == {GATE: Target(4, 128), DOWN: None}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from qwenkit.checkpoint.hub_cache import repository_name
 from qwenkit.checkpoint.licence import read_licence
 from qwenkit.checkpoint.members import member, read_json, read_text, refuse_lfs_pointer
 from qwenkit.checkpoint.names import given_path
+from qwenkit.checkpoint.older_quantization import with_older_quantization
 from qwenkit.checkpoint.safetensors import read_safetensors
 from qwenkit.checkpoint.sharded import ReadFile, read_sharded
 from qwenkit.checkpoint.spec import Checkpoint, Container, StoredTensor
@@ -123,7 +124,7 @@ def _assemble(
         name=name,
         path=folder,
         container=container,
-        config=config,
+        config=with_older_quantization(folder, config, tensors),
         tensors=tensors,
         folder=folder,
         generation_config=_json(folder, "generation_config.json") or {},

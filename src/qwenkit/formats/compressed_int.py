@@ -177,6 +177,16 @@ class CompressedIntWeight(QuantWeight):
         return raised if raised.dim() == 2 else raised.view(1, 1).expand(self.shape[0], 1)
 
     @property
+    def group_size(self) -> int:
+        """Columns that share a scale; the last group may be shorter."""
+        return -(-self.shape[1] // self.group_scales().shape[1])
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether no group has a zero point of its own."""
+        return self._some("weight_zero_point") is None
+
+    @property
     def _groups(self) -> torch.Tensor:
         """The group of each column, int64 [columns]."""
         g_idx, count = self._some("weight_g_idx"), self.group_scales().shape[1]

@@ -164,6 +164,16 @@ class GptqWeight(QuantWeight):
             stored = (stored + 1) & ((1 << self.bits) - 1)
         return stored.T.contiguous()
 
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale; the last group may be shorter."""
+        return -(-self.shape[1] // self.scales.shape[0])
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the middle level stands for zero in every group."""
+        return bool((self.zero_points() == 1 << (self.bits - 1)).all())
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         rows, columns = self.shape
         step = max(1, _SLAB_NUMBERS // max(columns, 1))

@@ -11,6 +11,7 @@ from torch import nn
 
 from qwenkit.errors import UsageError
 from qwenkit.quantize.anatomy import Feed, Part, layer_parts, published_paths
+from qwenkit.quantize.grid import Grid
 from qwenkit.quantize.observe import Watch
 from qwenkit.quantize.pairs import Pair, folded_factors, make_pair
 from qwenkit.quantize.stream import Batch, Held, LayerSource, batches
@@ -18,6 +19,7 @@ from qwenkit.score import kl_divergence, perplexity, token_logprobs, top1_agreem
 
 _ERROR_TOKENS = 2048  # that each matrix is looked at with
 _LOGIT_ROWS = 256
+_USUAL_GROUP = 128
 _OVERHEAD_BITS = 0.51  # of scales and zero points, of formats whose bits per weight tell their bits
 
 
@@ -26,8 +28,10 @@ class MatrixComparison:
     """One matrix beside its parent's, by its published path.
 
     `error` is that of its outputs, root mean square relative to the parent's; `beside_rounding` is
-    it as a multiple of what rounding the parent to nearest in as many bits makes; `worst_row` the
-    row where this multiple is the largest, and `worst_row_beside` that. The last three are None for
+    it as a multiple of what rounding the parent to nearest in as many bits and the same groups is
+    expected to make; `worst_row` the row where this multiple is the largest, and `worst_row_beside`
+    that. `by_chance` and `row_by_chance` are the multiples that rounding itself may come to by
+    chance, of the matrix and of a row: large where few tokens were seen. These five are None for
     plain numbers. `storage` is the tag of its format, or None.
     """
 
@@ -38,6 +42,8 @@ class MatrixComparison:
     beside_rounding: float | None = None
     worst_row: int | None = None
     worst_row_beside: float | None = None
+    by_chance: float | None = None
+    row_by_chance: float | None = None
 
 
 @dataclass(slots=True)
@@ -153,7 +159,7 @@ class _PartPair:
                     published_paths(path, matrix), self._pairs[path], strict=True
                 ):
                     if pair.tokens:
-                        worst = pair.worst_row()
+                        worst, chance = pair.worst_row(), pair.by_chance()
                         yield MatrixComparison(
                             f"{self._layer}.{name}",
                             held.storage,
@@ -162,6 +168,8 @@ class _PartPair:
                             pair.beside_rounding,
                             None if worst is None else worst[0],
                             None if worst is None else worst[1],
+                            None if chance is None else chance[0],
+                            None if chance is None else chance[1],
                         )
 
     def _take(self, feed: Feed, x: torch.Tensor, ends: torch.Tensor | None) -> None:
@@ -188,7 +196,7 @@ class _PartPair:
                     _numbers(exact)[part],
                     _numbers(made)[part],
                     biases,
-                    _bits(held),
+                    _yardstick(held, exact.in_features),
                     self._factors_in(theirs, number),
                     self._factors_out(path, number),
                 )
@@ -241,11 +249,20 @@ def _numbers(matrix: nn.Module) -> torch.Tensor:
     return weight.detach()
 
 
-def _bits(held: Held) -> int | None:
-    """The bits of a format's numbers; where it has none, of those that they take with scales."""
-    if held.storage is None or held.bits is not None:
-        return held.bits
-    return min(8, max(2, round(8 * held.size_bytes / held.numbers - _OVERHEAD_BITS)))
+def _yardstick(held: Held, columns: int) -> Grid | None:
+    """The grid of which rounding to nearest is what a matrix is measured by: the format's own, so
+    that what was rounded to nearest is its own measure; None for plain numbers.
+
+    Where the format says no bits, those that numbers take with scales; where it says no groups that
+    divide the row, 128 columns, or else the row.
+    """
+    if held.storage is None:
+        return None
+    taken = round(8 * held.size_bytes / held.numbers - _OVERHEAD_BITS)
+    bits = min(8, max(2, taken)) if held.bits is None else held.bits
+    sizes = (held.group_size or _USUAL_GROUP, _USUAL_GROUP)
+    size = next((size for size in sizes if columns % size == 0), columns)
+    return Grid(bits, size, held.is_symmetric)
 
 
 def _drift(theirs: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) -> float:

@@ -66,7 +66,7 @@ def judge(
     sheet.settings = settings.to_json()
     if settings.needs_calibration:
         sheet.calibration = {"rows": len(rows.calibration), "tokens": rows.tokens}
-    sheet.notes = method_notes(results, settings.group_size)
+    sheet.notes = method_notes(results, settings)
     if settings.method == "awq" and not settings.is_awq_layout:
         sheet.notes.append("AWQ's files have four bits only: these are in GPTQ's layout")
     return sheet

@@ -35,14 +35,15 @@ Keep = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class MatrixResult:
-    """What became of one matrix, by its published path. `error` is the root mean square of what
-    its outputs are off by, relative to theirs, on what was calibrated on; without that, of its
-    numbers. `note` is what the user should know of it.
+    """What became of one matrix of `columns`, by its published path: `group_size` of them share a
+    scale. `error` is the root mean square of what its outputs are off by, relative to theirs, on
+    what was calibrated on; without that, of its numbers. `note` is what the user should know of it.
     """
 
     path: str
     bits: int
     group_size: int
+    columns: int
     error: float
     note: str | None = None
 
@@ -231,7 +232,8 @@ class LayerQuantizer:
         view.copy_(numbers)
         self._made.setdefault(path, []).append(made)
         name, bits, size, remark = facts
-        self.told(MatrixResult(f"{self.path}.{name}", bits, size, off_by, remark))
+        columns = view.shape[1]
+        self.told(MatrixResult(f"{self.path}.{name}", bits, size, columns, off_by, remark))
 
     def _round(
         self,

@@ -7,14 +7,18 @@ factors are taken out, so that a matrix is only blamed for what is its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from qwenkit.quantize.grid import Grid, find_grid
 
-_YARDSTICK_GROUP = 128
 _FOLDED = 0.2  # a factor and its inverse agree within this
+_PROBES = 64  # random directions by which it is seen in how few directions inputs lie
+# One row in 1e10 is off by chance as far as is allowed: a model of 72B has 1e7 rows.
+_RARE = math.log(1e10)
 _CORRELATED = 0.7  # rounding moves a row and its reader's column as well, but not together
 
 
@@ -24,7 +28,7 @@ class Pair:
 
     `factors_in` [columns] is what this matrix's inputs are of the parent's, `factors_out` [rows]
     what its outputs are. `steps` [rows, groups] are the distances between the levels of the parent
-    rounded to nearest in as many bits.
+    rounded to nearest in the same format; None of plain numbers.
     """
 
     parent: torch.Tensor
@@ -35,6 +39,7 @@ class Pair:
     factors_out: torch.Tensor
     _sums: torch.Tensor  # fp64 [2, rows]: squares of the parent's outputs and of their errors
     _read: torch.Tensor  # fp64 [columns]: squares of the inputs
+    _moments: torch.Tensor  # fp64 [probes, probes]: of the inputs, seen in random directions
     tokens: int = 0
 
     def add(self, x: torch.Tensor) -> None:
@@ -45,6 +50,11 @@ class Pair:
             off += self.bias
         self._sums += torch.stack([y.square().sum(0, dtype=torch.float64) for y in (exact, off)])
         self._read += x.square().sum(0, dtype=torch.float64)
+        if self.steps is not None:
+            mean = self.steps.square().mean(0).sqrt()  # [groups]
+            weighted = x.reshape(len(x), len(mean), -1) * mean[:, None]
+            seen = (weighted.view(x.shape) @ _probes(x.shape[1])).double()
+            self._moments += seen.T @ seen
         self.tokens += len(x)
 
     @property
@@ -71,6 +81,26 @@ class Pair:
         row = int(ratios.argmax())
         return row, float(ratios[row])
 
+    def by_chance(self) -> tuple[float, float] | None:
+        """The multiples of what rounding is expected to make that it exceeds in one case of 1e10,
+        for these very inputs: of the whole matrix, and of a row.
+
+        A row's squared error is e' H e, of rounding errors e that are independent and inputs whose
+        sum of x x' is H. Where few tokens were seen, or all are nearly alike, H has few directions,
+        and what a row is off by hangs on few numbers. With errors spread evenly between levels it
+        is at most 1 + 2 √(t Σ s²) + 2 t max s times what is expected, but once in eᵗ cases (Hsu,
+        Kakade, Zhang, arXiv 1110.2842); s are H's eigenvalues as shares of their sum. They are
+        those of H seen in random directions, with the mean row's steps.
+        """
+        expected = self._expected()
+        if expected is None or not bool(expected.any()):
+            return None
+        values = torch.linalg.eigvalsh(self._moments).clamp_min(0)
+        shares, rows = values / values.sum(), expected / expected.sum()
+        squares, most = float(shares.square().sum()), float(shares.max())
+        of_all = float(rows.square().sum()), float(rows.max())  # rows are rounded independently
+        return _rarely(squares * of_all[0], most * of_all[1]), _rarely(squares, most)
+
     def _expected(self) -> torch.Tensor | None:
         """Squares of the errors of rounding, fp64 [rows]: of each number a twelfth of its step's
         square, and none in step with another. What chance makes of it for these very inputs would
@@ -86,11 +116,13 @@ def make_pair(
     parent: torch.Tensor,
     own: torch.Tensor,
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
-    bits: int | None,
+    grid: Grid | None,
     factors_in: torch.Tensor,
     factors_out: torch.Tensor | None,
 ) -> Pair:
-    """`bits` are those of the matrix's format; None for plain numbers, which have no yardstick."""
+    """`grid` is that of the matrix's format, whose groups divide the columns; None for plain
+    numbers, which have no yardstick.
+    """
     rows, columns = parent.shape
     out = torch.ones(rows) if factors_out is None else factors_out
     bias = None
@@ -98,13 +130,24 @@ def make_pair(
         first, second = (torch.zeros(rows) if b is None else b for b in biases)
         bias = second / out - first
     steps = None
-    if bits is not None:
-        size = _YARDSTICK_GROUP if columns % _YARDSTICK_GROUP == 0 else columns
-        grouped = parent.view(rows, columns // size, size)
-        steps, _ = find_grid(grouped, Grid(bits, size, symmetric=False))
+    if grid is not None:
+        size = grid.columns_of(parent)
+        steps, _ = find_grid(parent.view(rows, columns // size, size), grid)
     sums = torch.zeros(2, rows, dtype=torch.float64)
     read = torch.zeros(columns, dtype=torch.float64)
-    return Pair(parent, own, bias, steps, factors_in, out, sums, read)
+    moments = torch.zeros(_PROBES, _PROBES, dtype=torch.float64)
+    return Pair(parent, own, bias, steps, factors_in, out, sums, read, moments)
+
+
+def _rarely(squares: float, most: float) -> float:
+    return math.sqrt(1 + 2 * math.sqrt(_RARE * squares) + 2 * _RARE * most)
+
+
+@lru_cache(maxsize=4)
+def _probes(columns: int) -> torch.Tensor:
+    """The same random directions every time, fp32 [columns, probes]."""
+    generator = torch.Generator().manual_seed(columns)
+    return torch.randn(columns, _PROBES, generator=generator)
 
 
 def folded_factors(

@@ -17,12 +17,14 @@ from qwenkit.checkpoint.atomic import replacing
 from qwenkit.errors import UsageError
 from qwenkit.quantize.compare import Comparison, MatrixComparison
 from qwenkit.quantize.layer import MatrixResult
+from qwenkit.quantize.settings import WHOLE_ROW, QuantizeSettings
 
 NAME = "quality"
 FP16_LARGEST = 65504.0
 WORST_SHOWN = 8
 _PATH_SHOWN = 46
-# An error is nobody's choice of numbers any more beyond these multiples of rounding's.
+# An error is nobody's choice of numbers any more beyond these multiples of rounding's, or of what
+# chance makes of it where few tokens were seen.
 _SUSPECT_MATRIX, _SUSPECT_ROW = 2.0, 4.0
 _SUSPECT_PLAIN = 0.5  # of plain numbers, relative to the outputs
 _HARMLESS = 0.02
@@ -179,18 +181,24 @@ def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str
     return [f"| {line} |" for line in (lines[0], " | ".join(rule), *lines[1:])]
 
 
-def method_notes(results: Sequence[MatrixResult], wanted_group: int | None) -> list[str]:
+def method_notes(results: Sequence[MatrixResult], settings: QuantizeSettings) -> list[str]:
     """What the user should know of how matrices were quantized."""
-    notes = []
-    sizes = sorted({r.group_size for r in results})
-    wanted = 128 if wanted_group is None else wanted_group
-    others = [size for size in sizes if size != wanted]
-    if wanted != -1 and others:
-        paths = [r.path for r in results if r.group_size != wanted]
-        notes.append(
-            f"groups of {', '.join(map(str, others))} instead of {wanted}, which does not divide "
-            f"the width, in {len(paths)} matrices, such as {paths[0]}"
-        )
+    notes, wanted = [], settings.wanted_group
+    others = [r for r in results if r.group_size != wanted]
+    if wanted is not None and wanted != WHOLE_ROW and others:
+        if settings.is_awq_layout:
+            size = others[0].group_size
+            decides = next(r for r in results if r.columns % (2 * size))
+            notes.append(
+                f"groups of {size} instead of {wanted} in all matrices: AWQ's files have one group "
+                f"size, and no larger one divides the {decides.columns} columns of {decides.path}"
+            )
+        else:
+            sizes = ", ".join(str(size) for size in sorted({r.group_size for r in others}))
+            notes.append(
+                f"groups of {sizes} instead of {wanted}, which does not divide the width, in "
+                f"{len(others)} matrices, such as {others[0].path}"
+            )
     for result in results:
         if result.note:
             notes.append(f"{result.path}: {result.note}")
@@ -220,12 +228,17 @@ def _suspicion(matrix: MatrixComparison) -> str | None:
             return f"its outputs are off by {matrix.error:.0%}"
         return None
     whole, row = matrix.beside_rounding, matrix.worst_row_beside
-    if whole is not None and whole > _SUSPECT_MATRIX and matrix.error > _HARMLESS:
+    limit = max(_SUSPECT_MATRIX, matrix.by_chance or 0)
+    if whole is not None and whole > limit and matrix.error > _HARMLESS:
         return (
             f"its outputs are off by {matrix.error:.0%}, {whole:.1f} times what rounding to "
             "nearest makes"
         )
-    if row is not None and row > _SUSPECT_ROW and matrix.error > _HARMLESS:
+    if (
+        row is not None
+        and row > max(_SUSPECT_ROW, matrix.row_by_chance or 0)
+        and matrix.error > _HARMLESS
+    ):
         return f"its row {matrix.worst_row} is off {row:.1f} times as far as rounding makes it"
     return None
 

@@ -88,19 +88,16 @@ def _targets(source: LayerSource, settings: QuantizeSettings) -> list[dict[str, 
 
     Raises UsageError for a rule that names no matrix, or where nothing would be quantized.
     """
-    found = [
-        {path: m.in_features for path, m, _ in matrices(_parts(source, source.meta_layer(n)))}
-        for n in range(source.layer_count)
-    ]
-    every_width = sorted({width for layer in found for width in layer.values()})
-    paths = [f"{source.layer_path(n)}.{path}" for n, layer in enumerate(found) for path in layer]
-    settings.check_rules(paths)
+    widths: list[dict[str, int]] = []
+    for number in range(source.layer_count):
+        path, parts = source.layer_path(number), _parts(source, source.meta_layer(number))
+        widths.append({f"{path}.{name}": m.in_features for name, m, _ in matrices(parts)})
+    every = {path: width for layer in widths for path, width in layer.items()}
+    settings.check_rules(list(every))
+    targets = settings.targets(every)
     return [
-        {
-            path: settings.target(f"{source.layer_path(n)}.{path}", width, every_width)
-            for path, width in layer.items()
-        }
-        for n, layer in enumerate(found)
+        {path.removeprefix(f"{source.layer_path(n)}."): targets[path] for path in layer}
+        for n, layer in enumerate(widths)
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,19 +119,32 @@ class QuantizeSettings:
         """
         return not self.is_symmetric
 
-    def target(self, path: str, columns: int, every_width: Sequence[int]) -> Target | None:
-        """What the matrix at `path` becomes; None: it keeps its numbers. `every_width` are the
-        columns of all matrices, for AWQ's files have one group size.
-
-        Raises UsageError where no group divides.
+    @property
+    def wanted_group(self) -> int | None:
+        """Columns that share a scale where they divide the width (-1: the whole row); None of
+        methods that have groups of their own.
         """
-        bits = self._bits(path)
-        if bits is None:
-            return None
-        if self.method in _FIXED_BITS:
-            return Target(bits, WHOLE_ROW)
-        widths = every_width if self.is_awq_layout else (columns,)
-        return Target(bits, fitting_group(widths, self.group_size or GROUP_SIZES[0], path))
+        return None if self.method in _FIXED_BITS else self.group_size or GROUP_SIZES[0]
+
+    def targets(self, widths: Mapping[str, int]) -> dict[str, Target | None]:
+        """What each matrix of a model becomes, from the columns of all of them by their paths;
+        None: it keeps its numbers.
+
+        AWQ's files have one group size: that of the matrices which do not keep their numbers.
+        Raises UsageError naming a matrix that no group divides.
+        """
+        bits = {path: self._bits(path) for path in widths}
+        made = {path: width for path, width in widths.items() if bits[path] is not None}
+        wanted = self.wanted_group
+        if wanted is None:
+            groups = dict.fromkeys(made, WHOLE_ROW)
+        elif self.is_awq_layout:
+            groups = dict.fromkeys(made, fitting_group(made, wanted))
+        else:
+            groups = {path: fitting_group({path: width}, wanted) for path, width in made.items()}
+        return {
+            path: None if own is None else Target(own, groups[path]) for path, own in bits.items()
+        }
 
     def check_rules(self, paths: Sequence[str]) -> None:
         """Raises UsageError for a rule that names none of the matrices at `paths`, or where all of
@@ -156,7 +169,7 @@ class QuantizeSettings:
         return {
             "method": self.method,
             "bits": self.width,
-            "group_size": None if self.method in _FIXED_BITS else self.group_size or 128,
+            "group_size": self.wanted_group,
             "damp": self.damp if self.method == "gptq" else None,
             "act_order": self.act_order,
             "symmetric": self.is_symmetric,
@@ -164,17 +177,23 @@ class QuantizeSettings:
         }
 
 
-def fitting_group(widths: Sequence[int], wanted: int, path: str) -> int:
-    """The largest of 128, 64, 32 that is at most `wanted` and divides all of `widths`; -1 as it is.
+def fitting_group(widths: Mapping[str, int], wanted: int) -> int:
+    """The largest of 128, 64, 32 that is at most `wanted` and divides the columns of all matrices,
+    given by their paths; -1 as it is.
 
-    Raises UsageError naming the matrix at `path`.
+    Raises UsageError naming the first matrix that none of them divides.
     """
     if wanted == WHOLE_ROW:
         return WHOLE_ROW
-    for size in GROUP_SIZES:
-        if size <= wanted and all(width % size == 0 for width in widths):
-            return size
-    raise UsageError(
-        f"group_size: rows of {path} have {widths[0]} numbers, which no group of 32, 64 or 128 "
-        "divides; give -1 for one scale a row, or a rule that keeps it."
+    for path, width in widths.items():
+        if width % GROUP_SIZES[-1]:  # each is a multiple of the last
+            raise UsageError(
+                f"group_size: rows of {path} have {width} numbers, which no group of 32, 64 or "
+                "128 divides; give -1 for one scale a row, or a rule that keeps it, such as "
+                f"--rule '{path.rpartition('.')[2]}=keep'."
+            )
+    return next(
+        size
+        for size in GROUP_SIZES
+        if size <= wanted and not any(w % size for w in widths.values())
     )

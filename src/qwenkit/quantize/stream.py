@@ -37,13 +37,17 @@ BATCH_TOKENS = 2048  # of whole rows; a longer row is a batch of its own
 @dataclass(frozen=True, slots=True)
 class Held:
     """How a matrix lies in its files. `storage` is the tag of its format, None for plain numbers;
-    `size_bytes` are its bytes, scales included; `bits` those of a number, where the format has any.
+    `size_bytes` are its bytes, scales included; `bits` those of a number and `group_size` the
+    columns that share a scale, where the format says either; `is_symmetric`: it says that zero is
+    the middle level.
     """
 
     storage: str | None
     size_bytes: int
     numbers: int
     bits: int | None = None
+    group_size: int | None = None
+    is_symmetric: bool = False
 
 
 class LayerSource:
@@ -147,8 +151,10 @@ class LayerSource:
         weight = module.weight
         if isinstance(weight, QuantWeight):
             first = next(iter(weight.children()), weight)  # of experts that are read one by one
-            bits, count = getattr(first, "bits", None), weight.shape[0] * weight.shape[1]
-            held = Held(weight.storage, weight.size_bytes, count, bits)
+            bits, size = getattr(first, "bits", None), getattr(first, "group_size", None)
+            middle = bool(getattr(first, "is_symmetric", False))
+            count = weight.shape[0] * weight.shape[1]
+            held = Held(weight.storage, weight.size_bytes, count, bits, size, middle)
             numbers = weight.dequantize(torch.float32)
             del module.weight
             module.weight = nn.Parameter(numbers, requires_grad=False)

@@ -101,7 +101,8 @@ def quantization_config(
         return {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": results[0].group_size,
+            # of whole rows every width is a size of its own, and there is one place for all
+            "group_size": -1 if settings.wanted_group == -1 else results[0].group_size,
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": kept or None,
