@@ -154,6 +154,23 @@ def test_plain_matrices_that_are_wrong_are_named(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("path", ["model.norm", "lm_head", "model.embed_tokens"])
+def test_ends_that_are_wrong_are_named_without_a_text(tmp_path: Path, path: str) -> None:
+    config = {**DENSE, "tie_word_embeddings": False}
+    parent = write_tiny_checkpoint(tmp_path / "parent", config=config)
+    tensors = tiny_tensors(json.loads((parent / "config.json").read_text()))
+    tensors["model.norm.weight"] = torch.linspace(0.5, 2, len(tensors["model.norm.weight"]))
+    parent = write_tiny_checkpoint(tmp_path / "own", config=config, tensors=tensors)
+    with torch.inference_mode():
+        alike = measure(LayerSource(parent), parent, (), "", limits=LOOSE, name="own")
+    assert alike.suspects() == []
+    tensors[f"{path}.weight"] = tensors[f"{path}.weight"].roll(7, 0)
+    other = write_tiny_checkpoint(tmp_path / "other", config=config, tensors=tensors)
+    with torch.inference_mode():
+        sheet = measure(LayerSource(parent), other, (), "", limits=LOOSE, name="other")
+    assert {m.path for m, _ in sheet.suspects()} == {path}
+
+
 def test_layers_that_overflow_fp16_are_named(tmp_path: Path) -> None:
     config = DENSE | {"torch_dtype": "float32"}
     full = write_tiny_checkpoint(tmp_path / "a", config=config)

@@ -20,6 +20,8 @@ from qwenkit.score import kl_divergence, perplexity, token_logprobs, top1_agreem
 _ERROR_TOKENS = 2048  # that each matrix is looked at with
 _LOGIT_ROWS = 256
 _USUAL_GROUP = 128
+# Errors that rounding to few bits explains, and another dtype: a norm has no fewer.
+_ROUNDED, _NARROWED = 0.5, 0.05
 _OVERHEAD_BITS = 0.51  # of scales and zero points, of formats whose bits per weight tell their bits
 
 
@@ -50,7 +52,9 @@ class MatrixComparison:
 class Comparison:
     """Everything that was measured.
 
-    Text figures are None where no text was given. `kl` is the mean of KL(parent || model) in nats,
+    `ends` are the embedding, the last norm and the head, by what they make of the parent's own
+    inputs: path, error relative to the parent's, and the largest that rounding explains. Text
+    figures are None where no text was given. `kl` is the mean of KL(parent || model) in nats,
     `top1` the share of tokens after which both find the same token likeliest. `drifts` say for each
     layer how far what leaves it lies from the parent's. `largest` are the largest magnitudes in the
     parent, by module path. Bytes are those of all tensors; `bits_per_weight` is that of the
@@ -59,6 +63,7 @@ class Comparison:
 
     tokens: int
     matrices: list[MatrixComparison] = field(default_factory=list)
+    ends: list[tuple[str, float, float]] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
     largest: dict[str, float] = field(default_factory=dict)
     parent_bytes: int = 0
@@ -88,6 +93,7 @@ def compare(
     found.own_bytes = sum(t.size_bytes for t in own.checkpoint.tensors.values())
     parts = batches([len(row) for row in rows])
     ours, theirs = list(own.embedded(rows)), list(parent.embedded(rows))
+    found.ends.append((parent.anatomy.embedding, _drift(theirs, ours), _ROUNDED))
     bits: list[Held] = []
     for number in range(parent.layer_count):
         (first, _), (second, held) = parent.layer(number), own.layer(number)
@@ -108,6 +114,7 @@ def compare(
     if bits:
         numbers = sum(each.numbers for each in bits)
         found.bits_per_weight = 8 * sum(each.size_bytes for each in bits) / numbers
+    found.ends += _last_ends(parent, own, theirs[0][:_LOGIT_ROWS])
     if is_text:
         _score(found, parent, own, rows, theirs, ours)
     told(1.0)
@@ -273,6 +280,18 @@ def _drift(theirs: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) -> floa
         for a, b in zip(theirs, ours, strict=True)
     ]
     return float(torch.cat(ratios).mean())
+
+
+def _last_ends(
+    parent: LayerSource, own: LayerSource, x: torch.Tensor
+) -> list[tuple[str, float, float]]:
+    """The last norm and the head, of the parent's states x [tokens, hidden_size]."""
+    first, second = parent.finish(), own.finish()
+    exact, made = first.norm(x), second.norm(x)
+    return [
+        (parent.anatomy.norm, _drift([exact], [made]), _NARROWED),
+        ("lm_head", _drift([first.head(exact)], [second.head(exact)]), _ROUNDED),
+    ]
 
 
 def _score(

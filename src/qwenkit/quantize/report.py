@@ -76,6 +76,10 @@ class Sheet:
             reason = _suspicion(matrix)
             if reason is not None:
                 found.append((matrix, reason))
+        for path, error, most in self.comparison.ends:
+            if not error <= most:
+                end = MatrixComparison(path, None, 0.0, error)
+                found.append((end, f"its outputs are off by {error:.0%}"))
         return found
 
     def overflowing(self) -> list[tuple[str, float]]:
