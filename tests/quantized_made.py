@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qwenkit.bench.random_model import write_random_folder
 from qwenkit.quantize.calibrate import Rows, read_rows
 from qwenkit.quantize.compare import Comparison, compare
 from qwenkit.quantize.run import quantize
@@ -58,6 +59,21 @@ def write_quantized(
         work, _ = quantize(source, rows, settings, folder / "result")
     publish_unjudged(work)
     return source, folder / "result", rows
+
+
+def write_quantized_random(folder: Path, settings: QuantizeSettings, shape: dict[str, Any]) -> Path:
+    """What became of random weights of a shape that other programs can read: `folder`/result, the
+    parent being `folder`/parent.
+    """
+    write_random_folder(folder / "parent", shape)
+    source = LayerSource(folder / "parent")
+    book = folder / "book.txt"
+    book.write_text("some words and then some more of them " * 60, encoding="utf-8")
+    rows = read_rows([book], [], source.tokenizer, source.record, most_rows=16, most_tokens=64)
+    with torch.inference_mode():
+        work, _ = quantize(source, rows, settings, folder / "result")
+    publish_unjudged(work)
+    return folder / "result"
 
 
 def publish_unjudged(work: WorkFolder) -> None:

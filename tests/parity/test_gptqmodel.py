@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qwenkit.bench.random_model import write_random_folder
+from quantized_made import write_quantized_random
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.load import load
-from qwenkit.quantize.calibrate import read_rows
-from qwenkit.quantize.run import quantize
 from qwenkit.quantize.settings import QuantizeSettings, Rule
-from qwenkit.quantize.stream import LayerSource
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 SHAPE: dict[str, Any] = {
@@ -54,18 +51,7 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, settings: QuantizeSe
     from gptqmodel import BACKEND, GPTQModel
     from transformers import AutoModelForCausalLM
 
-    write_random_folder(tmp_path / "parent", SHAPE)
-    source = LayerSource(tmp_path / "parent")
-    (tmp_path / "book.txt").write_text("some words and then some more of them " * 60)
-    rows = read_rows(
-        *([tmp_path / "book.txt"], [], source.tokenizer, source.record),
-        most_rows=16,
-        most_tokens=64,
-    )
-    with torch.inference_mode():
-        work, _ = quantize(source, rows, settings, tmp_path / "result")
-    work.publish()
-    path = tmp_path / "result"
+    path = write_quantized_random(tmp_path, settings, SHAPE)
     if settings.rules:  # transformers does not look at `dynamic`, GPTQModel itself does
         how = {"device": "cpu", "backend": BACKEND.TORCH, "dtype": torch.bfloat16}
         theirs = GPTQModel.load(str(path), **how).model

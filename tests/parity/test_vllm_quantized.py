@@ -14,16 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from quantized_made import write_quantized_random
 from qwenkit.bench.environments import launch_prefix, python_for
-from qwenkit.bench.random_model import write_random_folder
 from qwenkit.cli.bench_options import cache_folder
 from qwenkit.errors import QwenkitError
 from qwenkit.layers.attention import PackedCausal
 from qwenkit.load import load
-from qwenkit.quantize.calibrate import read_rows
-from qwenkit.quantize.run import quantize
 from qwenkit.quantize.settings import QuantizeSettings, Rule
-from qwenkit.quantize.stream import LayerSource
 
 pytestmark = pytest.mark.oracle
 SHAPE: dict[str, Any] = {
@@ -67,19 +64,9 @@ def read_by_vllm(folder: Path) -> torch.Tensor:
     ids=["gptq", "mixed", "awq"],
 )
 def test_vllm_gives_the_same_probabilities(tmp_path: Path, settings: QuantizeSettings) -> None:
-    write_random_folder(tmp_path / "parent", SHAPE)
-    source = LayerSource(tmp_path / "parent")
-    (tmp_path / "book.txt").write_text("some words and then some more of them " * 60)
-    rows = read_rows(
-        *([tmp_path / "book.txt"], [], source.tokenizer, source.record),
-        most_rows=16,
-        most_tokens=64,
-    )
-    with torch.inference_mode():
-        work, _ = quantize(source, rows, settings, tmp_path / "result")
-    work.publish()
-    theirs = read_by_vllm(tmp_path / "result")
-    ours = load(tmp_path / "result", dtype="float32").model
+    path = write_quantized_random(tmp_path, settings, SHAPE)
+    theirs = read_by_vllm(path)
+    ours = load(path, dtype="float32").model
     parent = load(tmp_path / "parent", dtype="float32").model
     following = torch.tensor(IDS[1:])
 
