@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_BLOCK_COLUMNS = 1024
+_BLOCK_COLUMNS = 512
 
 
 class Hessian:

@@ -112,16 +112,6 @@ inline words dot4(words sum, bytes w, words x) {
     return sum + ((words)_mm512_madd_epi16(even, x_even) + (words)_mm512_madd_epi16(odd, x_odd));
 #elif defined(__AVXVNNI__)
     return (words)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
-#elif defined(__AVX2__)
-    if constexpr (Most < 128) {
-        __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
-        return sum + (words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    }
-    __m256i even = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255));
-    __m256i odd = _mm256_srli_epi16((__m256i)w, 8);
-    __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8);
-    __m256i x_odd = _mm256_srai_epi16((__m256i)x, 8);
-    return sum + ((words)_mm256_madd_epi16(even, x_even) + (words)_mm256_madd_epi16(odd, x_odd));
 #else
 #if defined(__ARM_FEATURE_DOTPROD)
     if constexpr (Most < 128) {
@@ -139,6 +129,60 @@ inline words dot4(words sum, bytes w, words x) {
 #endif
 #endif
 }
+
+// Dot products of four bytes in each lane, added up from `start` on; at most eight of them.
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+// Pairs of products are added up as they come, in sixteen bits: eight of numbers of four bits fit,
+// and numbers of eight are two of these. Only their sums are widened.
+template <int Most>
+class Dots {
+  public:
+    static constexpr int registers = Most > 15 ? 2 : 1;
+
+    Dots() = default;
+    explicit Dots(words start) : start_(start) {}
+
+    void add(bytes w, words x) {
+        low_ = low_ + pairs(registers > 1 ? low_nibbles(w) : w, x);
+        asm("" : "+x"(low_));  // else compilers form all products first, and run out of registers
+        if constexpr (registers == 1) return;
+        high_ = high_ + pairs(high_nibbles(w), x);
+        asm("" : "+x"(high_));
+    }
+
+    words total() const {
+        words sum = start_ + (words)_mm256_madd_epi16((__m256i)low_, _mm256_set1_epi16(1));
+        if constexpr (registers == 1) return sum;
+        return sum + (words)_mm256_madd_epi16((__m256i)high_, _mm256_set1_epi16(16));
+    }
+
+  private:
+    using shorts = int16_t __attribute__((vector_size(32)));
+
+    static shorts pairs(bytes w, words x) {
+        return (shorts)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+    }
+
+    words start_;
+    shorts low_{}, high_{};
+};
+#else
+template <int Most>
+class Dots {
+  public:
+    static constexpr int registers = 1;
+
+    Dots() = default;
+    explicit Dots(words start) : sum_(start) {}
+
+    void add(bytes w, words x) { sum_ = dot4<Most>(sum_, w, x); }
+
+    words total() const { return sum_; }
+
+  private:
+    words sum_;
+};
+#endif
 
 // Sixteen neighbouring half-precision numbers as fp32 vectors.
 inline void widen_halves(const uint16_t* p, vec out[16 / lanes]) {

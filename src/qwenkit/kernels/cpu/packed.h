@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "ints.h"
 
@@ -24,8 +25,9 @@ constexpr int per_panel = panel_rows / lanes;  // vectors across a panel
 constexpr int pair = 2;                        // panels that are multiplied together
 constexpr int wide = lanes == 16 ? 2 : 1;      // panels that a tile takes side by side
 constexpr int prefetch_bytes = 4096;           // how far ahead of the weights memory is asked for
-constexpr int large_tile = lanes == 16 ? 8 : tile_tokens;  // tokens: reading is less, though sums of
-                                                           // groups and of all no longer fit
+constexpr int large_tile = lanes == 16 ? 8 : lanes == 8 ? 6 : tile_tokens;  // tokens: reading is less,
+                                                           // though sums of all no longer fit
+constexpr int small_tile = lanes == 16 ? tile_tokens : large_tile;  // where nothing is to be read
 constexpr int64_t run_columns = 512;           // after which their rests are added
 
 // Tokens in eight bits by groups of columns. A token's quants lie `stride` bytes after those of
@@ -103,7 +105,7 @@ struct Nibbles {
     static constexpr int bytes_per_32 = 256;
     static constexpr int most = Levels ? 255 : 15;
     static constexpr bool ahead = true;
-    static constexpr int tile = large_tile;
+    static constexpr int tile = large_tile / Dots<most>::registers;
 
     static bytes number(bytes nibbles, bytes table) {
         return Levels ? look_up(table, nibbles) : nibbles;
@@ -111,7 +113,7 @@ struct Nibbles {
 
     template <int Tokens, int Vectors>
     static void add(const uint8_t* const* data, bytes table, const int8_t* x, int64_t x_stride,
-                    words sums[Tokens][Vectors]) {
+                    Dots<most> dots[Tokens][Vectors]) {
         QK_UNROLL for (int i = 0; i < 4; i++) {
             bytes low[Vectors], high[Vectors];
             QK_UNROLL for (int v = 0; v < Vectors; v++) {
@@ -122,13 +124,13 @@ struct Nibbles {
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 words four = splat_bytes(x + t * x_stride + 4 * i);
                 QK_UNROLL for (int v = 0; v < Vectors; v++) {
-                    sums[t][v] = dot4<most>(sums[t][v], low[v], four);
+                    dots[t][v].add(low[v], four);
                 }
             }
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 words four = splat_bytes(x + t * x_stride + 16 + 4 * i);
                 QK_UNROLL for (int v = 0; v < Vectors; v++) {
-                    sums[t][v] = dot4<most>(sums[t][v], high[v], four);
+                    dots[t][v].add(high[v], four);
                 }
             }
         }
@@ -139,19 +141,20 @@ struct Nibbles {
 template <int Most>
 struct Bytes {
     static constexpr int bytes_per_32 = 512;
+    static constexpr int most = Most;
     static constexpr bool ahead = Most > 15;
-    static constexpr int tile = Most > 15 ? large_tile : tile_tokens;
+    static constexpr int tile = Most > 15 ? large_tile / Dots<Most>::registers : small_tile;
 
     template <int Tokens, int Vectors>
     static void add(const uint8_t* const* data, bytes, const int8_t* x, int64_t x_stride,
-                    words sums[Tokens][Vectors]) {
+                    Dots<Most> dots[Tokens][Vectors]) {
         QK_UNROLL for (int i = 0; i < 8; i++) {
             bytes w[Vectors];
             QK_UNROLL for (int v = 0; v < Vectors; v++) w[v] = load_bytes(data[v] + i * 64);
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 words four = splat_bytes(x + t * x_stride + 4 * i);
                 QK_UNROLL for (int v = 0; v < Vectors; v++) {
-                    sums[t][v] = dot4<Most>(sums[t][v], w[v], four);
+                    dots[t][v].add(w[v], four);
                 }
             }
         }
@@ -191,7 +194,16 @@ __attribute__((always_inline)) inline void add_group(const uint8_t* const* group
                 }
             }
         }
-        Kind::template add<Tokens, Vectors>(data, table, quants, x.stride, sums);
+        Dots<Kind::most> dots[Tokens][Vectors];
+        QK_UNROLL for (int t = 0; t < Tokens; t++) {
+            QK_UNROLL for (int v = 0; v < Vectors; v++) {
+                dots[t][v] = Dots<Kind::most>(sums[t][v]);
+            }
+        }
+        Kind::template add<Tokens, Vectors>(data, table, quants, x.stride, dots);
+        QK_UNROLL for (int t = 0; t < Tokens; t++) {
+            QK_UNROLL for (int v = 0; v < Vectors; v++) sums[t][v] = dots[t][v].total();
+        }
         QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] += Kind::bytes_per_32;
         quants += 32;
     }
@@ -267,19 +279,39 @@ struct Halves {  // bf16, two columns side by side
     static constexpr int columns = 2, tile = large_tile;
 
 #if defined(__AVX512BF16__)
-    static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
+    static constexpr int steps = 1;
+
+    template <int Step>
+    static __m512i weights(const uint8_t* w) {
+        return _mm512_loadu_si512(w);
+    }
+
+    template <int Step>
+    static __m512i activation(const Activations& x, int64_t at) {
         int32_t pair;
         std::memcpy(&pair, x.halves + at, 4);
-        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(w),
-                                (__m512bh)_mm512_set1_epi32(pair));
+        return _mm512_set1_epi32(pair);
+    }
+
+    static vec add(__m512i weights, __m512i x, vec sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
     }
 #else
-    static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
+    static constexpr int steps = 2;
+
+    template <int Step>
+    static vec weights(const uint8_t* w) {
         words both;
         std::memcpy(&both, w, sizeof both);
-        sum = fma((vec)(both << 16), splat(x.numbers[at]), sum);
-        return fma((vec)(both & static_cast<int32_t>(0xffff0000)), splat(x.numbers[at + 1]), sum);
+        return (vec)(Step == 0 ? both << 16 : both & static_cast<int32_t>(0xffff0000));
     }
+
+    template <int Step>
+    static vec activation(const Activations& x, int64_t at) {
+        return splat(x.numbers[at + Step]);
+    }
+
+    static vec add(vec weights, vec x, vec sum) { return fma(weights, x, sum); }
 #endif
 };
 
@@ -298,32 +330,59 @@ struct Eights {  // fp8, e4m3: four columns side by side
 };
 
 struct Singles {  // fp32
-    static constexpr int columns = 1, tile = large_tile;
+    static constexpr int columns = 1, steps = 1, tile = large_tile;
 
-    static vec add(vec sum, const uint8_t* w, const Activations& x, int64_t at) {
-        vec weights;
-        std::memcpy(&weights, w, sizeof weights);
-        return fma(weights, splat(x.numbers[at]), sum);
+    template <int Step>
+    static vec weights(const uint8_t* w) {
+        return load(reinterpret_cast<const float*>(w));
     }
+
+    template <int Step>
+    static vec activation(const Activations& x, int64_t at) {
+        return splat(x.numbers[at]);
+    }
+
+    static vec add(vec weights, vec x, vec sum) { return fma(weights, x, sum); }
 };
 
 // y of some tokens × some panels of floating-point numbers.
 template <class Kind, int Tokens, int Count>
-void multiply_floats(const Panels& panels, const Activations& x, int64_t token,
+void multiply_floats(const Panels& panels, const Activations& given, int64_t token,
                      vec y[Tokens][Count * per_panel]) {
     constexpr int vectors = Count * per_panel;
+    const Activations x = given;  // a copy, which no store can be thought to change
+    vec sums[Tokens][vectors];
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
-        QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
+        QK_UNROLL for (int v = 0; v < vectors; v++) sums[t][v] = vec{};
     }
-    for (int64_t column = 0, at = 0; column < x.columns; column += Kind::columns) {
+    int64_t at = 0, place = token * x.stride;
+    // One activation at a time is in a register, with all weights that it is multiplied by.
+    auto step = [&](auto number) __attribute__((always_inline)) {
+        constexpr int i = decltype(number)::value;
+        decltype(Kind::template weights<i>(nullptr)) weights[vectors];
         QK_UNROLL for (int v = 0; v < vectors; v++) {
-            const uint8_t* w = panels.data[v / per_panel] + at + v % per_panel * lanes * 4;
-            __builtin_prefetch(w + panels.ahead(at));
-            QK_UNROLL for (int t = 0; t < Tokens; t++) {
-                y[t][v] = Kind::add(y[t][v], w, x, (token + t) * x.stride + column);
+            weights[v] = Kind::template weights<i>(panels.data[v / per_panel] + at +
+                                                   v % per_panel * lanes * 4);
+        }
+        QK_UNROLL for (int t = 0; t < Tokens; t++) {
+            auto one = Kind::template activation<i>(x, place + t * x.stride);
+            QK_UNROLL for (int v = 0; v < vectors; v++) {
+                sums[t][v] = Kind::add(weights[v], one, sums[t][v]);
             }
         }
+    };
+    for (int64_t column = 0; column < x.columns; column += Kind::columns) {
+        int64_t ahead = panels.ahead(at);
+        QK_UNROLL for (int p = 0; p < Count; p++) {
+            __builtin_prefetch(panels.data[p] + at + ahead);
+        }
+        step(std::integral_constant<int, 0>{});
+        if constexpr (Kind::steps == 2) step(std::integral_constant<int, 1>{});
         at += panel_rows * 4;
+        place += Kind::columns;
+    }
+    QK_UNROLL for (int t = 0; t < Tokens; t++) {
+        QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = sums[t][v];
     }
 }
 
