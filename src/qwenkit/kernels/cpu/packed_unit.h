@@ -4,6 +4,7 @@
 
 #include "packed.h"
 #include "packed_amx.h"
+#include "packed_floats.h"
 #include "packed_round.h"
 #include "silu.h"
 
