@@ -31,7 +31,7 @@ def test_a_conversation_in_a_terminal(open_terminal: Any) -> None:
     terminal.send(":conf ignore_eos=true\r")
     terminal.expect("ignore_eos = true.*User>")
     terminal.send("Tell me a story.\r")  # it does not end by itself now
-    terminal.expect(r"story\..*> (\S+\s+){3}")
+    terminal.expect(r"story\..*Q4_1> (\S+\s+){3}")  # not the line as it was typed
     terminal.send("\x03")
     terminal.expect("· stopped.*stays in the history.*:continue.*User>")
     terminal.send(":conf ignore_eos=false\r")
