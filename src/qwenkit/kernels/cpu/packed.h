@@ -160,56 +160,116 @@ struct Bytes {
     }
 };
 
-// Whether any of at most 16 tokens has a rest in a group.
-inline bool has_rest(const Activations& x, int64_t g, int64_t token, int tokens) {
+// How many of at most 16 tokens have a rest in a group, or with the number of groups, in any.
+inline int count_rests(const Activations& x, int64_t g, int64_t token, int tokens) {
     uint64_t marks[2];
     std::memcpy(marks, x.with_rest + g * x.tokens + token, 16);
-    if (tokens <= 8) return (marks[0] & ~uint64_t{0} >> (64 - 8 * tokens)) != 0;
-    return (marks[0] | (marks[1] & ~uint64_t{0} >> (128 - 8 * tokens))) != 0;
+    if (tokens <= 8) return __builtin_popcountll(marks[0] & ~uint64_t{0} >> (64 - 8 * tokens));
+    marks[1] &= ~uint64_t{0} >> (128 - 8 * tokens);
+    return __builtin_popcountll(marks[0]) + __builtin_popcountll(marks[1]);
 }
 
-// Adds the products of one group: exact sums, times both scales, to y. Of rests only those that are
-// marked count, as others were never set.
-template <class Kind, int Tokens, int Vectors, bool Rest = false>
-__attribute__((always_inline)) inline void add_group(const uint8_t* const* group_data,
-                                                     bytes table, const Activations& x,
-                                                     const Quantized& q,
-                                                     int64_t token, int64_t g, const vec* scales,
-                                                     int64_t ahead, vec (*y)[Vectors]) {
-    const uint8_t* data[Vectors];
-    QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] = group_data[v];
-    int64_t at = g * x.tokens + token;
-    words sums[Tokens][Vectors];
-    QK_UNROLL for (int t = 0; t < Tokens; t++) {
-        words offset = splat_word(q.offsets[at + t]);
-        QK_UNROLL for (int v = 0; v < Vectors; v++) sums[t][v] = offset;
+// Adds groups `first` to `last` of some panels to y: exact sums, times both scales. Of rests only those
+// that are marked count, as others were never set. `Steps` · 32 columns are a group.
+template <class Kind, int Tokens, int Count, int Steps, bool Rest>
+__attribute__((noinline)) void add_groups(const Panels& panels, const Activations& x, int64_t token,
+                                          int64_t first, int64_t last,
+                                          vec (*result)[Count * per_panel]) {
+    constexpr int vectors = Count * per_panel;
+    constexpr int64_t group = Steps * 32, group_bytes = Steps * Kind::bytes_per_32;
+    const Quantized& q = Rest ? x.rest : x.main;
+    const int64_t tokens = x.tokens, stride = x.stride;
+    const uint8_t* data[vectors];
+    QK_UNROLL for (int v = 0; v < vectors; v++) {
+        data[v] = panels.data[v / per_panel] + v % per_panel * lanes * 4 + first * group_bytes;
     }
-    const int8_t* quants = q.quants + token * x.stride + g * x.group;
-    for (int64_t column = 0; column < x.group; column += 32) {
-        if constexpr (Kind::ahead) {
-            QK_UNROLL for (int v = 0; v < Vectors; v += per_panel) {
-                QK_UNROLL for (int i = 0; i < Kind::bytes_per_32; i += 64) {
-                    __builtin_prefetch(data[v] + ahead + i);
+    auto* y = result;
+    bytes table = panels.levels ? splat_table(panels.levels) : bytes{};
+    const int8_t* quants = q.quants + token * stride + first * group;
+    const int32_t* offsets = q.offsets + first * tokens + token;
+    const float* factors = q.scales + first * tokens + token;
+    const int64_t groups = x.groups;
+    for (int64_t g = first; g < last; g++) {
+        int64_t ahead = panels.ahead(g * group_bytes);
+        words sums[Tokens][vectors];
+        QK_UNROLL for (int t = 0; t < Tokens; t++) {
+            words offset = splat_word(offsets[t]);
+            QK_UNROLL for (int v = 0; v < vectors; v++) sums[t][v] = offset;
+        }
+#pragma GCC unroll 1
+        for (int step = 0; step < Steps; step++) {
+            if constexpr (Kind::ahead && !Rest) {
+                QK_UNROLL for (int v = 0; v < vectors; v += per_panel) {
+                    QK_UNROLL for (int i = 0; i < Kind::bytes_per_32; i += 64) {
+                        __builtin_prefetch(data[v] + ahead + i);
+                    }
                 }
             }
+            Dots<Kind::most> dots[Tokens][vectors];
+            QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                QK_UNROLL for (int v = 0; v < vectors; v++) {
+                    dots[t][v] = Dots<Kind::most>(sums[t][v]);
+                }
+            }
+            Kind::template add<Tokens, vectors>(data, table, quants, stride, dots);
+            QK_UNROLL for (int t = 0; t < Tokens; t++) {
+                QK_UNROLL for (int v = 0; v < vectors; v++) sums[t][v] = dots[t][v].total();
+            }
+            QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += Kind::bytes_per_32;
+            quants += 32;
         }
-        Dots<Kind::most> dots[Tokens][Vectors];
+        vec scales[vectors], mins[vectors];
+        QK_UNROLL for (int p = 0; p < Count; p++) {
+            panels.scales[p].load_scales(g, scales + p * per_panel);
+        }
         QK_UNROLL for (int t = 0; t < Tokens; t++) {
-            QK_UNROLL for (int v = 0; v < Vectors; v++) {
-                dots[t][v] = Dots<Kind::most>(sums[t][v]);
+            vec scale = splat(Rest && !x.with_rest[g * tokens + token + t] ? 0.0f : factors[t]);
+            QK_UNROLL for (int v = 0; v < vectors; v++) {
+                y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
             }
         }
-        Kind::template add<Tokens, Vectors>(data, table, quants, x.stride, dots);
-        QK_UNROLL for (int t = 0; t < Tokens; t++) {
-            QK_UNROLL for (int v = 0; v < Vectors; v++) sums[t][v] = dots[t][v].total();
+        offsets += tokens;
+        factors += tokens;
+        if (Rest || !panels.scales[0].mins) continue;
+        QK_UNROLL for (int p = 0; p < Count; p++) {
+            int v = p * per_panel;
+            panels.scales[p].load_mins(g, scales + v, mins + v);
         }
-        QK_UNROLL for (int v = 0; v < Vectors; v++) data[v] += Kind::bytes_per_32;
-        quants += 32;
+        QK_UNROLL for (int t = 0; t < Tokens; t++) {
+            vec sum = splat(x.sums[g * tokens + token + t]);
+            QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = fma(mins[v], sum, y[t][v]);
+        }
     }
-    QK_UNROLL for (int t = 0; t < Tokens; t++) {
-        vec scale = splat(Rest && !x.with_rest[at + t] ? 0.0f : q.scales[at + t]);
-        QK_UNROLL for (int v = 0; v < Vectors; v++) {
-            y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
+}
+
+// As `add_groups` for any group.
+template <class Kind, int Tokens, int Count, bool Rest>
+void add_any_groups(const Panels& panels, const Activations& x, int64_t token, int64_t first,
+                    int64_t last, vec (*y)[Count * per_panel]) {
+    auto* add = x.group == 32   ? add_groups<Kind, Tokens, Count, 1, Rest>
+                : x.group == 64 ? add_groups<Kind, Tokens, Count, 2, Rest>
+                                : add_groups<Kind, Tokens, Count, 4, Rest>;
+    add(panels, x, token, first, last, y);
+}
+
+// Adds the rests of groups `first` to `last` to y: where few of the tokens have any, one by one.
+template <class Kind, int Tokens, int Count>
+void add_rests(const Panels& panels, const Activations& x, int64_t token, int64_t first,
+               int64_t last, vec (*y)[Count * per_panel]) {
+    constexpr int few = Tokens / 4;
+    while (first < last) {
+        int64_t g = first++;
+        int count = count_rests(x, g, token, Tokens);
+        if (count > few) {
+            while (first < last && count_rests(x, first, token, Tokens) > few) first++;
+            add_any_groups<Kind, Tokens, Count, true>(panels, x, token, g, first, y);
+            continue;
+        }
+        const uint8_t* marks = x.with_rest + g * x.tokens + token;
+        for (int t = 0; count > 0; t++) {
+            if (!marks[t]) continue;
+            add_any_groups<Kind, 1, Count, true>(panels, x, token + t, g, g + 1, y + t);
+            count--;
         }
     }
 }
@@ -218,59 +278,14 @@ __attribute__((always_inline)) inline void add_group(const uint8_t* const* group
 template <class Kind, int Tokens, int Count, bool Rest>
 void multiply_ints(const Panels& panels, const Activations& x, int64_t token,
                    vec y[Tokens][Count * per_panel]) {
-    constexpr int vectors = Count * per_panel;
-    const uint8_t* data[vectors];
-    QK_UNROLL for (int v = 0; v < vectors; v++) {
-        data[v] = panels.data[v / per_panel] + v % per_panel * lanes * 4;
-    }
     QK_UNROLL for (int t = 0; t < Tokens; t++) {
-        QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = vec{};
+        QK_UNROLL for (int v = 0; v < Count * per_panel; v++) y[t][v] = vec{};
     }
-    int64_t group_bytes = x.group / 32 * Kind::bytes_per_32, run = run_columns / x.group;
-    int64_t scales_ahead = 2 * prefetch_bytes / group_bytes;
-    int64_t skipped = (panels.next / panels.bytes - 1) * x.groups;  // of the panel beside it
-    bytes table = panels.levels ? splat_table(panels.levels) : bytes{};
+    int64_t run = run_columns / x.group;
     for (int64_t first = 0, last; first < x.groups; first = last) {
         last = std::min(x.groups, first + run);
-        vec scales[vectors], mins[vectors];
-        auto load_scales = [&](int64_t g) {
-            QK_UNROLL for (int p = 0; p < Count; p++) {
-                panels.scales[p].load_scales(g, scales + p * per_panel);
-            }
-        };
-        for (int64_t g = first; g < last; g++) {
-            load_scales(g);
-            int64_t ahead = panels.ahead(g * group_bytes);
-            if constexpr (Kind::ahead) {
-                int64_t later = g + scales_ahead + (g + scales_ahead < x.groups ? 0 : skipped);
-                QK_UNROLL for (int p = 0; p < Count; p++) {
-                    __builtin_prefetch(panels.scales[p].place(later));
-                }
-            }
-            add_group<Kind, Tokens, vectors>(data, table, x, x.main, token, g, scales, ahead, y);
-            QK_UNROLL for (int v = 0; v < vectors; v++) data[v] += group_bytes;
-            if (!panels.scales[0].mins) continue;
-            QK_UNROLL for (int p = 0; p < Count; p++) {
-                int v = p * per_panel;
-                panels.scales[p].load_mins(g, scales + v, mins + v);
-            }
-            QK_UNROLL for (int t = 0; t < Tokens; t++) {
-                vec sum = splat(x.sums[g * x.tokens + token + t]);
-                QK_UNROLL for (int v = 0; v < vectors; v++) y[t][v] = fma(mins[v], sum, y[t][v]);
-            }
-        }
-        if constexpr (Rest) {
-            for (int64_t g = first; g < last; g++) {
-                if (!has_rest(x, g, token, Tokens)) continue;
-                const uint8_t* again[vectors];
-                QK_UNROLL for (int v = 0; v < vectors; v++) {
-                    again[v] = data[v] - (last - g) * group_bytes;
-                }
-                load_scales(g);
-                add_group<Kind, Tokens, vectors, true>(again, table, x, x.rest, token, g, scales, 0,
-                                                       y);
-            }
-        }
+        add_any_groups<Kind, Tokens, Count, false>(panels, x, token, first, last, y);
+        if constexpr (Rest) add_rests<Kind, Tokens, Count>(panels, x, token, first, last, y);
     }
 }
 
