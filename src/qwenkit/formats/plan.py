@@ -12,6 +12,7 @@ from qwenkit.errors import NonFiniteError, UsageError, suggest
 from qwenkit.formats.bnb4 import Bnb4Weight
 from qwenkit.formats.llm_int8 import LlmInt8Weight
 from qwenkit.formats.packed import GROUP_SIZES, ROUNDED_KINDS, PackedWeight, pack
+from qwenkit.kernels.cpu.memory import empty_weight
 from qwenkit.kernels.finite import is_finite
 from qwenkit.kernels.packed import PANEL_ROWS
 from qwenkit.layers.weight import QuantWeight
@@ -140,23 +141,33 @@ def _in_slabs(
     """
     step = max(1, _SLAB_NUMBERS // columns // PANEL_ROWS) * PANEL_ROWS
     if rows <= step:
-        made = make(0, rows)
-        return made if isinstance(made, PackedWeight) else None
+        return _settled(make(0, rows))
     part = make(0, PANEL_ROWS)
     if not isinstance(part, PackedWeight):
         return None
     # Taken before any slab is: what a slab needs is then free again behind it, not a hole before.
     panels = -(-rows // PANEL_ROWS)
-    whole: dict[str, Any] = {n: t.new_empty((panels, *t.shape[1:])) for n, t in _panels(part)}
+    whole: dict[str, Any] = {
+        n: empty_weight((panels, *t.shape[1:]), t.dtype) for n, t in _panels(part)
+    }
     for start in range(0, rows, step):
         slab = make(start, min(rows, start + step))
         assert isinstance(slab, PackedWeight)
         if {n for n, _ in _panels(slab)} != whole.keys() or slab.zero_point != part.zero_point:
-            made = make(0, rows)  # only some of the rows have zero points of their own
-            return made if isinstance(made, PackedWeight) else None
+            return _settled(make(0, rows))  # only some of the rows have zero points of their own
         for name, tensor in _panels(slab):
             whole[name][start // PANEL_ROWS :][: len(tensor)] = tensor
     return PackedWeight(replace(part.packed, rows=rows, **whole), part.way_back())
+
+
+def _settled(made: QuantWeight | torch.Tensor) -> PackedWeight | None:
+    """A packed weight in the memory that weights are kept in; None of anything else."""
+    if not isinstance(made, PackedWeight):
+        return None
+    whole: dict[str, Any] = {n: empty_weight(t.shape, t.dtype) for n, t in _panels(made)}
+    for name, tensor in _panels(made):
+        whole[name].copy_(tensor)
+    return PackedWeight(replace(made.packed, **whole), made.way_back())
 
 
 def _panels(weight: PackedWeight) -> Iterator[tuple[str, torch.Tensor]]:
