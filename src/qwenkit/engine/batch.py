@@ -25,9 +25,8 @@ class Batch:
     tokens in the chunk, and tokens in the cache once they are written. `rows` are the indices
     [rows] of the tokens whose logits or hidden states are wanted; None: all. `extensions` are the
     different ones of all tokens, `extension_index` [tokens] says whose each is (None: there is one
-    only); `sequence_extensions` are those of the sequences. `end` is beyond every position.
-    `numbers` are ids, positions, slots, lengths and block tables in one tensor, which those are
-    pieces of.
+    only); `sequence_extensions` are those of the sequences. `numbers` are ids, positions, slots,
+    lengths and block tables in one tensor, which those are pieces of.
     """
 
     ids: torch.Tensor
@@ -40,7 +39,6 @@ class Batch:
     extensions: tuple[Extension, ...] = (NO_EXTENSION,)
     extension_index: torch.Tensor | None = None
     sequence_extensions: tuple[Extension, ...] = ()
-    end: int = 0
     numbers: torch.Tensor = _NO_NUMBERS
 
     @property
@@ -55,10 +53,46 @@ class Batch:
         return replace(self, **moved)
 
 
-def build(plan: Plan, *, block_tokens: int, device: torch.device, rounded: bool = False) -> Batch:
-    """Lay out a plan of at least one chunk. `rounded`: the width of the block tables is a power of
-    two, so that it seldom changes.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a plan of at least one chunk says, as lists: `numbers` one after another as in `Batch`,
+    of `tokens` and `sequences`. `width` is that of the block tables.
     """
+
+    numbers: list[int]
+    tokens: int
+    sequences: int
+    width: int
+    rows: list[int] | None
+    extensions: tuple[Extension, ...]
+    extended_by: list[int]
+    sequence_extensions: tuple[Extension, ...]
+    end: int
+
+    @property
+    def positions(self) -> list[int]:
+        """Those of the tokens."""
+        return self.numbers[self.tokens : 2 * self.tokens]
+
+    def batch(self, device: torch.device) -> Batch:
+        """The same as tensors."""
+
+        def whole(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        numbers = whole(self.numbers)
+        return Batch(
+            **pieces(numbers, self.tokens, self.sequences),
+            rows=None if self.rows is None else whole(self.rows),
+            extensions=self.extensions,
+            extension_index=None if len(self.extensions) == 1 else whole(self.extended_by),
+            sequence_extensions=self.sequence_extensions,
+            numbers=numbers,
+        )
+
+
+def lay_out(plan: Plan, *, block_tokens: int, rounded: bool = False) -> Layout:
+    """`rounded`: the width of the block tables is a power of two, so that it seldom changes."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -80,27 +114,29 @@ def build(plan: Plan, *, block_tokens: int, device: torch.device, rounded: bool 
         rows += range(len(ids) - chunk.rows, len(ids))
     lengths = [len(chunk.token_ids) for chunk in plan.chunks]
     ends = [chunk.start + len(chunk.token_ids) for chunk in plan.chunks]
-
-    def whole(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    numbers = whole([*ids, *positions, *slots, *lengths, *ends, *_tables(plan, rounded)])
-    return Batch(
-        **pieces(numbers, len(ids), len(lengths)),
-        rows=None if len(rows) == len(ids) else whole(rows),
-        extensions=tuple(extensions),
-        extension_index=None if len(extensions) == 1 else whole(extended_by),
-        sequence_extensions=tuple(chunk.extension for chunk in plan.chunks),
-        end=max(ends),
-        numbers=numbers,
-    )
-
-
-def _tables(plan: Plan, rounded: bool) -> list[int]:
-    """The block tables, one after another."""
     width = max(len(chunk.blocks) for chunk in plan.chunks)
     if rounded:
         width = 1 << (width - 1).bit_length()
+    return Layout(
+        numbers=[*ids, *positions, *slots, *lengths, *ends, *_tables(plan, width)],
+        tokens=len(ids),
+        sequences=len(lengths),
+        width=width,
+        rows=None if len(rows) == len(ids) else rows,
+        extensions=tuple(extensions),
+        extended_by=extended_by,
+        sequence_extensions=tuple(chunk.extension for chunk in plan.chunks),
+        end=max(ends),
+    )
+
+
+def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
+    """Lay out a plan of at least one chunk as tensors."""
+    return lay_out(plan, block_tokens=block_tokens).batch(device)
+
+
+def _tables(plan: Plan, width: int) -> list[int]:
+    """The block tables, one after another."""
     return [block for c in plan.chunks for block in (*c.blocks, *[0] * (width - len(c.blocks)))]
 
 

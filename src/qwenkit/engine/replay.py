@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import torch
+from numpy.typing import NDArray
 
-from qwenkit.engine.batch import Batch, pieces
+from qwenkit.engine.batch import Batch, Layout, pieces
 from qwenkit.engine.kv import KVCache
 from qwenkit.engine.paged import PagedAttention
 from qwenkit.engine.served import ServedModel
@@ -28,8 +30,12 @@ _MOST_PROGRAMS = 64
 _LEAST_ROTATIONS = 1024  # rows of a table that are made at once, and doubled when they run out
 _MOST_SPECS = 1024  # adapters stand over a batch in ever new ways
 
+_CPU = torch.device("cpu")
+_NOT_EXTENDED = (NO_EXTENSION,)
+
 # Tokens, sequences, width of the block tables, threads, each token's adapter.
 Key = tuple[int, int, int, int, tuple[int, ...]]
+Arrays = tuple[NDArray[numpy.float32], NDArray[numpy.float32]]  # cosine and sine
 
 
 class Replayer:
@@ -43,18 +49,18 @@ class Replayer:
         self._rotations = _Rotations()
         self._refused = False
 
-    def run(self, batch: Batch, adapter_keys: tuple[int, ...] = ()) -> torch.Tensor | None:
+    def run(self, layout: Layout, adapter_keys: tuple[int, ...] = ()) -> torch.Tensor | None:
         """Logits [tokens, vocab_size], overwritten by the next call; None where the step is not one
         that is repeated: then it must be computed as always.
         """
-        tokens = len(batch.ids)
-        if self._refused or batch.rows is not None or tokens > _MOST_TOKENS:
+        if self._refused or layout.rows is not None or layout.tokens > _MOST_TOKENS:
             return None
-        sequences, width = batch.block_tables.shape
-        key = tokens, sequences, width, torch.get_num_threads(), adapter_keys
-        context = PagedAttention(self._cache, batch)
+        sizes = layout.tokens, layout.sequences, layout.width
+        key = *sizes, torch.get_num_threads(), adapter_keys
         if key in self._steps:
-            return self._steps[key].run(batch, context, self._rotations)
+            return self._steps[key].run(layout, self._rotations)
+        batch = layout.batch(_CPU)
+        context = PagedAttention(self._cache, batch)
         if key not in self._specs:
             if len(self._specs) >= _MOST_SPECS:
                 self._specs.clear()
@@ -83,7 +89,9 @@ class _Step:
         context: PagedAttention,
         specs: tuple[Rotary, ...],
     ) -> None:
-        self._numbers = numbers = batch.numbers.clone()
+        self._cache = cache
+        numbers = batch.numbers.clone()
+        self._numbers = numbers.numpy()
         own: dict[str, Any] = pieces(numbers, len(batch.ids), len(batch.query_lengths))
         inputs = replace(batch, **own, numbers=numbers)
         self._tables: dict[Rotary, Tables] = {
@@ -93,12 +101,19 @@ class _Step:
         recorded = PagedAttention(cache, inputs, self._tables)
         self._program: Program = record(lambda: model(inputs.ids, recorded))
         self.result = self._program.result
+        self._filled = {s: (cos.numpy(), sin.numpy()) for s, (cos, sin) in self._tables.items()}
 
-    def run(self, batch: Batch, context: PagedAttention, rotations: _Rotations) -> torch.Tensor:
-        """Refill the inputs from a batch and its context, and compute."""
-        self._numbers.copy_(batch.numbers)
-        for spec, kept in self._tables.items():
-            rotations.fill(kept, spec, batch, context)
+    def run(self, layout: Layout, rotations: _Rotations) -> torch.Tensor:
+        """Refill the inputs, and compute."""
+        self._numbers[:] = layout.numbers
+        if layout.extensions == _NOT_EXTENDED:
+            for spec, filled in self._filled.items():
+                rotations.fill(filled, spec, layout)
+        else:
+            context = PagedAttention(self._cache, layout.batch(_CPU))
+            for spec, kept in self._tables.items():
+                for mine, table in zip(kept, context.rotation(spec), strict=True):
+                    mine.copy_(table)
         return self._program.run()
 
 
@@ -110,21 +125,18 @@ class _Rotations:
     """
 
     def __init__(self) -> None:
-        self._tables: dict[Rotary, Tables] = {}
+        self._tables: dict[Rotary, Arrays] = {}
 
-    def fill(self, into: Tables, spec: Rotary, batch: Batch, context: PagedAttention) -> None:
-        """Put a batch's rows of `spec` into two tensors [tokens, head_dim / 2]."""
-        if batch.extensions != (NO_EXTENSION,):
-            for kept, table in zip(into, context.rotation(spec), strict=True):
-                kept.copy_(table)
-            return
-        for kept, table in zip(into, self._up_to(spec, batch.end), strict=True):
-            torch.index_select(table, 0, batch.positions, out=kept)
+    def fill(self, into: Arrays, spec: Rotary, layout: Layout) -> None:
+        """Put the rows of a layout's positions into two arrays [tokens, head_dim / 2]."""
+        positions = layout.positions
+        for kept, table in zip(into, self._up_to(spec, layout.end), strict=True):
+            table.take(positions, 0, kept, "clip")  # all are there; "raise" would copy them twice
 
-    def _up_to(self, spec: Rotary, end: int) -> Tables:
+    def _up_to(self, spec: Rotary, end: int) -> Arrays:
         tables = self._tables.get(spec)
         if tables is None or len(tables[0]) < end:
             count = max(_LEAST_ROTATIONS, 1 << end.bit_length())
-            tables = rotary_tables(extended(spec, NO_EXTENSION), torch.arange(count))
-            self._tables[spec] = tables
+            cos, sin = rotary_tables(extended(spec, NO_EXTENSION), torch.arange(count))
+            self._tables[spec] = tables = cos.numpy(), sin.numpy()
         return tables

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qwenkit.engine.adapters import LoadedAdapters
-from qwenkit.engine.batch import Batch, build
+from qwenkit.engine.batch import Batch, build, lay_out
 from qwenkit.engine.diagnose import locate
 from qwenkit.engine.key_guard import key_guards
 from qwenkit.engine.kv import NAMED_DTYPES, KVCache
@@ -93,16 +93,13 @@ class Runner:
         """
         model, keys = self._choose_model(plan, adapter_keys)
         replayer = self._adapted_replayer if keys else self._replayer
-        batch = build(
-            plan,
-            block_tokens=self._cache.block_tokens,
-            device=self._device,
-            rounded=replayer is not None,
-        )
+        rounded = replayer is not None
+        layout = lay_out(plan, block_tokens=self._cache.block_tokens, rounded=rounded)
         if replayer is not None:
-            logits = replayer.run(batch, keys)
+            logits = replayer.run(layout, keys)
             if logits is not None:
                 return logits
+        batch = layout.batch(self._device)
         with reference_only() if self._reference_ops else nullcontext():
             return model(batch.ids, self._context(batch))
 

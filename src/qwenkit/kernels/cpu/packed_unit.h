@@ -52,7 +52,7 @@ template <int Tokens>
 void put(const PackedMatmulArguments& a, const Unit& u, int64_t token,
          const vec sums[Tokens][pair * per_panel]) {
     const PackedMatrix& m = *u.matrix;
-    bool far = a.tokens * m.rows >= many_results;
+    bool far = a.tokens > 16 && a.tokens * m.rows >= many_results;
     for (int t = 0; t < Tokens; t++) {
         int64_t at = (token + t) * m.rows + u.row;
         int vectors = a.gated ? per_panel : u.count * per_panel;
