@@ -183,6 +183,24 @@ bool in_bf16_tiles(const PackedMatmulArguments& a) {
     return a.kind == bf16 && a.columns % 32 == 0;
 }
 
+// Sums [panels, tokens, 16], from one panel's to the next's `per_panel` numbers.
+void put_all(const PackedMatmulArguments& a, const Unit& u, int64_t first, int64_t tokens,
+             const float* sums, int64_t per_panel) {
+    auto some = [&](auto count, int64_t token) {
+        vec own[count.value][pair];
+        for (int t = 0; t < count.value; t++) {
+            for (int p = 0; p < u.count; p++) {
+                own[t][p] = load(sums + p * per_panel + (token + t) * panel_rows);
+            }
+        }
+        put<count.value>(a, u, first + token, own);
+    };
+    constexpr int many = 8;
+    int64_t token = 0;
+    for (; token + many <= tokens; token += many) some(std::integral_constant<int, many>(), token);
+    for (; token < tokens; token++) some(std::integral_constant<int, 1>(), token);
+}
+
 // `memory` has room for both panels' bytes of some columns, and then for the sums of a block.
 template <int Depth>
 void multiply_int_tiles(const PackedMatmulArguments& a, const Unit& u, const Activations& x,
@@ -219,13 +237,7 @@ void multiply_int_tiles(const PackedMatmulArguments& a, const Unit& u, const Act
                              end / group, rows, sums + p * per_panel_sums);
         }
     }
-    for (int64_t token = 0; token < tokens; token++) {
-        vec both[1][pair];
-        for (int p = 0; p < u.count; p++) {
-            both[0][p] = load(sums + p * per_panel_sums + token * panel_rows);
-        }
-        put<1>(a, u, block.first + token, both);
-    }
+    put_all(a, u, block.first, tokens, sums, per_panel_sums);
 }
 
 template <int Blocks, int Count, bool Ahead>
@@ -233,13 +245,9 @@ void multiply_bf16_block(const PackedMatmulArguments& a, const Unit& u, const Ac
                          int64_t token, int64_t last) {
     alignas(64) TileResults results[Blocks][Count];
     multiply_bf16_tiles<Blocks, Count, Ahead>(u.panels, x, token, results);
-    int64_t tokens = std::min<int64_t>(Blocks * tile_side, last - token);
-    for (int64_t t = 0; t < tokens; t++) {
-        vec sums[1][pair];
-        for (int p = 0; p < Count; p++) {
-            sums[0][p] = load(results[t / tile_side][p][t % tile_side]);
-        }
-        put<1>(a, u, token + t, sums);
+    for (int b = 0; b < Blocks && token < last; b++, token += tile_side) {
+        int64_t tokens = std::min<int64_t>(tile_side, last - token);
+        put_all(a, u, token, tokens, results[b][0][0], tile_side * panel_rows);
     }
 }
 
