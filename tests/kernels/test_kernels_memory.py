@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from itertools import pairwise
 
 import torch
 
@@ -19,7 +20,7 @@ def test_weights_lie_side_by_side_without_touching_each_other() -> None:
         assert tensor.data_ptr() % 64 == 0
         assert bool((tensor == i).all())
     starts = sorted((t.data_ptr(), t.nbytes) for t in made)
-    assert all(a + size <= b for (a, size), (b, _) in zip(starts, starts[1:], strict=False))
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(starts))
 
 
 def test_more_than_one_piece_holds_and_what_is_dropped_goes() -> None:
