@@ -147,9 +147,7 @@ def _in_slabs(
         return None
     # Taken before any slab is: what a slab needs is then free again behind it, not a hole before.
     panels = -(-rows // PANEL_ROWS)
-    whole: dict[str, Any] = {
-        n: empty_weight((panels, *t.shape[1:]), t.dtype) for n, t in _panels(part)
-    }
+    whole: dict[str, Any] = {n: _place(t, panels) for n, t in _panels(part)}
     for start in range(0, rows, step):
         slab = make(start, min(rows, start + step))
         assert isinstance(slab, PackedWeight)
@@ -164,10 +162,16 @@ def _settled(made: QuantWeight | torch.Tensor) -> PackedWeight | None:
     """A packed weight in the memory that weights are kept in; None of anything else."""
     if not isinstance(made, PackedWeight):
         return None
-    whole: dict[str, Any] = {n: empty_weight(t.shape, t.dtype) for n, t in _panels(made)}
+    whole: dict[str, Any] = {n: _place(t, len(t)) for n, t in _panels(made)}
     for name, tensor in _panels(made):
         whole[name].copy_(tensor)
     return PackedWeight(replace(made.packed, **whole), made.way_back())
+
+
+def _place(like: torch.Tensor, panels: int) -> torch.Tensor:
+    """Where so many panels are kept, on the device that they are on."""
+    shape = panels, *like.shape[1:]
+    return empty_weight(shape, like.dtype) if like.is_cpu else like.new_empty(shape)
 
 
 def _panels(weight: PackedWeight) -> Iterator[tuple[str, torch.Tensor]]:

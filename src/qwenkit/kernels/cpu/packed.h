@@ -188,7 +188,6 @@ __attribute__((noinline)) void add_groups(const Panels& panels, const Activation
     const int8_t* quants = q.quants + token * stride + first * group;
     const int32_t* offsets = q.offsets + first * tokens + token;
     const float* factors = q.scales + first * tokens + token;
-    const int64_t groups = x.groups;
     for (int64_t g = first; g < last; g++) {
         int64_t ahead = panels.ahead(g * group_bytes);
         words sums[Tokens][vectors];
