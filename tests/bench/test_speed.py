@@ -187,6 +187,10 @@ def test_a_peer_below_what_it_is_known_to_reach_makes_its_figure_void() -> None:
     assert slow.void(slow.engines[1], "prefill")
     assert slow.to_json()["engines"][1]["prefill"]["void"] is True
     assert not slow.void(slow.engines[0], "prefill")  # nothing is known of ours
+    lucky = Calibration(30.0, 400.0)  # around a turn of ours, which says nothing of the peer's
+    good.engines[0].turns["prefill"].append(Turn(500.0, lucky, lucky))
+    assert good.best_calibration() == lucky
+    assert not good.void(good.engines[1], "prefill")
     same = expected(
         "onnxruntime",
         "qwen2-0.5b",

@@ -40,8 +40,9 @@ def expected(
     prompt_tokens: int,
     vendor: str,
 ) -> Expectation | None:
-    """None where the table has no such row. `best` is the best calibration of the run, `vendor` the
-    processor's as its system names it: another's than those of the tables is held to the first.
+    """None where the table has no such row. `best` is the best calibration around its turns,
+    `vendor` the processor's as its system names it: another's than those of the tables is held to
+    the first.
     """
     table = _table(vendor)
     row = _row(table, engine, shape, weights)

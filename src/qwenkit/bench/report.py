@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,16 +79,13 @@ class SpeedReport:
 
     def best_calibration(self) -> Calibration | None:
         """The best that the machine gave at any time of the run."""
-        readings = [reading for t in self._turns() for reading in (t.before, t.after)]
-        if not readings:
-            return None
-        return Calibration(
-            max(r.read_gb_per_s for r in readings), max(r.compute_gflop_per_s for r in readings)
-        )
+        return _best([*self._turns()])
 
     def expectation(self, peer: EngineResult, measure: str) -> Expectation | None:
-        """What the peer must reach for the run to count; None where nothing is known."""
-        best = self.best_calibration()
+        """What the peer must reach for the run to count, by the best that the machine gave around
+        its own turns; None where nothing is known.
+        """
+        best = _best(peer.turns.get(measure, ()))
         if best is None:
             return None
         prompt = next((w.tokens for w in self.plan if w.measure == "prefill"), 0)
@@ -164,3 +161,12 @@ class SpeedReport:
             "peak_bytes": engine.peak_bytes,
             **measures,
         }
+
+
+def _best(turns: Sequence[Turn]) -> Calibration | None:
+    readings = [reading for t in turns for reading in (t.before, t.after)]
+    if not readings:
+        return None
+    return Calibration(
+        max(r.read_gb_per_s for r in readings), max(r.compute_gflop_per_s for r in readings)
+    )
