@@ -174,7 +174,7 @@ inline int count_rests(const Activations& x, int64_t g, int64_t token, int token
 template <class Kind, int Tokens, int Count, int Steps, bool Rest>
 __attribute__((noinline)) void add_groups(const Panels& panels, const Activations& x, int64_t token,
                                           int64_t first, int64_t last,
-                                          vec (*result)[Count * per_panel]) {
+                                          vec (*y)[Count * per_panel]) {
     constexpr int vectors = Count * per_panel;
     constexpr int64_t group = Steps * 32, group_bytes = Steps * Kind::bytes_per_32;
     const Quantized& q = Rest ? x.rest : x.main;
@@ -183,7 +183,6 @@ __attribute__((noinline)) void add_groups(const Panels& panels, const Activation
     QK_UNROLL for (int v = 0; v < vectors; v++) {
         data[v] = panels.data[v / per_panel] + v % per_panel * lanes * 4 + first * group_bytes;
     }
-    auto* y = result;
     bytes table = panels.levels ? splat_table(panels.levels) : bytes{};
     const int8_t* quants = q.quants + token * stride + first * group;
     const int32_t* offsets = q.offsets + first * tokens + token;
