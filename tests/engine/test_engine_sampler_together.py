@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwenkit.engine import sampler as sampling_module
-from qwenkit.engine.sampler import Sampler, choose_together, together
+from qwenkit.engine.sampler import NOT_FINITE, Sampler, choose_together, together
 from qwenkit.errors import NonFiniteError
 from qwenkit.kernels.cpu import register
 from qwenkit.types.sampling import SamplingParams
@@ -63,7 +63,7 @@ def test_the_same_tokens_as_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         before = logits.clone()
         tokens = choose_together(many, logits, range(len(logits)))
         assert torch.equal(logits, before)
-        chosen = [each.take(t, row) for each, t, row in zip(many, tokens, logits, strict=True)]
+        chosen = [each.remember(token) for each, token in zip(many, tokens, strict=True)]
         with monkeypatch.context() as patch:
             patch.setattr(sampling_module, "together", lambda logits: False)
             expected = [each.choose(row) for each, row in zip(alone, logits, strict=True)]
@@ -93,6 +93,6 @@ def test_only_the_row_that_is_not_finite_fails(bad: float, place: int) -> None:
     fine = choose_together(samplers, logits, range(len(logits)))
     logits[1, place] = bad
     tokens = choose_together(samplers, logits, range(len(logits)))
-    assert [tokens[0], tokens[2]] == [fine[0], fine[2]]
+    assert tokens == [fine[0], NOT_FINITE, fine[2]]
     with pytest.raises(NonFiniteError, match=f"1 of the model's {ROWS} logits"):
-        samplers[1].take(tokens[1], logits[1])
+        samplers[1].choose(logits[1])

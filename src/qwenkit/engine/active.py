@@ -14,7 +14,7 @@ from qwenkit.engine.plan import Chunk, Plan
 from qwenkit.engine.pooling import Pooler
 from qwenkit.engine.request import Limits, Request
 from qwenkit.engine.runner import Rows
-from qwenkit.engine.sampler import Choice, Sampler, choose_together, together
+from qwenkit.engine.sampler import NOT_FINITE, Choice, Sampler, choose_together, together
 from qwenkit.engine.text import Ending, Output
 from qwenkit.errors import NonFiniteError, QwenkitError
 from qwenkit.types.events import FinishEvent, PromptEvent, TokenEvent, Usage
@@ -66,6 +66,8 @@ class Active:
         self._matcher = matcher
         self._pooler = None if request.embedding is None else Pooler(request.embedding)
         self._vocab_size = limits.vocab_size
+        plain = request.embedding is None and request.scored_from is None
+        self._joins = plain and matcher is None and sampling.logprobs is None
 
     @property
     def computed_ids(self) -> tuple[int, ...]:
@@ -85,17 +87,21 @@ class Active:
         return 0 if pools_all or request.sampling.prompt_logprobs is not None else None
 
     def sampler_of(self, chunk: Chunk) -> Sampler | None:
-        """What samples the last of a chunk's rows, if it is the only one sampled and nothing else
-        has a say: then it can be chosen together with others'.
+        """What samples from a chunk's row, if there is one only, which is for nothing else: then it
+        can be chosen together with others'.
         """
-        samples = chunk.sample and self._pooler is None and self.request.scored_from is None
-        alone = self._matcher is None and not chunk.drafted and self._sampler.joins
-        return self._sampler if samples and alone else None
+        sole = chunk.sample and chunk.rows == 1 and self._joins and self._sampler.joins
+        return self._sampler if sole else None
 
-    def take(self, chunk: Chunk, rows: torch.Tensor, token_id: int | None = None) -> Taken:
+    def take_chosen(self, token_id: int) -> Taken:
+        """The same as `take`, of a token that `chosen_together` chose."""
+        taken = Taken()
+        self._push(self._sampler.remember(token_id), taken)
+        return taken
+
+    def take(self, chunk: Chunk, rows: torch.Tensor) -> Taken:
         """Make of the rows of a chunk, [chunk.rows, vocab_size], or of a request to be embedded
-        [chunk.rows, hidden_size], what the request is for. `token_id` is what was chosen from the
-        last of them, if it was.
+        [chunk.rows, hidden_size], what the request is for.
         """
         first = chunk.start + len(chunk.token_ids) - chunk.rows
         if self._pooler is not None:
@@ -108,7 +114,7 @@ class Active:
         if known:
             taken.events.append(self._report_prompt(first + 1, rows[:known]))
         if samples:
-            self._sample(chunk, rows[known:] if known else rows, taken, token_id)
+            self._sample(chunk, rows[known:], taken)
         elif chunk.sample:
             taken.ending = Ending("stop")
         return taken
@@ -151,13 +157,10 @@ class Active:
             return PromptEvent(self.request.id, 0, (None, *entries))
         return PromptEvent(self.request.id, start, entries)
 
-    def _sample(self, chunk: Chunk, rows: torch.Tensor, taken: Taken, token_id: int | None) -> None:
+    def _sample(self, chunk: Chunk, rows: torch.Tensor, taken: Taken) -> None:
         """Tokens from rows [drafted + 1, vocab_size], up to the first that is not what was drafted,
         or ends the output.
         """
-        if token_id is not None:
-            self._push(self._sampler.take(token_id, rows), taken)
-            return
         drafted = chunk.token_ids[len(chunk.token_ids) - chunk.drafted :]
         for row, guess in zip(rows, (*drafted, None), strict=True):
             try:
@@ -188,21 +191,22 @@ class Active:
 
 def chosen_together(active: Mapping[str, Active], plan: Plan, rows: Rows) -> dict[str, int]:
     """The next token of every request of a plan whose row can be chosen from together with
-    others'.
+    others'; of none whose row is not finite, which `Active.take` reports.
     """
     if not plan.chunks or not together(rows.logits):
         return {}
-    samplers, places, end = {}, [], 0
+    names, samplers, places, end = [], [], [], 0
     for chunk in plan.chunks:
-        end += 0 if chunk.hidden else chunk.rows
+        if chunk.hidden:
+            continue
+        end += chunk.rows
         sampler = active[chunk.request_id].sampler_of(chunk)
         if sampler is not None:
-            samplers[chunk.request_id] = sampler
+            names.append(chunk.request_id)
+            samplers.append(sampler)
             places.append(end - 1)
-    if not places:
-        return {}
-    chosen = choose_together([*samplers.values()], rows.logits, places)
-    return dict(zip(samplers, chosen, strict=True))
+    chosen = choose_together(samplers, rows.logits, places) if places else []
+    return {name: id_ for name, id_ in zip(names, chosen, strict=True) if id_ != NOT_FINITE}
 
 
 def describe(error: Exception) -> str:

@@ -137,7 +137,11 @@ def build(plan: Plan, *, block_tokens: int, device: torch.device) -> Batch:
 
 def _tables(plan: Plan, width: int) -> list[int]:
     """The block tables, one after another."""
-    return [block for c in plan.chunks for block in (*c.blocks, *[0] * (width - len(c.blocks)))]
+    tables: list[int] = []
+    for chunk in plan.chunks:
+        tables += chunk.blocks
+        tables += [0] * (width - len(chunk.blocks))
+    return tables
 
 
 def pieces(numbers: torch.Tensor, tokens: int, sequences: int) -> dict[str, torch.Tensor]:

@@ -208,10 +208,13 @@ class Engine:
         events: list[Event] = [*self._take_untold()]
         sampled: dict[str, tuple[int, ...]] = {}
         endings: dict[str, Ending] = {}
-        for chunk, own in zip(plan.chunks, rows.pieces, strict=True):
+        for index, chunk in enumerate(plan.chunks):
+            active, token_id = self._active[chunk.request_id], chosen.get(chunk.request_id)
             try:
-                token_id = chosen.get(chunk.request_id)
-                taken = self._active[chunk.request_id].take(chunk, own, token_id)
+                if token_id is None:
+                    taken = active.take(chunk, rows.of(index))
+                else:
+                    taken = active.take_chosen(token_id)
             except Exception as error:
                 if isinstance(error, NonFiniteError):
                     error = self._located(error, chunk)

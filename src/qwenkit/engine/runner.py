@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,18 +23,33 @@ from qwenkit.kernels.registry import reference_only
 from qwenkit.layers.attention import AttentionContext, ByDevice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rows:
-    """What came of a plan: `pieces` are each chunk's rows by themselves, [chunk.rows, vocab_size],
-    or of a chunk that wants hidden states [chunk.rows, hidden_size]; `logits` [n, vocab_size] those
-    of the former one after another.
+    """What came of a plan's `chunks`: their rows one after another, `logits` [n, vocab_size] and,
+    of chunks that want them, `hidden` states [m, hidden_size].
     """
 
+    chunks: Sequence[Chunk]
     logits: torch.Tensor
-    pieces: Sequence[torch.Tensor]
+    hidden: torch.Tensor | None = None
+
+    def of(self, index: int) -> torch.Tensor:
+        """The rows of one chunk, [chunk.rows, vocab_size] or [chunk.rows, hidden_size]."""
+        chunk, end = self.chunks[index], self._ends[index]
+        rows = self.hidden if chunk.hidden and self.hidden is not None else self.logits
+        return rows[end - chunk.rows : end]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Where the rows of each chunk end among those of its kind."""
+        ends, counts = [], {False: 0, True: 0}
+        for chunk in self.chunks:
+            counts[chunk.hidden] += chunk.rows
+            ends.append(counts[chunk.hidden])
+        return ends
 
 
-NO_ROWS = Rows(torch.empty(0, 0), ())
+NO_ROWS = Rows((), torch.empty(0, 0))
 
 
 class Runner:
@@ -106,19 +122,16 @@ class Runner:
     @torch.inference_mode()
     def rows(self, plan: Plan, adapter_keys: Sequence[int] = ()) -> Rows:
         """The same, and hidden states where they are wanted."""
-        counts = [chunk.rows for chunk in plan.chunks]
-        if not any(chunk.hidden for chunk in plan.chunks):
-            logits = self.run(plan, adapter_keys)
-            return Rows(logits, torch.split(logits, counts))
+        if not any([chunk.hidden for chunk in plan.chunks]):
+            return Rows(plan.chunks, self.run(plan, adapter_keys))
         model, _ = self._choose_model(plan, adapter_keys)
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
+        is_hidden = torch.tensor([c.hidden for c in plan.chunks for _ in range(c.rows)])  # [rows]
         with reference_only() if self._reference_ops else nullcontext():
-            hidden = model.hidden(batch.ids, self._context(batch))  # [rows, hidden_size]
-            pieces = list(zip(plan.chunks, torch.split(hidden, counts), strict=True))
-            wanted = [piece for chunk, piece in pieces if not chunk.hidden]
-            logits = model.logits(torch.cat(wanted)) if wanted else hidden[:0]
-        split = iter(torch.split(logits, [len(piece) for piece in wanted]))
-        return Rows(logits, [piece if c.hidden else next(split) for c, piece in pieces])
+            states = model.hidden(batch.ids, self._context(batch))  # [rows, hidden_size]
+            hidden, others = states[is_hidden], states[~is_hidden]
+            logits = model.logits(others) if len(others) else hidden[:0]
+        return Rows(plan.chunks, logits, hidden)
 
     def _choose_model(
         self, plan: Plan, adapter_keys: Sequence[int]

@@ -42,10 +42,9 @@ from qwenkit.kernels.ops.sample_tokens import KINDS, sample_tokens
 from qwenkit.types.sampling import SamplingParams
 
 Bools = NDArray[numpy.bool_]
-_NO_IDS = numpy.empty(0, numpy.int64)
-_NO_NUMBERS = numpy.empty(0, numpy.float32)
+_NOTHING = numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float32)
 _FEW = 1024  # of top-k: so many are sorted as fast by the kernel
-_NOT_FINITE = -1  # in place of a token: no choice could be made
+NOT_FINITE = -1  # in place of a token: no choice could be made
 _LARGEST = numpy.finfo(numpy.float32).max  # so that no penalty makes a score infinite
 _COLDEST = 1e-6  # this is greedy but for exact ties, and differences stay far from fp32's end
 _STRETCH = 512  # weights that are summed at a time before a draw
@@ -64,7 +63,8 @@ class Sampler:
     """Chooses one request's tokens one after another and remembers what its penalties need.
 
     Ids from `vocab_size` on are rows that pad the model's matrix and are never chosen. `stop_ids`
-    are those that `min_tokens` puts off.
+    are those that `min_tokens` puts off. `joins`: `choose_together` is for it; a nucleus of the
+    whole vocabulary is found faster by numpy, which has a sort of many numbers.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class Sampler:
         self._sampling = sampling
         self._seed = seed
         self._vocab_size = vocab_size
+        few = 0 < sampling.top_k <= _FEW
+        self.joins = sampling.greedy or few or sampling.top_p == 1
         self._length = 0
         self._output_counts: Counter[int] = Counter()
         self._seen = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
@@ -106,7 +108,7 @@ class Sampler:
         """
         if allowed is None and self.joins and together(logits):
             (chosen,) = choose_together((self,), logits[None], (0,))
-            return self.take(chosen, logits)
+            return self._report(chosen, in_fp32(logits))
         row = in_fp32(logits)  # [vocab_rows]
         what = f"output token {self._length}"
         if not numpy.isfinite(row[self._adjusted_ids]).all():
@@ -118,34 +120,30 @@ class Sampler:
             for ids, values in reversed(before):
                 row[ids] = values
         if token_id is None or not numpy.isfinite(row[self._vocab_size :]).all():
-            token_id = _NOT_FINITE
-        return self.take(token_id, logits)
+            token_id = NOT_FINITE
+        return self._report(token_id, row)
 
-    def take(self, token_id: int, logits: torch.Tensor) -> Choice:
-        """What `choose_together` chose from logits [vocab_rows] or [1, vocab_rows], remembered and
-        reported on.
+    def remember(self, token_id: int) -> Choice:
+        """Take note of the next token, which `choose_together` chose."""
+        self._length += 1
+        sampling = self._sampling
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._output_counts[token_id] += 1
+        if sampling.repetition_penalty != 1 and token_id not in self._seen:
+            self._seen.add(token_id)
+            self._seen_ids = numpy.append(self._seen_ids, token_id)
+        return Choice(token_id)
 
-        Raises NonFiniteError as `choose` does.
-        """
-        if token_id == _NOT_FINITE:
-            check_finite(in_fp32(logits.flatten()), f"output token {self._length}")
+    def _report(self, token_id: int, row: Floats) -> Choice:
+        """What was chosen from logits [vocab_rows], remembered and reported on."""
+        if token_id == NOT_FINITE:
+            check_finite(row, f"output token {self._length}")
             raise AssertionError("what is not finite was found")
-        self._remember(token_id)
-        if self._sampling.logprobs is None:
-            return Choice(token_id)
-        count = self._sampling.logprobs
-        row = in_fp32(logits.flatten())  # [vocab_rows]
+        choice, count = self.remember(token_id), self._sampling.logprobs
+        if count is None:
+            return choice
         report = token_logprob(row, token_id, count=count, vocab_size=self._vocab_size)
         return Choice(token_id, report.logprob, report.top)
-
-    @property
-    def joins(self) -> bool:
-        """Whether `choose_together` is for it; a nucleus of the whole vocabulary is found faster
-        by numpy, which has a sort of many numbers.
-        """
-        sampling = self._sampling
-        few = 0 < sampling.top_k <= _FEW
-        return sampling.greedy or few or sampling.top_p == 1
 
     def asks(self) -> tuple[list[float], list[tuple[Indices, Floats]]]:
         """The next token's row of `settings`, and its ids and numbers of each kind, as the op
@@ -155,12 +153,11 @@ class Sampler:
         early = self._length < self._sampling.min_tokens and len(self._early_stops)
         kinds = []
         if early or self._seen or self._output_counts or len(self._biased_ids):
-            banned = self._early_stops if early else _NO_IDS
             kinds = [
                 (self._seen_ids, _zeros(self._seen_ids)),
                 self._counted,
                 (self._biased_ids, self._biases),
-                (banned, _zeros(banned)),
+                (self._early_stops, _zeros(self._early_stops)) if early else _NOTHING,
             ]
         return [*self._rules, number], kinds
 
@@ -202,7 +199,7 @@ class Sampler:
     def _counted(self) -> tuple[Indices, Floats]:
         """Ids of the output whose number matters, and how often each was there."""
         if not self._output_counts:
-            return _NO_IDS, _NO_NUMBERS
+            return _NOTHING
         ids = numpy.array(list(self._output_counts), numpy.int64)
         return ids, numpy.array(list(self._output_counts.values()), numpy.float32)
 
@@ -230,14 +227,6 @@ class Sampler:
             change(self._early_stops, numpy.full(len(self._early_stops), -_LARGEST))
         return before
 
-    def _remember(self, token_id: int) -> None:
-        self._length += 1
-        if self._sampling.presence_penalty or self._sampling.frequency_penalty:
-            self._output_counts[token_id] += 1
-        if self._sampling.repetition_penalty != 1 and token_id not in self._seen:
-            self._seen.add(token_id)
-            self._seen_ids = numpy.append(self._seen_ids, token_id)
-
 
 def _zeros(ids: Indices) -> Floats:
     return numpy.zeros(len(ids), numpy.float32)
@@ -252,8 +241,9 @@ def together(logits: torch.Tensor) -> bool:
 def choose_together(
     samplers: Sequence[Sampler], logits: torch.Tensor, places: Sequence[int]
 ) -> list[int]:
-    """The next token of each of one model's samplers, for `Sampler.take`, from the row of logits
-    [n, vocab_rows] at its place. A row has the same token as alone.
+    """The next token of each of one model's samplers, for `Sampler.remember`, from the row of
+    logits [n, vocab_rows] at its place; NOT_FINITE where a number of it is none. A row has the same
+    token as alone.
     """
     settings, ids, numbers, ends = [], [], [], [0]
     for sampler in samplers:
@@ -270,8 +260,8 @@ def choose_together(
         torch.from_numpy(numpy.array(settings, numpy.float64)),  # quicker than of lists
         logits,
         torch.from_numpy(numpy.array(places, numpy.int64)),
-        torch.from_numpy(numpy.concatenate(ids) if ids else _NO_IDS),
-        torch.from_numpy(numpy.concatenate(numbers) if ids else _NO_NUMBERS),
+        torch.from_numpy(numpy.concatenate(ids or _NOTHING[:1])),
+        torch.from_numpy(numpy.concatenate(numbers or _NOTHING[1:])),
         torch.from_numpy(numpy.array(ends, numpy.int64)),
         min(samplers[0]._vocab_size, logits.shape[1]),
     )  # [rows]

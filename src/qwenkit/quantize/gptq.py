@@ -29,20 +29,19 @@ class GptqResult:
 def gptq(
     weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, act_order: bool, damp: float
 ) -> GptqResult:
-    """Round fp32 [rows, columns] by `hessian` fp32 [columns, columns], which is changed.
+    """Round fp32 [rows, columns] by `hessian` fp32 [columns, columns].
 
     A column that no input reached is rounded to nearest. With `act_order` the columns that matter
     most come first and groups follow that order.
     """
     columns, size = weight.shape[1], grid.columns_of(weight)
-    unseen = hessian.diagonal() == 0
-    hessian.diagonal()[unseen] = 1.0
+    diagonal = hessian.diagonal()
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)  # [columns]
     order = torch.arange(columns)
     if act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    factor, damp = _inverse_factor(hessian, damp)
-    del hessian
+        order = diagonal.argsort(descending=True, stable=True)
+        hessian, diagonal = hessian[order][:, order], diagonal[order]
+    factor, damp = _inverse_factor(hessian, diagonal, damp)
     made = _Columns(weight.T[order].contiguous(), factor, grid, size)
     block = max(BLOCK_COLUMNS // size, 1) * size if size < BLOCK_COLUMNS else BLOCK_COLUMNS
     for start in range(0, columns, block):  # groups lie inside blocks, or blocks inside groups
@@ -84,21 +83,24 @@ class _Columns:
             off = (now - (level - zero) * scale) / factor[column, column]
             left[column:stop] -= factor[column, column:stop, None] * off
             errors[column - start] = off
-        left[stop:] -= factor[start:stop, stop:].T @ errors
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)  # makes no copy of it
         self.error += float(errors.square().sum())
 
 
-def _inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor of the damped matrix's inverse, fp32, and the damping it took.
+def _inverse_factor(
+    hessian: torch.Tensor, diagonal: torch.Tensor, damp: float
+) -> tuple[torch.Tensor, float]:
+    """The upper Cholesky factor of the inverse of a matrix with another diagonal [columns], damped,
+    and the damping it took; fp32.
 
     With rows and columns in reverse the matrix is L Lᵀ, and that factor is L's inverse in reverse:
     half the work of a product's inverse and its factor.
     """
     dtype = torch.float64 if len(hessian) <= _WIDEST_IN_FP64 else torch.float32
-    mean = hessian.diagonal().double().mean().item()
+    mean = diagonal.double().mean().item()
     while True:
         damped = hessian.flip(0, 1).to(dtype)
-        damped.diagonal().add_(damp * mean)
+        damped.diagonal().copy_(diagonal.flip(0)).add_(damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed or damp >= _MOST_DAMP:
             del damped

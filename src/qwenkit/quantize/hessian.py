@@ -30,8 +30,13 @@ class Hessian:
 
     def matrix(self) -> torch.Tensor:
         """The whole of it, fp32 [columns, columns]; a new tensor."""
-        upper = self._sum.triu()
-        return upper + upper.triu(1).T
+        whole, columns = self._sum.clone(), len(self._sum)
+        for start in range(0, columns, _BLOCK_COLUMNS):  # the lower half is the upper one
+            stop = min(start + _BLOCK_COLUMNS, columns)
+            whole[stop:, start:stop] = whole[start:stop, stop:].T
+            upper = whole[start:stop, start:stop].triu()
+            whole[start:stop, start:stop] = upper + upper.triu(1).T
+        return whole
 
     def merge(self, other: Hessian) -> None:
         """Add what another one has seen."""

@@ -247,7 +247,7 @@ class LayerQuantizer:
         if settings.method == "awq":
             return round_clipped(weight, hessian, grid), None
         order, damp = settings.act_order, settings.damp
-        found = gptq(weight, hessian.clone(), grid, act_order=order, damp=damp)
+        found = gptq(weight, hessian, grid, act_order=order, damp=damp)
         return found.rounded, f"damped by {found.damp:g}" if found.damp > damp else None
 
     def _kept(self, rounded: Rounded) -> QuantWeight:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int64, c_void_p
-from itertools import pairwise
 
 import torch
 
@@ -13,7 +12,9 @@ from qwenkit.kernels.cpu.library import Kernel, kernel, refuse
 from qwenkit.kernels.ops.sample_tokens import KINDS, SETTINGS, sample_tokens
 
 _POINTERS = ("logits", "rows", "ids", "starts", "numbers", "settings", "tokens")
-_COUNTS = ("row_count", "stride", "count", "vocab_size", "most_ids", "threads")
+_COUNTS = ("row_count", "logit_rows", "stride", "count", "vocab_size", "id_count", "threads")
+_DTYPES = torch.float64, torch.float32, torch.int64, torch.int64, torch.int64
+_NO_MEMORY = 2  # a status; other ones: rows or ids are not such as there are
 
 
 class _SampleTokens(ctypes.Structure):
@@ -38,34 +39,29 @@ def bind_sample_tokens(library: ctypes.CDLL) -> Kernel:
         if not len(rows) or logits.dtype is not torch.float32 or not logits.is_cpu:
             given = settings, logits, rows, ids, numbers, starts, vocab_size
             return reference(*given)  # type: ignore[no-any-return]
-        count = logits.shape[-1]
+        of, count = f"sample_tokens of {vocab_size}", logits.shape[-1]
         shapes = (
             logits.dim() == 2 and logits.stride(1) == 1,
             settings.shape == (len(rows), len(SETTINGS)),
             starts.shape == (len(KINDS) * len(rows) + 1,),
+            len(numbers) == len(ids),
+            1 <= vocab_size <= count,
         )
         dtypes = settings.dtype, numbers.dtype, rows.dtype, ids.dtype, starts.dtype
-        if not all(shapes) or dtypes != (torch.float64, torch.float32, *[torch.int64] * 3):
-            raise refuse("sample_tokens", logits=logits, settings=settings, ids=ids, starts=starts)
-        ends, places = starts.tolist(), rows.tolist()
-        fits = ends[0] == 0 and ends == sorted(ends) and ends[-1] == len(ids) == len(numbers)
-        none = not ends[-1]
-        inside = none or (int(ids.min()) >= 0 and int(ids.max()) < count)
-        there = min(places) >= 0 and max(places) < len(logits) and len({*places}) == len(places)
-        if not (fits and inside and there and 1 <= vocab_size <= count):
-            wrong = {"logits": logits, "rows": rows, "ids": ids, "starts": starts}
-            raise refuse(f"sample_tokens of {vocab_size}", **wrong)
-        ids, numbers, settings = ids.contiguous(), numbers.contiguous(), settings.contiguous()
-        rows, starts = rows.contiguous(), starts.contiguous()
+        if not all(shapes) or dtypes != _DTYPES:
+            raise refuse(of, logits=logits, settings=settings, ids=ids, starts=starts)
+        whole = [tensor.contiguous() for tensor in (rows, ids, starts, numbers, settings)]
         tokens = torch.empty_like(rows)
-        of_rows = ends[:: len(KINDS)]
-        most = 0 if none else max(end - start for start, end in pairwise(of_rows))
         arguments = _SampleTokens(
-            *(t.data_ptr() for t in (logits, rows, ids, starts, numbers, settings, tokens)),
-            *(len(rows), logits.stride(0), count, vocab_size, most, torch.get_num_threads()),
+            *(tensor.data_ptr() for tensor in (logits, *whole, tokens)),
+            *(len(rows), len(logits), logits.stride(0), count, vocab_size, len(ids)),
+            torch.get_num_threads(),
         )
-        if call(arguments):
+        status = call(arguments)
+        if status == _NO_MEMORY:
             raise KernelError(f"sample_tokens: no memory for {vocab_size} scores.")
+        if status:
+            raise refuse(of, logits=logits, rows=rows, ids=ids, starts=starts)
         return tokens
 
     return run

@@ -18,7 +18,7 @@ struct SampleTokensArguments {
     const float* numbers;
     const double* settings;
     int64_t* tokens;
-    int64_t row_count, stride, count, vocab_size, most_ids, threads;
+    int64_t row_count, logit_rows, stride, count, vocab_size, id_count, threads;
 };
 
 namespace qk {
@@ -50,6 +50,28 @@ Rules rules_of(const double* s) {
     auto narrow = [&](int i) { return static_cast<float>(s[i]); };
     return {narrow(0), narrow(1), narrow(2), std::max(narrow(3), 1e-6f),
             static_cast<int64_t>(std::min(s[4], 9e15)), s[5], narrow(6), s[7]};
+}
+
+// Whether every row is there and is named once, and the ids of all kinds are ids, one stretch after
+// another.
+bool fits(const Arguments& a) {
+    bool fine = a.starts[0] == 0 && a.starts[4 * a.row_count] == a.id_count;
+    for (int64_t i = 0; i < 4 * a.row_count; i++) fine &= a.starts[i] <= a.starts[i + 1];
+    for (int64_t i = 0; i < a.id_count; i++) fine &= a.ids[i] >= 0 && a.ids[i] < a.count;
+    for (int64_t r = 0; r < a.row_count; r++) {
+        fine &= a.rows[r] >= 0 && a.rows[r] < a.logit_rows;
+        fine &= std::find(a.rows, a.rows + r, a.rows[r]) == a.rows + r;
+    }
+    return fine;
+}
+
+// The most ids that one row has.
+int64_t most_ids(const Arguments& a) {
+    int64_t most = 0;
+    for (int64_t r = 0; r < a.row_count; r++) {
+        most = std::max(most, a.starts[4 * r + 4] - a.starts[4 * r]);
+    }
+    return most;
 }
 
 bool finite(float x) { return std::fabs(x) <= largest_score; }
@@ -273,12 +295,13 @@ int64_t whole_lines(int64_t numbers) { return (numbers + 15) / 16 * 16; }
 }  // namespace
 }  // namespace qk
 
-// 0, or 2 when there is no memory.
+// 0, or 1 when rows or ids are not such as there are, or 2 when there is no memory.
 QK_EXPORT int qk_sample_tokens(const SampleTokensArguments* a) {
     using namespace qk;
+    if (!fits(*a)) return 1;
     auto threads = static_cast<int>(a->threads);
     int64_t chunks = whole_lines(a->vocab_size / chunk_scores + 1);
-    int64_t scores = whole_lines(a->vocab_size), ids = whole_lines(a->most_ids);
+    int64_t scores = whole_lines(a->vocab_size), ids = whole_lines(most_ids(*a));
     int64_t size = ids + 2 * chunks + 4 * scores;
     float* memory = scratch(static_cast<size_t>(size * threads));
     if (!memory) return 2;
