@@ -63,7 +63,41 @@ def test_a_report_has_figures_shares_and_what_was_left_out(
     printed = capsys.readouterr().out
     assert "silu_mul" in printed
     assert "Not benched: block_dequantize." in printed
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_in_a_narrow_terminal_names_fold_and_no_figure_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "int4 group 32, 151936 × 896, rounded twice, with its residual and its norm"
+    result = KernelResult(
+        op="packed_matmul",
+        shape="qwen2-0.5b",
+        what=name,
+        rows=8192,
+        seconds=1.2345678,
+        torch_seconds=1234.0,
+        bytes_read=10**11,
+        operations=10**14,
+        kind="int8",
+        native=True,
+    )
+    report = KernelReport(
+        machine="m",
+        variant="v",
+        threads=2,
+        ceilings=CEILINGS,
+        results=[result],
+        not_benched=(),
+        failed={},
+    )
+    monkeypatch.setenv("COLUMNS", "70")
+    show_kernels(report)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 70
+    for figure in ("8192", "1234567.8", "81.0", "81000", "8100%", "999.54"):
+        assert any(figure in line for line in lines), figure
+    assert "…" not in "".join(lines)
 
 
 def test_an_op_that_breaks_is_named_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

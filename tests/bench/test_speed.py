@@ -19,6 +19,7 @@ from qwenkit.bench.shapes import shape
 from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
 from qwenkit.cli.bench_options import chosen_peers, weight_setting
+from qwenkit.cli.bench_tables import show_speed
 from qwenkit.errors import QwenkitError, UsageError
 
 STEADY = Calibration(30.0, 200.0)
@@ -62,6 +63,23 @@ def test_a_machine_that_moved_is_said() -> None:
     assert moved.unsteady_turns() == moved.turn_count() == 2
     assert moved.to_json()["unsteady_turns"] == 2
     json.dumps(moved.to_json(), allow_nan=False)
+
+
+def test_in_a_narrow_terminal_no_figure_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contexts = [Work("decode", 32, context=n) for n in (512, 2048, 8192, 16384, 32768)]
+    plan = (Work("prefill", 512), *contexts)
+    figures = {work.name: [Turn(12345.6 + i, STEADY, STEADY)] for i, work in enumerate(plan)}
+    engine = EngineResult("onnxruntime-genai", "0.18.0", turns=figures, peak_bytes=10**10)
+    ours = EngineResult("qwenkit", "0", turns=figures)
+    monkeypatch.setenv("COLUMNS", "80")
+    show_speed(replace(report([1.0], [1.0]), plan=plan, engines=[ours, engine]))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    for i in range(len(plan)):
+        assert printed.count(f"{12345.6 + i}") == 2
 
 
 def test_calibration_reads_positive_rates() -> None:

@@ -1,7 +1,10 @@
-"""The tables that `qwenkit bench` prints for people; no wider than 100 columns."""
+"""The tables that `qwenkit bench` prints for people; in a narrow terminal names fold, no figure is
+cut.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +18,8 @@ from qwenkit.bench.peers.spec import PROMPT_TOKENS, Work
 from qwenkit.bench.report import EngineResult, SpeedReport
 from qwenkit.bench.sources import OURS
 from qwenkit.cli import console
+
+_KERNEL_TITLES = ("what", "rows", "µs", "GB/s", "GOP/s", "of ceiling", "torch÷ours")
 
 
 class ProgressBar:
@@ -53,16 +58,26 @@ def show_speed(report: SpeedReport) -> None:
         title=f"{report.source.name}: tokens per second, median of {report.turns_each} turns",
         caption=f"In brackets: ours ÷ it. {report.machine}, {report.threads} threads.",
     )
-    table.add_column("engine")
-    for work in report.plan:
-        table.add_column(_title(work), justify="right")
-    table.add_column("peak MB", justify="right")
-    for engine in report.engines:
-        table.add_row(*_row(report, engine))
+    _fill(
+        table,
+        ("engine", *map(_title, report.plan), "peak MB"),
+        [_row(report, engine) for engine in report.engines],
+    )
     terminal = Console()
     terminal.print(table)
     for line in _remarks(report):
         terminal.print(line, style="yellow", markup=False)
+
+
+def _fill(table: Table, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Put in rows of a name and figures, so that only names fold where there is little room."""
+    name, *figures = titles
+    table.add_column(name, overflow="fold")
+    for index, title in enumerate(figures, 1):
+        words = [*title.split(), *(word for row in rows for word in row[index].split())]
+        table.add_column(title, justify="right", min_width=max(map(len, words)))
+    for row in rows:
+        table.add_row(*row)
 
 
 def _title(work: Work) -> str:
@@ -127,13 +142,12 @@ def show_kernels(report: KernelReport) -> None:
     groups = dict.fromkeys((result.op, result.shape) for result in report.results)
     for op, shape in groups:
         table = Table(title=f"{op}, {shape}", title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("what", no_wrap=True)
-        for title in ("rows", "µs", "GB/s", "GOP/s", "of ceiling", "torch÷ours"):
-            table.add_column(title, justify="right", no_wrap=True)
         shown = [r for r in report.results if (r.op, r.shape) == (op, shape)]
+        rows = []
         for before, result in zip([None, *shown], shown, strict=False):
             repeated = before is not None and before.what == result.what
-            table.add_row(*_kernel_row(result, ceilings, repeated=repeated))
+            rows.append(_kernel_row(result, ceilings, repeated=repeated))
+        _fill(table, _KERNEL_TITLES, rows)
         terminal.print(table)
     for op, reason in report.failed.items():
         terminal.print(f"{op} failed: {reason}", style="yellow", markup=False)

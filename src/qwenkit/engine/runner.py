@@ -122,7 +122,7 @@ class Runner:
     @torch.inference_mode()
     def rows(self, plan: Plan, adapter_keys: Sequence[int] = ()) -> Rows:
         """The same, and hidden states where they are wanted."""
-        if not any([chunk.hidden for chunk in plan.chunks]):
+        if not any(chunk.hidden for chunk in plan.chunks):
             return Rows(plan.chunks, self.run(plan, adapter_keys))
         model, _ = self._choose_model(plan, adapter_keys)
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
