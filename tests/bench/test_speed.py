@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +15,14 @@ import pytest
 from failing_peer import failing_peer
 from qwenkit.bench.calibrate import Calibration, Calibrator
 from qwenkit.bench.expected import expected
-from qwenkit.bench.peers.spec import WeightSetting, Work, prompt_ids
+from qwenkit.bench.peers.spec import Options, WeightSetting, Work, prompt_ids
+from qwenkit.bench.process import Launch, WorkerProcess
 from qwenkit.bench.random_model import write_random_gguf
 from qwenkit.bench.report import EngineResult, SpeedReport, Turn
 from qwenkit.bench.shapes import shape
 from qwenkit.bench.sources import Source
 from qwenkit.bench.speed import SpeedSettings, measure_speed
+from qwenkit.cli.bench import end_on_sigterm
 from qwenkit.cli.bench_options import chosen_peers, weight_setting
 from qwenkit.cli.bench_tables import show_speed
 from qwenkit.errors import QwenkitError, UsageError
@@ -176,6 +181,31 @@ def test_a_peer_that_ends_without_a_word_or_never_starts_is_named(
     assert theirs.version is None
     assert absent in str(theirs.error)
     assert ours.median("decode") is not None
+
+
+def test_what_a_peer_started_ends_with_the_bench(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    program = f"import os, subprocess; os.symlink(str(subprocess.Popen(['cat']).pid), {str(pid)!r})"
+    starts_one = failing_peer(tmp_path, 0, f"{program}; sys.stdin.read()")
+    options = Options(threads=1, most_prompt_tokens=4, most_positions=8)
+    worker = WorkerProcess(Launch("llama.cpp", starts_one, tmp_path / "model", options))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"), worker:
+            _end_in_time_to_clear_up(pid)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    status = Path("/proc", os.readlink(pid), "stat")
+    while status.exists() and ") Z " not in status.read_text():
+        time.sleep(0.01)
+
+
+def _end_in_time_to_clear_up(started: Path) -> None:
+    while not started.is_symlink():
+        time.sleep(0.01)
+    end_on_sigterm()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize("vocab_size", [5, 300, 2000, 151936])

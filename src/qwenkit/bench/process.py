@@ -7,6 +7,8 @@ package is put before its own modules.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,7 +83,12 @@ def run_worker(what: str, module: str, argument: str, say: Callable[[str], None]
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+") as messages:  # a pipe that nobody reads would fill up
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=messages, stdin=subprocess.DEVNULL, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         ) as process:
             try:
                 assert process.stdout is not None
@@ -90,7 +97,7 @@ def run_worker(what: str, module: str, argument: str, say: Callable[[str], None]
                     if "progress" in answer:
                         say(answer["progress"])
             except BaseException:
-                process.kill()
+                kill_session(process)
                 raise
         messages.seek(0)
         if process.returncode:
@@ -120,6 +127,12 @@ def run_program(command: Sequence[str], *, cwd: Path, timeout_s: float) -> str:
     return done.stdout
 
 
+def kill_session(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads a session, and all that it started there, whether it still runs."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 class WorkerProcess:
     """A running engine. Raises QwenkitError when it cannot start or stops answering."""
 
@@ -135,6 +148,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._messages,
                 text=True,
+                start_new_session=True,
             )
         except OSError as error:
             self._messages.close()
@@ -145,7 +159,7 @@ class WorkerProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.kill()
+        kill_session(self._process)
         with suppress(BrokenPipeError):  # a request that a dead process never took
             self._process.communicate()
         self._messages.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from qwenkit.bench.http_client import Target, wait_until_ready
+from qwenkit.bench.process import kill_session
 from qwenkit.errors import QwenkitError
 
 HOST = "127.0.0.1"
@@ -148,8 +148,7 @@ class ServerProcess:
 
     def kill(self) -> None:
         """At once, with all processes that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        kill_session(self._process)
         self._process.wait()
 
     # -- what Linux says about it ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -46,6 +47,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure qwenkit beside other engines: in turns, warm, as medians.",
 )
+
+
+@app.callback()
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as an error would: what was started ends with it."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 app.command()(perplexity)
