@@ -175,6 +175,7 @@ def test_the_parts_of_a_step_add_up(llm: LLM) -> None:
     assert (result.steps, result.streams, result.vocab_rows) == (5, 3, 480)
     assert result.alone_ms > 0
     assert 0 < result.kernels_ms < result.step_ms
+    assert min(result.scheduling_ms, result.sampling_ms, result.text_ms) > 0
     assert result.kept > 0
     json.dumps(result.to_json(), allow_nan=False)
 

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import qwenkit.engine.engine as engine_module
 from qwenkit.api import LLM
 from qwenkit.bench.peers.spec import prompt_ids
 from qwenkit.engine.active import Active
@@ -38,9 +39,12 @@ _WATCHED = (
     (Scheduler, "apply"),
     (Runner, "rows"),
     (Program, "run"),
+    (engine_module, "chosen_together"),
+    (Active, "take_chosen"),
     (Active, "take"),
     (Sampler, "choose"),
 )
+_PARTS = ("schedule", "apply", "rows", "chosen_together", "take_chosen", "take")  # of a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +139,9 @@ def _summary(
         scheduling_ms=median_ms(lambda s: s["schedule"] + s["apply"]),
         batch_ms=median_ms(lambda s: s["rows"] - s["run"]),
         kernels_ms=median_ms(lambda s: s["run"]),
-        sampling_ms=median_ms(lambda s: s["choose"]),
-        text_ms=median_ms(lambda s: s["take"] - s["choose"]),
-        rest_ms=median_ms(lambda s: s["step"] - s["schedule"] - s["apply"] - s["rows"] - s["take"]),
+        sampling_ms=median_ms(lambda s: s["chosen_together"] + s["choose"]),
+        text_ms=median_ms(lambda s: s["take_chosen"] + s["take"] - s["choose"]),
+        rest_ms=median_ms(lambda s: s["step"] - sum(s[name] for name in _PARTS)),
     )
 
 
@@ -168,11 +172,11 @@ class _Watch:
         """The same method, timed."""
         seconds, clock = self.seconds, time.perf_counter
 
-        def run(owner: Any, *arguments: Any, **named: Any) -> Any:
-            if isinstance(owner, Program):
-                self.program = owner
+        def run(*arguments: Any, **named: Any) -> Any:
+            if isinstance(arguments[0], Program):
+                self.program = arguments[0]
             start_s = clock()
-            result = method(owner, *arguments, **named)
+            result = method(*arguments, **named)
             seconds[name] += clock() - start_s
             return result
 
