@@ -40,11 +40,10 @@ _WATCHED = (
     (Runner, "rows"),
     (Program, "run"),
     (engine_module, "chosen_together"),
-    (Active, "take_chosen"),
     (Active, "take"),
     (Sampler, "choose"),
 )
-_PARTS = ("schedule", "apply", "rows", "chosen_together", "take_chosen", "take")  # of a step
+_PARTS = ("schedule", "apply", "rows", "chosen_together", "take")  # of a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +139,7 @@ def _summary(
         batch_ms=median_ms(lambda s: s["rows"] - s["run"]),
         kernels_ms=median_ms(lambda s: s["run"]),
         sampling_ms=median_ms(lambda s: s["chosen_together"] + s["choose"]),
-        text_ms=median_ms(lambda s: s["take_chosen"] + s["take"] - s["choose"]),
+        text_ms=median_ms(lambda s: s["take"] - s["choose"]),
         rest_ms=median_ms(lambda s: s["step"] - sum(s[name] for name in _PARTS)),
     )
 

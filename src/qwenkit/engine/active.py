@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -93,22 +93,23 @@ class Active:
         sole = chunk.sample and chunk.rows == 1 and self._joins and self._sampler.joins
         return self._sampler if sole else None
 
-    def take_chosen(self, token_id: int) -> Taken:
-        """The same as `take`, of a token that `chosen_together` chose."""
-        taken = Taken()
-        self._push(self._sampler.remember(token_id), taken)
-        return taken
-
-    def take(self, chunk: Chunk, rows: torch.Tensor) -> Taken:
+    def take(
+        self, chunk: Chunk, rows_of: Callable[[], torch.Tensor], token_id: int | None = None
+    ) -> Taken:
         """Make of the rows of a chunk, [chunk.rows, vocab_size], or of a request to be embedded
-        [chunk.rows, hidden_size], what the request is for.
+        [chunk.rows, hidden_size], what the request is for. `token_id` is what `chosen_together`
+        chose from them, if it did: then nobody looks at them.
         """
+        taken = Taken()
+        if token_id is not None:
+            self._push(self._sampler.remember(token_id), taken)
+            return taken
+        rows = rows_of()
         first = chunk.start + len(chunk.token_ids) - chunk.rows
         if self._pooler is not None:
             if len(rows):
                 self._pooler.add(first, rows)
             return Taken(ending=Ending("stop") if chunk.sample else None)
-        taken = Taken()
         samples = chunk.sample and self.request.scored_from is None
         known = len(rows) - chunk.drafted - 1 if samples else len(rows)
         if known:

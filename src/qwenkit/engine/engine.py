@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -211,10 +212,7 @@ class Engine:
         for index, chunk in enumerate(plan.chunks):
             active, token_id = self._active[chunk.request_id], chosen.get(chunk.request_id)
             try:
-                if token_id is None:
-                    taken = active.take(chunk, rows.of(index))
-                else:
-                    taken = active.take_chosen(token_id)
+                taken = active.take(chunk, partial(rows.of, index), token_id)
             except Exception as error:
                 if isinstance(error, NonFiniteError):
                     error = self._located(error, chunk)

@@ -130,7 +130,8 @@ inline words dot4(words sum, bytes w, words x) {
 #endif
 }
 
-// Dot products of four bytes in each lane, added up from `start` on; at most eight of them.
+// Dot products of four bytes in each lane, added up from `start` on; at most eight of them. Weights
+// come as `Numbers`: as they are, or those of a table at some places.
 #if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
 // Pairs of products are added up as they come, in sixteen bits: eight of numbers of four bits fit,
 // and numbers of eight are two of these. Only their sums are widened.
@@ -142,11 +143,24 @@ class Dots {
     Dots() = default;
     explicit Dots(words start) : start_(start) {}
 
-    void add(bytes w, words x) {
-        low_ = low_ + pairs(registers > 1 ? low_nibbles(w) : w, x);
+    struct Numbers {
+        bytes low, high;
+    };
+
+    static Numbers numbers(bytes w) {
+        if constexpr (registers == 1) return {w, w};
+        return {low_nibbles(w), high_nibbles(w)};
+    }
+
+    static Numbers look_up(bytes table, bytes index) {
+        return {qk::look_up(low_nibbles(table), index), qk::look_up(high_nibbles(table), index)};
+    }
+
+    void add(const Numbers& w, words x) {
+        low_ = low_ + pairs(w.low, x);
         asm("" : "+x"(low_));  // else compilers form all products first, and run out of registers
         if constexpr (registers == 1) return;
-        high_ = high_ + pairs(high_nibbles(w), x);
+        high_ = high_ + pairs(w.high, x);
         asm("" : "+x"(high_));
     }
 
@@ -171,6 +185,10 @@ template <int Most>
 class Dots {
   public:
     static constexpr int registers = 1;
+    using Numbers = bytes;
+
+    static Numbers numbers(bytes w) { return w; }
+    static Numbers look_up(bytes table, bytes index) { return qk::look_up(table, index); }
 
     Dots() = default;
     explicit Dots(words start) : sum_(start) {}

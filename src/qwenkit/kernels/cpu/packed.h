@@ -106,19 +106,21 @@ struct Nibbles {
     static constexpr bool ahead = true;
     static constexpr int tile = large_tile / Dots<most>::registers;
 
-    static bytes number(bytes nibbles, bytes table) {
-        return Levels ? look_up(table, nibbles) : nibbles;
+    using Numbers = typename Dots<most>::Numbers;
+
+    static Numbers numbers(bytes nibbles, bytes table) {
+        return Levels ? Dots<most>::look_up(table, nibbles) : Dots<most>::numbers(nibbles);
     }
 
     template <int Tokens, int Vectors>
     static void add(const uint8_t* const* data, bytes table, const int8_t* x, int64_t x_stride,
                     Dots<most> dots[Tokens][Vectors]) {
         QK_UNROLL for (int i = 0; i < 4; i++) {
-            bytes low[Vectors], high[Vectors];
+            Numbers low[Vectors], high[Vectors];
             QK_UNROLL for (int v = 0; v < Vectors; v++) {
                 bytes both = load_bytes(data[v] + i * 64);
-                low[v] = number(low_nibbles(both), table);
-                high[v] = number(high_nibbles(both), table);
+                low[v] = numbers(low_nibbles(both), table);
+                high[v] = numbers(high_nibbles(both), table);
             }
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 words four = splat_bytes(x + t * x_stride + 4 * i);
@@ -148,8 +150,10 @@ struct Bytes {
     static void add(const uint8_t* const* data, bytes, const int8_t* x, int64_t x_stride,
                     Dots<Most> dots[Tokens][Vectors]) {
         QK_UNROLL for (int i = 0; i < 8; i++) {
-            bytes w[Vectors];
-            QK_UNROLL for (int v = 0; v < Vectors; v++) w[v] = load_bytes(data[v] + i * 64);
+            typename Dots<Most>::Numbers w[Vectors];
+            QK_UNROLL for (int v = 0; v < Vectors; v++) {
+                w[v] = Dots<Most>::numbers(load_bytes(data[v] + i * 64));
+            }
             QK_UNROLL for (int t = 0; t < Tokens; t++) {
                 words four = splat_bytes(x + t * x_stride + 4 * i);
                 QK_UNROLL for (int v = 0; v < Vectors; v++) {

@@ -159,11 +159,12 @@ void multiply_all(const PackedMatmulArguments& a, const Unit& u, const Activatio
 // Numbers of four bits to a byte each, `Levels` by the table.
 template <bool Levels>
 void take_apart(const uint8_t* nibbles, bytes table, int64_t columns, uint8_t* out) {
+    auto number = [&](bytes place) { return Levels ? look_up(table, place) : place; };
     for (int64_t column = 0; column < columns; column += 32) {
         for (int i = 0; i < 256; i += lanes * 4) {
             bytes both = load_bytes(nibbles + i);
-            store_bytes(out + i, Nibbles<Levels>::number(low_nibbles(both), table));
-            store_bytes(out + 256 + i, Nibbles<Levels>::number(high_nibbles(both), table));
+            store_bytes(out + i, number(low_nibbles(both)));
+            store_bytes(out + 256 + i, number(high_nibbles(both)));
         }
         nibbles += 256;
         out += 512;
