@@ -41,7 +41,7 @@ def normal(size: int, *, seed: int) -> NDArray[numpy.float32]:
 def after(chooser: Sampler, output: Sequence[int]) -> Sampler:
     """A sampler that has sampled `output` before."""
     for token in output:
-        chooser._remember(token)
+        chooser.remember(token)
     return chooser
 
 

@@ -126,7 +126,9 @@ class Runner:
             return Rows(plan.chunks, self.run(plan, adapter_keys))
         model, _ = self._choose_model(plan, adapter_keys)
         batch = build(plan, block_tokens=self._cache.block_tokens, device=self._device)
-        is_hidden = torch.tensor([c.hidden for c in plan.chunks for _ in range(c.rows)])  # [rows]
+        is_hidden = torch.tensor(
+            [c.hidden for c in plan.chunks for _ in range(c.rows)], dtype=torch.bool
+        )
         with reference_only() if self._reference_ops else nullcontext():
             states = model.hidden(batch.ids, self._context(batch))  # [rows, hidden_size]
             hidden, others = states[is_hidden], states[~is_hidden]
