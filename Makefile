@@ -14,6 +14,7 @@ ORACLE_ENV := .venv-oracles
 CLIENT_ENVS := .venv-openai-0 .venv-openai-2 .venv-openai-3
 PIP_OPTIONS := --quiet --quiet --disable-pip-version-check --no-input --constraint constraints.txt
 CLIENT_PIP_OPTIONS := --quiet --quiet --disable-pip-version-check --no-input --no-deps --no-compile
+TEST_OPTIONS = -q -n $(WORKERS) --dist worksteal  # whose neighbours share what a file prepares
 HOUSE_TESTS := tests/test_rooms.py tests/test_sizes.py tests/test_docs.py tests/test_import_cost.py
 REQUIREMENTS := pyproject.toml constraints.txt Makefile
 
@@ -51,7 +52,7 @@ chat: $(ENV)/.installed
 	else exec $(ENV)/bin/qwenkit chat "$$CHAT_MODEL"; fi
 
 test: $(ENV)/.installed-for-tests
-	OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -m "not oracle" -n $(WORKERS) -q $(TESTS)
+	OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -m "not oracle" $(TEST_OPTIONS) $(TESTS)
 
 # First what would otherwise only be skipped: the other implementations and the default model.
 oracles: $(ORACLE_ENV)/.installed $(CLIENT_ENVS:=/.installed)
@@ -63,7 +64,7 @@ oracles: $(ORACLE_ENV)/.installed $(CLIENT_ENVS:=/.installed)
 	|| echo "ARM kernels are not tested: that takes Debian's g++-aarch64-linux-gnu and qemu-user."
 	@{ command -v chromium || command -v chromium-browser; } >/dev/null \
 	|| echo "The chat page is not driven in a browser: that takes Debian's chromium."
-	OMP_NUM_THREADS=1 $(ORACLE_ENV)/bin/python -m pytest -m oracle -n $(WORKERS) -q $(TESTS)
+	OMP_NUM_THREADS=1 $(ORACLE_ENV)/bin/python -m pytest -m oracle $(TEST_OPTIONS) $(TESTS)
 
 check: $(ENV)/.installed-for-tests
 	$(ENV)/bin/ruff check src tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from qwenkit.errors import ModelNotFoundError, NetworkError
 # The same examples in every run, and no clock: a busy machine must not make a test fail.
 settings.register_profile("qwenkit", deadline=None, derandomize=True)
 settings.load_profile("qwenkit")
+
+# A shell that starts a program behind its back makes it deaf to Ctrl-C, and so all that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

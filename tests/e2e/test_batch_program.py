@@ -19,6 +19,7 @@ from qwenkit.server.batch_files import check_input, open_output
 from qwenkit.server.settings import ServerSettings
 from tiny import write_tiny_checkpoint
 
+ANSWER_TOKENS = 100
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -33,7 +34,11 @@ def write(path: Path, lines: list[Any]) -> Path:
 
 
 def asked(custom_id: str, url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
-    full = {"messages": [{"role": "user", "content": custom_id}], "max_tokens": 300, "seed": 1}
+    full = {
+        "messages": [{"role": "user", "content": custom_id}],
+        "max_tokens": ANSWER_TOKENS,
+        "seed": 1,
+    }
     full |= {"ignore_eos": True}
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body or full}
 
@@ -88,7 +93,7 @@ async def in_one_go(folder: Path, source: Path, output: Path) -> int:
             settings = ServerSettings(names=("tiny",), max_requests=1000)
 
             def advance(tokens: int) -> None:
-                assert tokens == 300
+                assert tokens == ANSWER_TOKENS
 
             return await run_batch(llm, settings, source, file, done, at_once=60, advance=advance)
 

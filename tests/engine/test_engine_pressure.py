@@ -78,7 +78,7 @@ def requests() -> list[Request]:
         prompt = header + prompt[:50] if i % 3 == 0 else prompt
         sampling = SamplingParams(
             **kinds[i % len(kinds)],
-            max_tokens=generator.randint(1, 300),
+            max_tokens=generator.randint(1, 200),
             seed=generator.randrange(2**40),
             logprobs=2,
         )
@@ -174,7 +174,7 @@ def test_five_hundred_cancellations_give_everything_back(loaded: Loaded) -> None
     with EngineService(served) as service:
         streams = []
         for i in range(500):
-            prompt = tuple(generator.choices(range(256), k=generator.randint(1, 300)))
+            prompt = tuple(generator.choices(range(256), k=generator.randint(1, 100)))
             sampling = SamplingParams(max_tokens=200, seed=i)
             stream = service.stream(Request(str(i), prompt, sampling))
             streams.append(stream)

@@ -78,10 +78,16 @@ def test_what_is_said_to_fit_fits_and_no_more(free_gib: int) -> None:
     made = plan(free=free_gib * GIB)
     shape = find_shape(SEVEN, offline=True)
 
+    weights = {
+        row.weights: weigh(
+            shape.architecture, shape.config, WeightPlan(row.weights), shape.storage_of
+        )
+        for row in made.rows
+    }
+
     def peak(kind: str, users: int, tokens: int) -> int:
-        weights = weigh(shape.architecture, shape.config, WeightPlan(kind), shape.storage_of)
         work = replace(made.work, users=users, tokens=tokens)
-        return estimate(shape.config, weights, work, process_bytes=GIB // 3).peak_bytes
+        return estimate(shape.config, weights[kind], work, process_bytes=GIB // 3).peak_bytes
 
     for row in made.rows:
         longest, users = row.longest_tokens, row.most_users
