@@ -57,7 +57,7 @@ class PackedWeight(QuantWeight):
     mins: torch.Tensor | None
     order: torch.Tensor | None
 
-    precise = False  # activations are rounded to fifteen bits instead of eight
+    precise = False  # more of the activations are rounded to fifteen bits instead of eight
 
     def __init__(self, packed: Packed, way_back: WayBack) -> None:
         super().__init__()

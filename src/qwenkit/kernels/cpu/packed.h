@@ -173,8 +173,8 @@ inline int count_rests(const Activations& x, int64_t g, int64_t token, int token
     return __builtin_popcountll(marks[0]) + __builtin_popcountll(marks[1]);
 }
 
-// Adds groups `first` to `last` of some panels to y: exact sums, times both scales. Of rests only those
-// that are marked count, as others were never set. `Steps` · 32 columns are a group.
+// Adds groups `first` to `last` of some panels to y: exact sums, times both scales. `Steps` · 32 columns
+// are a group.
 template <class Kind, int Tokens, int Count, int Steps, bool Rest>
 __attribute__((noinline)) void add_groups(const Panels& panels, const Activations& x, int64_t token,
                                           int64_t first, int64_t last,
@@ -225,7 +225,7 @@ __attribute__((noinline)) void add_groups(const Panels& panels, const Activation
             panels.scales[p].load_scales(g, scales + p * per_panel);
         }
         QK_UNROLL for (int t = 0; t < Tokens; t++) {
-            vec scale = splat(Rest && !x.with_rest[g * tokens + token + t] ? 0.0f : factors[t]);
+            vec scale = splat(factors[t]);
             QK_UNROLL for (int v = 0; v < vectors; v++) {
                 y[t][v] = fma(to_float(sums[t][v]), scales[v] * scale, y[t][v]);
             }

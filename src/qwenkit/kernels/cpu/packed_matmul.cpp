@@ -37,7 +37,7 @@ void multiply(const PackedMatmulArguments& a, const Layout& at, const Plan& plan
         for (int64_t i = chunk * plan.total() / chunks; i < end; i++) {
             const Block& block = plan.blocks[i / plan.units];
             Unit u = find_unit(a, block.part, i % plan.units);
-            multiply_unit(a, u, by_rests[u.precise ? every : outstanding], block, rows,
+            multiply_unit(a, u, by_rests[u.precise ? many : outstanding], block, rows,
                           at.slots + slot * at.slot_bytes);
         }
         settle();
@@ -75,7 +75,7 @@ QK_EXPORT int qk_packed_matmul(const PackedMatmulArguments* a) {
     if (plan.block_count == 0) return 0;
     round_all(*a, at);
 #if defined(QK_TILES)
-    for (Rests which : {outstanding, every}) {
+    for (Rests which : {outstanding, many}) {
         if (at.rounded.wanted[which] && in_int_tiles(*a, plan.most_tokens)) {
             list_rests(*a, at, plan, which);
         }

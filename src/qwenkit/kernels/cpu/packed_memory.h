@@ -61,7 +61,7 @@ Layout lay_out(const PackedMatmulArguments& a, Memory& memory) {
     r.tokens = tokens;
     if (kind == int8) {
         for (int64_t i = 0; i < a.count; i++) {
-            r.wanted[a.matrices[i].precise ? every : outstanding] = true;
+            r.wanted[a.matrices[i].precise ? many : outstanding] = true;
             r.summed |= a.matrices[i].mins != nullptr;
         }
         for (auto& quants : r.quants) quants = memory.take<int8_t>(tokens * r.stride);
@@ -110,6 +110,7 @@ void clear(const PackedMatmulArguments& a, const Rounded& r, int64_t groups) {
         for (int rests = 0; rests < 2; rests++) {
             if (!r.wanted[rests]) continue;
             std::fill_n(r.with_rest[rests] + spare, spare_tokens, uint8_t{0});
+            std::fill_n(r.rest_scales[rests] + spare, spare_tokens, 0.0f);
             if (r.summed) std::fill_n(r.sums[rests] + spare, spare_tokens, 0.0f);
         }
     }

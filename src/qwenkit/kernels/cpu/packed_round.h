@@ -15,7 +15,7 @@ struct PackedMatrix {
     const float *bias, *residual;     // [rows] and [tokens, rows] to be added, or null
     float* y;                         // [tokens, rows]
     int64_t rows;                     // of each of its parts, where tokens are sorted by part
-    int64_t precise;                  // not 0: activations in nearly sixteen bits
+    int64_t precise;                  // not 0: more of the activations in nearly sixteen bits
 };
 
 constexpr int most_matrices = 4;
@@ -102,16 +102,18 @@ void round_to_bf16(const float* x, int64_t count, uint16_t* out) {
     }
 }
 
-// Rests that are kept: of groups that stand out of their token, or of all groups.
-enum Rests { outstanding = 0, every = 1 };
+// Rests that are kept: of groups that stand out of their token, or, for precise results, of those that
+// only stand a little out of it.
+enum Rests { outstanding = 0, many = 1 };
+constexpr float outliers[] = {5.0f, 3.0f};  // root mean squares of a token, by `Rests`
 
 // Where a call keeps its rounded tokens: what `Activations` reads.
 struct Rounded {
     int8_t* quants[2];     // the numbers, and what rounding left of them
     float* scales;
     int32_t* offsets;
-    float* rest_scales[2];  // by `Rests`; set where there is a rest, as `rest_offsets` are
-    int32_t* rest_offsets[2];
+    float* rest_scales[2];  // by `Rests`; 0 where there is no rest
+    int32_t* rest_offsets[2];  // set where there is a rest
     float* sums[2];
     bool summed;            // whether a matrix has minimums, for which alone there are sums
     uint8_t* with_rest[2];
@@ -122,12 +124,11 @@ struct Rounded {
 };
 
 constexpr float smallest = 1e-30f;  // what is less counts as nothing
-constexpr float outlier = 5.0f;     // root mean squares of its token
 
 // A group whose largest number stands out of its token by so much that rounding the rest beside it
-// would cost precision is rounded twice; so is every group when the result must be precise.
+// would cost precision is rounded twice. `size` is the root mean square of the token.
 void round_group(const PackedMatmulArguments& a, const Rounded& out, const float* row,
-                 int64_t token, int64_t g, float limit) {
+                 int64_t token, int64_t g, float size) {
     const float* x = row + g * a.group;
     int64_t groups = a.columns / a.group, at = g * out.tokens + token;
     int64_t column = token * out.stride + g * a.group;
@@ -136,6 +137,7 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
     for (int rests = 0; rests < 2; rests++) {
         if (!out.wanted[rests]) continue;
         out.with_rest[rests][at] = 0;
+        out.rest_scales[rests][at] = 0;
         if (out.summed) out.sums[rests][at] = 0;
     }
     float amax = largest(x, a.group);
@@ -147,7 +149,11 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
         }
         return;
     }
-    bool outstands = amax > limit && out.wanted[outstanding], twice = outstands || out.wanted[every];
+    bool kept[2];
+    for (int rests = 0; rests < 2; rests++) {
+        kept[rests] = out.wanted[rests] && amax > outliers[rests] * size;
+    }
+    bool twice = kept[outstanding] || kept[many];
     float left[128], scale = amax / 127.0f;
     int32_t sum = quantize_group(x, a.group, scale, out.quants[0] + column, twice ? left : nullptr);
     out.scales[at] = scale * a.unit;
@@ -160,7 +166,7 @@ void round_group(const PackedMatmulArguments& a, const Rounded& out, const float
     scale = amax / 127.0f;
     sum = quantize_group(left, a.group, scale, out.quants[1] + column, nullptr);
     for (int rests = 0; rests < 2; rests++) {
-        if (!(rests == every ? out.wanted[every] : outstands)) continue;
+        if (!kept[rests]) continue;
         out.rest_scales[rests][at] = scale * a.unit;
         out.rest_offsets[rests][at] = -static_cast<int32_t>(a.zero_point) * sum;
         if (out.summed) out.sums[rests][at] += scale * a.unit * static_cast<float>(sum);
@@ -186,14 +192,14 @@ void round_groups(const PackedMatmulArguments& a, const Rounded& out, int64_t to
     for (; token < last; token += together) {
         int64_t count = std::min(together, last - token);
         const float* rows[together];
-        float limits[together];
+        float sizes[together];
         for (int64_t i = 0; i < count; i++) {
             rows[i] = row_of(a, token + i, own + i * a.columns);
-            limits[i] = outlier * std::sqrt(mean_square(rows[i], a.columns));
+            sizes[i] = std::sqrt(mean_square(rows[i], a.columns));
         }
         for (int64_t g = first_group; g < last_group; g++) {
             for (int64_t i = 0; i < count; i++) {
-                round_group(a, out, rows[i], token + i, g, limits[i]);
+                round_group(a, out, rows[i], token + i, g, sizes[i]);
             }
         }
     }

@@ -210,7 +210,7 @@ void multiply_int_tiles(const PackedMatmulArguments& a, const Unit& u, const Act
     constexpr int64_t group = Depth == 0 ? 32 : Depth * 64;
     auto* sums = reinterpret_cast<float*>(memory + pair * room);
     int64_t tokens = block.last - block.first, per_panel_sums = round_up(tokens, 16) * panel_rows;
-    const RestList& rests = block.rests[u.precise ? every : outstanding];
+    const RestList& rests = block.rests[u.precise ? many : outstanding];
     // Of few tokens, weights are used up faster than they come from memory: a little at a time, so
     // that more of them are always on their way.
     int64_t step = tokens <= tile_side ? std::max<int64_t>(group, 128) : run_columns;

@@ -34,7 +34,7 @@ def _reference(
 
     W is the matrix that `kernels.packed.Packed` describes; `bias` is [rows], `residual`
     [tokens, rows]. Multiplies in fp32; a backend may round activations for int4 and int8 to eight
-    bits, and, when `precise` says so, no further than to fifteen.
+    bits, and to fifteen where they stand out of their token, further when `precise` says so.
     """
     if not x.shape[0]:  # a chunk of a prompt that samples nothing: the head stays packed
         return x.new_empty((0, rows))
