@@ -34,7 +34,7 @@ def _reference(
 
     W is the matrix that `kernels.packed.Packed` describes; `bias` is [rows], `residual`
     [tokens, rows]. Multiplies in fp32; a backend may round activations for int4 and int8 to eight
-    bits, and to fifteen where they stand out of their token, further when `precise` says so.
+    bits, and to fifteen where they stand out of their token, more of them when `precise`.
     """
     if not x.shape[0]:  # a chunk of a prompt that samples nothing: the head stays packed
         return x.new_empty((0, rows))
